@@ -1,0 +1,1 @@
+"""One question a file; pytest parameters are the grid."""

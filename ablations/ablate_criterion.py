@@ -1,0 +1,17 @@
+"""How much quality does each criterion keep at each fraction removed?"""
+
+import pytest
+
+from transact import CRITERIA
+
+RATIOS = (0.1, 0.2, 0.3, 0.5)
+
+
+def test_dense(workbench, record):
+    record(workbench.dense_case)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_criterion(workbench, record, criterion, ratio):
+    record(workbench.case(criterion, ratio))

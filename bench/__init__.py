@@ -1,0 +1,1 @@
+"""Measuring: perplexity, memory, and the records that results are kept in."""

@@ -1,0 +1,46 @@
+"""Where a figure was measured: versions, processor and device; no host or person is named."""
+
+import hashlib
+import platform
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import transact
+
+PACKAGES = ("transact", "torch", "transformers", "numpy")
+
+
+@cache
+def code_hash() -> str:
+    """Short hash of the pruning core's sources: results of different code are told apart."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(transact.__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """Versions of what computes, the operating system, and the device by its product name."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = {package: metadata.version(package) for package in PACKAGES if package != "transact"}
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "transact": transact.__version__,
+        **versions,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

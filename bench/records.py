@@ -1,0 +1,100 @@
+"""Cases, records, and the file that they are kept in: one JSON object a line, appended and flushed.
+
+Never imports torch: reports are made from records alone.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that decides a result and nothing else. `criterion` is "dense" for the unpruned model."""
+
+    model: str
+    model_hash: str
+    criterion: str
+    ratio: float
+    seed: int
+    calibration_text: str | None
+    calibration_sha256: str | None
+    calibration_samples: int
+    calibration_seq_len: int
+    evaluation_text: str
+    evaluation_sha256: str
+    evaluation_windows: int
+    evaluation_seq_len: int
+    dtype: str
+    device: str
+    code: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A case and what was measured: metrics with units in their names, standard errors, environment, status."""
+
+    case: Case
+    metrics: Mapping[str, float]
+    standard_errors: Mapping[str, float]
+    environment: Mapping[str, str | int]
+    status: str = "success"
+    error: str | None = None
+    losses: tuple[float, ...] = ()
+    widths: tuple[Mapping[str, int], ...] = ()
+    schema: int = field(default=SCHEMA)
+
+
+def append_record(path: str | os.PathLike, record: Record) -> None:
+    """Append one line, flushed to the disk. A torn last line, left by a killed run, is first cut off by a line end."""
+    line = json.dumps(_finite(asdict(record)), allow_nan=False) + "\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell() and not _ends_with_newline(file):
+            line = "\n" + line
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _ends_with_newline(file) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _finite(value):
+    """JSON has no NaN: a figure that is not a number is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_records(path: str | os.PathLike) -> tuple[list[Record], list[str]]:
+    """All records of a file, and one complaint for each line that is none (torn, or of another schema)."""
+    path = Path(path)
+    if not path.exists():
+        return [], []
+    records, complaints = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            if fields["schema"] != SCHEMA:
+                complaints.append(f"{path}:{number}: schema {fields['schema']}, this version reads {SCHEMA}")
+                continue
+            fields["case"] = Case(**fields["case"])
+            records.append(Record(**fields))
+        except (ValueError, TypeError, KeyError):
+            complaints.append(f"{path}:{number}: not a record (torn line?), passed over")
+    return records, complaints

@@ -1,0 +1,161 @@
+"""One model, one calibration, many cases: what every ablation measures on."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import transact
+from transact.inputs import resolve_device
+
+from .environment import code_hash, environment
+from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
+from .perplexity import measure_perplexity
+from .records import Case, Record
+
+
+def fast_dtype(device: str) -> str:
+    """bfloat16 where the device computes in it, else float32 (a CPU without it is slower than in float32)."""
+    if resolve_device(device).type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512" and _has_bfloat16():
+        return "bfloat16"
+    return "float32"
+
+
+def _has_bfloat16() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 of the weights by name, in their dtype: two models with the same hash compute the same."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class Workbench:
+    """A model with its calibration and evaluation windows. The statistics are made on first use and serve every case."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        calibration: str = "embedded",
+        samples: int = 64,
+        calibration_seq_len: int = 256,
+        evaluation: str = "embedded",
+        windows: int = 48,
+        evaluation_seq_len: int = 256,
+        seed: int = 0,
+        dtype: str = "auto",
+        device: str = "auto",
+    ):
+        dtype = fast_dtype(device) if dtype == "auto" else dtype
+        self.dense, self.tokenizer = transact.load_model(model, dtype=dtype, device=device)
+        transact.check_prunable(self.dense)
+        calibration_text = transact.load_text(calibration, split="calibration")
+        evaluation_text = transact.load_text(evaluation, split="evaluation")
+        self.calibration_windows = transact.cut_windows(
+            transact.tokenise(calibration_text, self.tokenizer), length=calibration_seq_len, count=samples, seed=seed
+        )
+        self.evaluation_windows = transact.cut_windows(
+            transact.tokenise(evaluation_text, self.tokenizer), length=evaluation_seq_len, count=windows
+        )
+        self.dense_case = Case(
+            model=Path(model).name,
+            model_hash=model_hash(self.dense),
+            criterion="dense",
+            ratio=0.0,
+            seed=seed,
+            calibration_text=None,
+            calibration_sha256=None,
+            calibration_samples=0,
+            calibration_seq_len=0,
+            evaluation_text=evaluation_text.name,
+            evaluation_sha256=evaluation_text.sha256,
+            evaluation_windows=windows,
+            evaluation_seq_len=evaluation_seq_len,
+            dtype=dtype,
+            device=self.dense.device.type,
+            code=code_hash(),
+        )
+        self.calibrated_fields = {
+            "calibration_text": calibration_text.name,
+            "calibration_sha256": calibration_text.sha256,
+            "calibration_samples": samples,
+            "calibration_seq_len": calibration_seq_len,
+        }
+
+    def case(self, criterion: str, ratio: float) -> Case:
+        """The case of a criterion at a ratio; one that takes no text does not name any."""
+        needs_text = transact.CRITERIA[criterion].needs_statistics
+        fields = self.calibrated_fields if needs_text else {}
+        return replace(self.dense_case, criterion=criterion, ratio=ratio, **fields)
+
+    @cached_property
+    def statistics_and_seconds(self) -> tuple[transact.Statistics, float]:
+        start = time.perf_counter()
+        statistics = transact.calibrate(self.dense, self.calibration_windows, progress=True)
+        return statistics, time.perf_counter() - start
+
+    def environment(self) -> dict[str, str | int]:
+        return environment(self.dense.device)
+
+    def measure(self, case: Case) -> Record:
+        """The record of one case: prune, then measure. Errors are the caller's to record."""
+        seconds: dict[str, float] = {}
+        criterion = None
+        if case.criterion != "dense":
+            criterion = transact.criterion_by_name(case.criterion, seed=case.seed)
+        statistics = None
+        if criterion and criterion.needs_statistics:
+            statistics, seconds["calibrate_s"] = self.statistics_and_seconds
+        reset_peak_memory(self.dense.device)
+        start = time.perf_counter()
+        model = self.dense
+        if criterion:
+            widths = transact.uniform_widths(self.dense.config, case.ratio)
+            plan = transact.select(transact.score(self.dense, criterion, statistics), widths)
+            model = transact.apply_plan(self.dense, plan)
+            seconds["prune_s"] = time.perf_counter() - start
+        return self.measure_model(model, case, seconds)
+
+    def measure_model(self, model: nn.Module, case: Case, seconds: Mapping[str, float]) -> Record:
+        """The record of a model: quality on the evaluation text, and sizes. Peak memory counts the dense model too."""
+        start = time.perf_counter()
+        quality = measure_perplexity(model, self.tokenizer, self.evaluation_windows, progress=True)
+        seconds = {**seconds, "perplexity_s": time.perf_counter() - start}
+        widths = transact.widths_of(model.config)
+        metrics = {
+            "perplexity": quality.perplexity,
+            "bits_per_byte": quality.bits_per_byte,
+            "loss_nats": quality.loss,
+            "tokens": quality.tokens,
+            "fraction_removed": transact.fraction_removed(model.config, widths),
+            "parameters": model.num_parameters(),
+            "weight_bytes": weight_bytes(model),
+            "kv_bytes_per_token": kv_bytes_per_token(model),
+            "peak_memory_mib": peak_memory_mib(model.device),
+            **seconds,
+        }
+        standard_errors = {
+            "loss_nats": quality.standard_error,
+            "perplexity": quality.perplexity * quality.standard_error,  # delta method: perplexity is exp(loss)
+            "bits_per_byte": quality.bits_per_byte * quality.standard_error / quality.loss,
+        }
+        return Record(
+            case=case,
+            metrics=metrics,
+            standard_errors=standard_errors,
+            environment=self.environment(),
+            losses=quality.losses,
+            widths=tuple(asdict(layer) for layer in widths),
+        )

