@@ -21,15 +21,10 @@ from .records import Case, Record
 
 def fast_dtype(device: str) -> str:
     """bfloat16 where the device computes in it, else float32 (a CPU without it is slower than in float32)."""
-    if resolve_device(device).type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512" and _has_bfloat16():
-        return "bfloat16"
-    return "float32"
-
-
-def _has_bfloat16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    has_bfloat16 = resolve_device(device).type == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def model_hash(model: nn.Module) -> str:
@@ -42,7 +37,7 @@ def model_hash(model: nn.Module) -> str:
 
 
 class Workbench:
-    """A model with its calibration and evaluation windows. The statistics are made on first use and serve every case."""
+    """A model with its windows of text. The statistics are made on first use and serve every case."""
 
     def __init__(
         self,

@@ -96,8 +96,8 @@ def plot_perplexity(frame: pd.DataFrame) -> Figure:
     axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))
     axes.grid(alpha=0.25, which="both")
     first = frame.iloc[0]
-    axes.set_title(f"{first['model']}, {first['evaluation_windows']} windows of {first['evaluation_seq_len']} tokens of "
-                   f"{first['evaluation_text']}, {first['dtype']}", fontsize=10)  # fmt: skip
+    windows = f"{first['evaluation_windows']} windows of {first['evaluation_seq_len']} tokens"
+    axes.set_title(f"{first['model']}, {windows} of {first['evaluation_text']}, {first['dtype']}", fontsize=10)
     if len(pruned):
         axes.legend(title="criterion", frameon=False)
     return figure
@@ -137,7 +137,8 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
 def _provenance(record: Record) -> str:
     case, where = record.case, record.environment
     return (
-        f"Model {case.model} ({case.model_hash}); {case.evaluation_windows} windows of {case.evaluation_seq_len} tokens of "
-        f"{case.evaluation_text} (SHA-256 {case.evaluation_sha256[:12]}); {case.dtype} on {where['device']}; "
-        f"torch {where['torch']}, transformers {where['transformers']}, transact {where['transact']} (code {case.code})."
+        f"Model {case.model} ({case.model_hash}); {case.evaluation_windows} windows of {case.evaluation_seq_len} "
+        f"tokens of {case.evaluation_text} (SHA-256 {case.evaluation_sha256[:12]}); {case.dtype} on "
+        f"{where['device']}; torch {where['torch']}, transformers {where['transformers']}, "
+        f"transact {where['transact']} (code {case.code})."
     )

@@ -15,12 +15,13 @@ def recorded_activations(model, windows):
     seen = {}
     handles = []
     for index, layer in enumerate(model.model.layers):
-        for name in ("q_proj", "k_proj", "o_proj"):
-            linear = getattr(layer.self_attn, name)
-            handles.append(linear.register_forward_hook(
-                lambda module, inputs, output, key=(index, name): seen.__setitem__(key, (inputs[0], output))))  # fmt: skip
-        handles.append(layer.mlp.down_proj.register_forward_hook(
-            lambda module, inputs, output, key=(index, "down_proj"): seen.__setitem__(key, (inputs[0], output))))  # fmt: skip
+        attention = layer.self_attn
+        for name, linear in (*attention.named_children(), ("down_proj", layer.mlp.down_proj)):
+
+            def keep(module, inputs, output, key=(index, name)):
+                seen[key] = (inputs[0], output)
+
+            handles.append(linear.register_forward_hook(keep))
     with torch.no_grad():
         model(windows)
     for handle in handles:

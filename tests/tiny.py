@@ -92,13 +92,14 @@ def zeroed(dense: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
             for dim in kept.value_dims[position].tolist():
                 keep_value.add(kv_head * width + dim)
                 keep_output |= {(kv_head * group + member) * width + dim for member in range(group)}
-        for linear, keep in ((attention.q_proj, keep_query), (attention.k_proj, keep_key), (attention.v_proj, keep_value),
-                             (mlp.gate_proj, set(kept.mlp_dims.tolist())), (mlp.up_proj, set(kept.mlp_dims.tolist()))):  # fmt: skip
+        keep_mlp = set(kept.mlp_dims.tolist())
+        rows = {attention.q_proj: keep_query, attention.k_proj: keep_key, attention.v_proj: keep_value}
+        for linear, keep in (rows | {mlp.gate_proj: keep_mlp, mlp.up_proj: keep_mlp}).items():
             for row in set(range(linear.out_features)) - keep:
                 linear.weight[row] = 0
                 if linear.bias is not None:
                     linear.bias[row] = 0
-        for linear, keep in ((attention.o_proj, keep_output), (mlp.down_proj, set(kept.mlp_dims.tolist()))):
+        for linear, keep in ((attention.o_proj, keep_output), (mlp.down_proj, keep_mlp)):
             for column in set(range(linear.in_features)) - keep:
                 linear.weight[:, column] = 0
     return model

@@ -86,8 +86,9 @@ def prune_command(options: argparse.Namespace) -> None:
     if criterion.needs_statistics:
         with stage("text"):
             text = load_text(options.calibration)
+            seq_len = min(2048, dense.config.max_position_embeddings) if options.seq_len is None else options.seq_len
             tokens = tokenise(text, tokenizer)
-            windows = cut_windows(tokens, length=options.seq_len, count=options.samples, seed=options.seed)
+            windows = cut_windows(tokens, length=seq_len, count=options.samples, seed=options.seed)
         with stage("calibrate"):
             statistics = calibrate(dense, windows, progress=True)
     with stage("score"):
@@ -116,7 +117,7 @@ def prune_command(options: argparse.Namespace) -> None:
             "text": text.name,
             "sha256": text.sha256,
             "samples": options.samples,
-            "seq_len": options.seq_len,
+            "seq_len": seq_len,
             "tokens": statistics.tokens,
         },
         "seed": options.seed,
@@ -192,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--criterion", default="activation", help=f"one of {', '.join(CRITERIA)} (activation)")
     prune.add_argument("--calibration", default="embedded", help=f"{', '.join(TEXTS)} or a text file (embedded)")
     prune.add_argument("--samples", type=int, default=128, help="calibration windows (128)")
-    prune.add_argument("--seq-len", type=int, default=2048, help="tokens of a calibration window (2048)")
+    prune.add_argument("--seq-len", type=int, help="tokens of a calibration window (2048, or the model's context)")
     prune.add_argument("--seed", type=int, default=0, help="of the choice of windows and of the random criterion (0)")
     prune.add_argument("--overwrite", action="store_true", help="replace a pruned checkpoint at OUT")
     add_model_options(prune)

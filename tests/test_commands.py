@@ -1,0 +1,203 @@
+"""The commands: what they write and print, and that mistakes end in one line, exit code 2 and nothing written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import transact
+from bench.__main__ import main as bench_main
+from tests.test_measures import independent_loss
+from tests.tiny import tiny_llama, zeroed
+from transact.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
+
+@pytest.fixture(autouse=True)
+def quiet_transformers():
+    """The commands turn transformers' bars and warnings off: put them back for the tests that follow."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def prune(tiny_directory, tiny_text, tmp_path):
+    """A function that runs `transact prune` on the tiny model with small settings; later arguments win."""
+
+    def run(*arguments: str, model=tiny_directory, out=tmp_path / "out") -> int:
+        settings = ["--calibration", str(tiny_text), "--samples", "8", "--seq-len", "32", "--device", "cpu"]
+        return main(["prune", str(model), str(out), *settings, *arguments])
+
+    return run
+
+
+def test_prune_writes_a_checkpoint_that_anyone_can_check(prune, tiny_directory, tmp_path, capsys):
+    assert prune("--ratio", "0.3") == 0
+    assert "of the decoder layers' linear parameters removed" in capsys.readouterr().out
+    narrowed, tokenizer = transact.load_model(tmp_path / "out", device="cpu")
+    plan = transact.load_plan(tmp_path / "out")
+    oracle = zeroed(tiny_llama("gqa"), plan)
+    ids = torch.arange(1, 60)[None]
+    with torch.no_grad():
+        expected = oracle(input_ids=ids).logits
+        scale = expected.abs().max()
+        torch.testing.assert_close(narrowed(input_ids=ids).logits / scale, expected / scale, rtol=1e-5, atol=1e-5)
+    assert tokenizer("w3 w5").input_ids == [3, 5]
+
+    pruning = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert pruning["parameters_before"] == tiny_llama("gqa").num_parameters()
+    assert pruning["parameters_after"] == narrowed.num_parameters()
+    assert pruning["fraction_removed"] == pytest.approx(0.3, abs=0.005)
+    assert pruning["layers"] == [vars(widths) for widths in plan.widths]
+    assert pruning["criterion"] == "activation"
+    assert pruning["calibration"]["tokens"] == 8 * 32
+    assert len(pruning["calibration"]["sha256"]) == 64
+    assert set(pruning["seconds"]) == {"load", "text", "calibrate", "score", "plan", "prune"}
+    tensors = load_file(tmp_path / "out" / "plan.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.int64}
+    assert tensors["layers.1.rope_pairs"].shape[0] == 2
+
+
+def test_prune_is_reproducible(prune, tmp_path):
+    for name, seed in (("first", "0"), ("again", "0"), ("other", "1")):
+        assert prune("--criterion", "random", "--seed", seed, out=tmp_path / name) == 0
+    first, again, other = (load_file(tmp_path / name / "plan.safetensors") for name in ("first", "again", "other"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_prune_by_widths_and_overwrite(prune, tmp_path):
+    assert prune("--mha-dim", "48", "--mlp-dim", "24", "--criterion", "magnitude") == 0
+    config = transact.TransActConfig.from_pretrained(tmp_path / "out")
+    assert (config.qk_head_dims, config.v_head_dims, config.intermediate_sizes) == ([8, 8], [8, 8], [24, 24])
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["calibration"] is None
+    assert prune("--ratio", "0") == 2
+    assert prune("--ratio", "0", "--overwrite") == 0
+    config = transact.TransActConfig.from_pretrained(tmp_path / "out")
+    assert config.intermediate_sizes == [40, 40]
+
+
+def test_inspect_prints_widths_and_bytes(prune, tmp_path, capsys):
+    assert prune("--mha-dim", "48", "--mlp-dim", "24") == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["0", "2", "8", "8", "24", f"{48 * (6 * 8 * 2 + 2 * 8 * 2 + 3 * 24) + 2 * 48:,}", "128"]
+    assert lines[3].split()[-1] == "256"
+
+
+def test_bench_perplexity_prints_json_last(tiny_directory, tiny_text, capsys):
+    arguments = ["--text", str(tiny_text), "--seq-len", "40", "--windows", "5", "--device", "cpu"]
+    assert bench_main(["perplexity", str(tiny_directory), *arguments]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    windows = torch.tensor([(i * i) % 96 + 1 for i in range(200)]).view(5, 40)
+    assert result["loss"] == pytest.approx(independent_loss(tiny_llama("gqa"), windows), rel=1e-5)
+    assert result["tokens"] == 5 * 39
+    assert {"perplexity", "bits_per_byte", "sha256", "standard_error"} <= result.keys()
+
+
+def test_bench_memory(prune, tmp_path, capsys):
+    assert prune("--mha-dim", "48") == 0
+    capsys.readouterr()
+    assert bench_main(["memory", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv_bytes_per_token"] == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--ratio", "1"], "[0, 1), got 1.0"),
+        (["--ratio", "-0.1"], "[0, 1), got -0.1"),
+        (["--ratio", "nan"], "[0, 1), got nan"),
+        (["--ratio", "much"], "invalid float value: 'much'"),
+        (["--ratio", "0.99"], "out of reach"),
+        (["--ratio", "0.2", "--mlp-dim", "8"], "give one of them"),
+        (["--mlp-dim", "41"], "between 1 and the model's 40, got 41"),
+        (["--mha-dim", "54"], "multiple of 12"),
+        (["--mha-dim", "108"], "up to the model's 96, got 108"),
+        (["--criterion", "activatoin"], "did you mean 'activation'?"),
+        (
+            ["--calibration", "no-such.txt"],
+            "no text 'no-such.txt', allowed: embedded, wikitext2, ptb, c4, or a text file",
+        ),
+        (["--samples", "200"], "4000 tokens are 125 windows of 32, 200 asked for"),
+        (["--samples", "0"], "at least one window"),
+        (["--seq-len", "1"], "seq-len must be at least 2"),
+        (["--seq-len", "129"], "context of 128"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--no-such-option"], "unrecognized arguments"),
+    ],
+)
+def test_mistakes_are_one_line(prune, tmp_path, capsys, arguments, named):
+    assert_refused(lambda: prune(*arguments), named, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_refused(run, named: str, capsys):
+    try:
+        code = run()
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert named in error
+    assert error.count("\n") == 1, error
+
+
+def test_texts_that_are_none(prune, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert_refused(lambda: prune("--calibration", str(tmp_path / "empty.txt")), "is empty", capsys)
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert_refused(lambda: prune("--calibration", str(tmp_path / "binary.txt")), "cannot be read as UTF-8", capsys)
+    assert_refused(lambda: prune("--calibration", str(tmp_path)), "no text", capsys)
+
+
+def test_models_that_are_none(prune, tiny_directory, tmp_path, capsys, monkeypatch):
+    assert_refused(lambda: prune(model=tmp_path / "nowhere"), "no model", capsys)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert_refused(lambda: prune(model=tmp_path / "gpt2"), "is of type 'gpt2', allowed: llama", capsys)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text('{"model_ty')
+    assert_refused(lambda: prune(model=tmp_path / "torn"), "no model", capsys)
+
+    infinite = shutil.copytree(tiny_directory, tmp_path / "infinite")
+    weights = load_file(infinite / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(weights, infinite / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(lambda: prune(model=infinite), "not finite: model.layers.1.mlp.up_proj.weight", capsys)
+    (infinite / "model.safetensors").write_bytes((tiny_directory / "model.safetensors").read_bytes()[:5000])
+    assert_refused(lambda: prune(model=infinite), "cannot be read", capsys)
+
+    assert prune(out=tmp_path / "pruned") == 0
+    capsys.readouterr()
+    assert_refused(lambda: prune(model=tmp_path / "pruned"), "only a dense LlamaForCausalLM can be pruned", capsys)
+    assert_refused(lambda: main(["inspect", str(tmp_path / "nowhere")]), "no model", capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_exists_is_left_alone(prune, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter").write_text("dear")
+    assert_refused(prune, "exists; name another or pass --overwrite", capsys)
+    assert_refused(lambda: prune("--overwrite"), "holds no pruned checkpoint", capsys)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter"]
+
+
+def test_hub_that_cannot_be_reached_is_one_line(prune, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("Couldn't reach the Hub\nand more lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    assert_refused(lambda: prune("--calibration", "wikitext2"), "Couldn't reach the Hub", capsys)

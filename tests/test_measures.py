@@ -1,0 +1,79 @@
+"""Perplexity against an independent loop, bytes against the formula."""
+
+import math
+
+import pytest
+import torch
+
+import transact
+from bench.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
+from bench.perplexity import measure_perplexity
+from tests.tiny import random_plan, tiny_llama
+
+
+def independent_loss(model, windows) -> float:
+    """Mean negative log-likelihood in nats, one token at a time, as the definition reads."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for window in windows:
+            log_probabilities = model(window[None]).logits[0].double().log_softmax(-1)
+            for position in range(len(window) - 1):
+                total -= log_probabilities[position, window[position + 1]].item()
+                count += 1
+    return total / count
+
+
+def test_perplexity_is_what_a_loop_gives(tiny_directory, tiny_text):
+    model, tokenizer = transact.load_model(tiny_directory, device="cpu")
+    tokens = transact.tokenise(transact.load_text(str(tiny_text)), tokenizer)
+    windows = transact.cut_windows(tokens, length=30, count=7)
+    result = measure_perplexity(model, tokenizer, windows, tokens_per_batch=64)
+    expected = independent_loss(model, windows)
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    assert result.tokens == 7 * 29
+    assert len(result.losses) == 7
+    text_bytes = sum(len(" ".join(f"w{i}" for i in window[1:].tolist()).encode()) for window in windows)
+    assert result.bytes == text_bytes
+    assert result.bits_per_byte == pytest.approx(expected * result.tokens / math.log(2) / text_bytes)
+    deviations = [(loss - expected) ** 2 for loss in result.losses]
+    assert result.standard_error == pytest.approx(math.sqrt(sum(deviations) / 6 / 7), rel=1e-5)
+
+
+def test_perplexity_refuses_what_it_cannot_measure(tiny_directory):
+    model, tokenizer = transact.load_model(tiny_directory, device="cpu")
+    with pytest.raises(ValueError, match="longer than the model's context of 128"):
+        measure_perplexity(model, tokenizer, torch.ones(1, 129, dtype=torch.int64))
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="window 0 is not finite"):
+        measure_perplexity(model, tokenizer, torch.ones(1, 12, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("variant", ["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kv_bytes_come_from_the_cache(variant, dtype):
+    dense = tiny_llama(variant).to(dtype)
+    group_heads = dense.config.num_key_value_heads
+    assert kv_bytes_per_token(dense) == 2 * 2 * group_heads * 16 * dtype.itemsize
+    plan = random_plan(dense.config, drop_heads=True)
+    expected = sum(w.kv_heads * (w.qk_head_dim + w.v_head_dim) for w in plan.widths) * dtype.itemsize
+    narrowed = transact.apply_plan(dense, plan)
+    assert kv_bytes_per_token(narrowed) == expected
+    narrowed.config.v_head_dims[0] += 1  # a model that caches other than it says
+    with pytest.raises(RuntimeError, match="widths say"):
+        kv_bytes_per_token(narrowed)
+
+
+def test_tied_weights_are_counted_once():
+    tied = tiny_llama("tied")
+    assert weight_bytes(tied) == 4 * tied.num_parameters()
+
+
+def test_peak_memory_starts_afresh():
+    device = torch.device("cpu")
+    held = torch.ones(64 * 2**20)  # 256 MiB
+    assert peak_memory_mib(device) > 256
+    del held
+    reset_peak_memory(device)
+    assert peak_memory_mib(device) > 0

@@ -1,0 +1,143 @@
+"""Records: nothing is lost, nothing is repeated, a torn line stops nobody."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from bench.records import Case, Record, append_record, read_records
+from reports.report import markdown_table, records_frame, write_report
+
+CASE = Case(
+    model="tiny", model_hash="0" * 16, criterion="activation", ratio=0.2, seed=0, calibration_text="words",
+    calibration_sha256="a" * 64, calibration_samples=2, calibration_seq_len=8, evaluation_text="words",
+    evaluation_sha256="b" * 64, evaluation_windows=3, evaluation_seq_len=8, dtype="float32", device="cpu", code="c",
+)  # fmt: skip
+
+
+def record(criterion: str = "activation", ratio: float = 0.2, perplexity: float = 30.0, **changes) -> Record:
+    metrics = {
+        "perplexity": perplexity, "bits_per_byte": 1.2, "fraction_removed": ratio, "parameters": 1000,
+        "weight_bytes": 4000, "kv_bytes_per_token": 64,
+    }  # fmt: skip
+    environment = {"device": "cpu", "torch": "2", "transformers": "5", "transact": "0"}
+    return Record(replace(CASE, criterion=criterion, ratio=ratio, **changes), metrics, {"perplexity": 1.0}, environment)
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "deep" / "records.jsonl"
+    written = [record(), record("dense", 0.0, 20.0)]
+    for one in written:
+        append_record(path, one)
+    read, complaints = read_records(path)
+    assert [one.case for one in read] == [one.case for one in written]
+    assert [dict(one.metrics) for one in read] == [dict(one.metrics) for one in written]
+    assert complaints == []
+
+
+def test_not_a_number_becomes_null(tmp_path):
+    append_record(tmp_path / "r.jsonl", record(perplexity=float("nan")))
+    assert json.loads((tmp_path / "r.jsonl").read_text())["metrics"]["perplexity"] is None
+
+
+def test_torn_and_foreign_lines_are_passed_over(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_record(path, record())
+    newer = json.loads(path.read_text()) | {"schema": 99}
+    with path.open("a") as file:
+        file.write(json.dumps(newer) + "\nnonsense\n" + path.read_text()[:50])  # the last one torn, without line end
+    append_record(path, record(ratio=0.3))
+    read, complaints = read_records(path)
+    assert [one.case.ratio for one in read] == [0.2, 0.3]
+    assert len(complaints) == 3
+    assert "schema 99" in complaints[0]
+
+
+WRITE_FOR_EVER = """
+import itertools, sys
+from tests.test_records import record
+from bench.records import append_record
+for count in itertools.count():
+    append_record(sys.argv[1], record(ratio=count / 1e6))
+    print(count, flush=True)
+"""
+
+
+def test_killed_writer_loses_at_most_the_line_it_was_writing(tmp_path):
+    path = tmp_path / "r.jsonl"
+    acknowledged = 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(path)], stdout=subprocess.PIPE)
+        with process:
+            process.stdout.readline()
+            time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            acknowledged += 1 + len(process.stdout.read().split(b"\n")) - 1
+    read, _ = read_records(path)
+    assert acknowledged <= len(read) <= acknowledged + 3
+
+
+def test_report_compares_only_what_is_comparable(tmp_path):
+    records = [record("dense", 0.0, 20.0), record("activation", 0.2, 30.0), record("random", 0.2, 900.0)]
+    other_text = record("random", 0.2, 1.0, evaluation_sha256="f" * 64)
+    older_code = record("random", 0.3, 2.0, code="older")
+    table, files = write_report([other_text, older_code, *records], tmp_path)
+    assert "900.00" in table
+    assert " 1.50 " in table  # activation over dense
+    assert " 2.00 " not in table
+    assert [file.name for file in files] == ["perplexity.md", "perplexity.csv", "perplexity.png", "perplexity.svg"]
+    assert all(file.stat().st_size > 0 for file in files)
+    rows = (tmp_path / "perplexity.csv").read_text().splitlines()
+    assert len(rows) == 4
+    assert rows[1].startswith("tiny,dense,0.0")
+
+
+def test_failed_records_are_not_in_the_table(tmp_path):
+    failed = replace(record("random", 0.5), metrics={}, standard_errors={}, status="failed", error="out of memory")
+    assert write_report([failed], tmp_path) == ("no successful record yet", [])
+    assert "0.5" not in write_report([failed, record()], tmp_path)[0]
+
+
+def test_without_a_dense_record_there_is_nothing_to_divide_by():
+    frame = records_frame([record()])
+    assert frame["times_dense"].isna().all()
+    assert "|             |" in markdown_table(frame, ["times_dense"])
+
+
+def test_reports_never_import_torch():
+    program = "import sys, reports.__main__; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "MPLBACKEND": "agg"})
+
+
+def test_report_command(tmp_path):
+    command = [sys.executable, "-m", "reports"]
+    missing = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    append_record(tmp_path / "r.jsonl", record())
+    done = subprocess.run([*command, str(tmp_path / "r.jsonl")], capture_output=True, text=True, check=True)
+    assert "activation" in done.stdout
+    assert (tmp_path / "perplexity.png").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--windows", "4"], ["--windows", "4", "-k", "activation"]])
+def test_ablations_measure_only_what_has_no_record(tmp_path, tiny_directory, tiny_text, arguments):
+    command = [
+        sys.executable, "-m", "pytest", "ablations", "-q", "--model", str(tiny_directory),
+        "--calibration", str(tiny_text),
+        "--evaluation", str(tiny_text), "--samples", "8", "--seq-len", "32", "--device", "cpu", "--dtype", "float32",
+        "--results", str(tmp_path), *arguments,
+    ]  # fmt: skip
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout
+    records, _ = read_records(tmp_path / "records.jsonl")
+    assert len(records) == (4 if "-k" in arguments else 13)
+    assert len({one.case for one in records}) == len(records)
+    before = (tmp_path / "records.jsonl").read_bytes()
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (tmp_path / "records.jsonl").read_bytes() == before
+    assert "perplexity.png" in second.stdout
