@@ -89,7 +89,8 @@ def calibrate(
     The language-model head is not run and nothing but the sums is kept, so memory does not grow with the number of
     samples. The activations are those that the paper scores (Shen et al., ACL Findings 2024, section 3).
 
-    Raises ValueError where `windows` is not a non-empty matrix of ids of the model's vocabulary, fits its context, or where an
+    Raises ValueError where `windows` is not a non-empty matrix of ids of the model's vocabulary, is longer than its
+    context, or where an
     activation is not finite (the layer is named).
     """
     if windows.ndim != 2 or windows.numel() == 0:
