@@ -47,13 +47,15 @@ def workbench(request: pytest.FixtureRequest) -> Workbench:
 def record(request: pytest.FixtureRequest, workbench: Workbench):
     """A function that measures a case and appends its record, unless the file already has a successful one."""
     path = records_path(request.config)
+    capture = request.config.pluginmanager.getplugin("capturemanager")
     done = {kept.case for kept in read_records(path)[0] if kept.status == "success"}
 
     def measure(case):
         if case in done:
             return
         try:
-            result = workbench.measure(case)
+            with capture.global_and_fixture_disabled():  # progress bars reach the terminal
+                result = workbench.measure(case)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             environment = workbench.environment()

@@ -43,7 +43,7 @@ def seconds(run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def test_prune_against_the_bare_forward_pass(benchmark, model):
+def test_prune_against_the_bare_forward_pass(benchmark, model, capsys):
     text = windows(16)
     device = model.device
 
@@ -72,11 +72,12 @@ def test_prune_against_the_bare_forward_pass(benchmark, model):
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
     }
-    print(f"\nprune / bare forward, {model.dtype}, {device.type}: {benchmark.extra_info['ratio']:.3f}", end=" ")
+    with capsys.disabled():
+        print(f"\nprune / bare forward, {model.dtype}, {device.type}: {benchmark.extra_info['ratio']:.3f}", end=" ")
 
 
 @pytest.mark.parametrize("samples", [8, 32])
-def test_peak_memory_does_not_grow_with_samples(benchmark, model, samples):
+def test_peak_memory_does_not_grow_with_samples(benchmark, model, samples, capsys):
     text = windows(samples)
     gc.collect()
     transact.calibrate(model, text[:8])  # allocators settle
@@ -85,4 +86,5 @@ def test_peak_memory_does_not_grow_with_samples(benchmark, model, samples):
     benchmark.pedantic(lambda: transact.calibrate(model, text), rounds=1)
     grown = peak_memory_mib(model.device) - before
     benchmark.extra_info |= {"samples": samples, "peak_memory_grown_mib": grown}
-    print(f"\n{samples} samples, {model.dtype}: peak memory {grown:.0f} MiB above the model's", end=" ")
+    with capsys.disabled():
+        print(f"\n{samples} samples, {model.dtype}: peak memory {grown:.0f} MiB above the model's", end=" ")

@@ -93,7 +93,7 @@ def plot_perplexity(frame: pd.DataFrame) -> Figure:
         axes.annotate("dense", (axes.get_xlim()[1], dense["perplexity"].iloc[0]), color="0.4",
                       ha="right", va="bottom", xytext=(-3, 2), textcoords="offset points")  # fmt: skip
     axes.set(yscale="log", xlabel="decoder linear parameters removed (%)", ylabel="perplexity (log scale)")
-    axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
     axes.grid(alpha=0.25, which="both")
     first = frame.iloc[0]
     windows = f"{first['evaluation_windows']} windows of {first['evaluation_seq_len']} tokens"
