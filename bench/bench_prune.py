@@ -44,7 +44,7 @@ def seconds(run, device: torch.device) -> float:
 
 
 def test_prune_against_the_bare_forward_pass(benchmark, model, capsys):
-    text = windows(16)
+    text = windows(32)
     device = model.device
 
     @torch.no_grad()

@@ -38,11 +38,11 @@ class Statistics:
 def sum_of_squares(activation: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of (batch, length, width) squared: (width,), float64.
 
-    Each batch is summed in float32, as the paper does, and batches add up in float64. The column norm is one fused
-    pass over the activation where squaring first would write a float32 copy of it.
+    Each batch is squared and summed in float32, as the paper does, and batches add up in float64. (Squaring first is
+    several times faster on a CPU than a norm along the token dimension.)
     """
     rows = activation.reshape(-1, activation.shape[-1])
-    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
+    return rows.float().square().sum(dim=0).double()
 
 
 @contextmanager
