@@ -1,9 +1,10 @@
-"""How much quality does each criterion keep at each fraction removed?"""
+"""How much quality does each criterion keep, at each fraction removed, with the widths and the one shot of the paper?"""
 
 import pytest
 
-from transact import CRITERIA
+from transact import Recipe
 
+CRITERIA = ("activation", "magnitude", "random")
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 
 
@@ -14,4 +15,4 @@ def test_dense(workbench, record):
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_criterion(workbench, record, criterion, ratio):
-    record(workbench.case(criterion, ratio))
+    record(workbench.case(Recipe(criterion=criterion), ratio))

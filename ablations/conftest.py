@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.records import Record, append_record, read_records
-from bench.workbench import Workbench
+from bench.workbench import Workbench, method_of
 from reports.report import write_report
 
 
@@ -59,7 +59,7 @@ def record(request: pytest.FixtureRequest, workbench: Workbench):
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             environment = workbench.environment()
-            append_record(path, Record(case, {}, {}, environment, status="failed", error=failure))
+            append_record(path, Record(case, method_of(case), {}, {}, environment, status="failed", error=failure))
             raise
         append_record(path, result)
         done.add(case)

@@ -7,6 +7,7 @@ median of the paired ratios. Random weights at the shape of SmolLM2-135M: speed 
 import gc
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,8 +44,16 @@ def seconds(run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def test_prune_against_the_bare_forward_pass(benchmark, model, capsys):
-    text = windows(32)
+RECIPES = {
+    "transact": transact.PRESETS["transact"],
+    "best, dense inputs": replace(transact.PRESETS["best"], compensation="dense"),
+    "best": transact.PRESETS["best"],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_prune_against_the_bare_forward_pass(benchmark, model, recipe, capsys):
+    text = windows(64)
     device = model.device
 
     @torch.no_grad()
@@ -55,8 +64,8 @@ def test_prune_against_the_bare_forward_pass(benchmark, model, capsys):
     ratios, forward_seconds = [], []
 
     def prune():
-        """Calibrate, score, plan and prune."""
-        transact.prune(model, text, ratio=0.2)
+        """Calibrate, score, plan, prune and compensate."""
+        transact.prune(model, text, recipe=RECIPES[recipe], ratio=0.2)
 
     def forward_first():
         forward_seconds.append(seconds(bare_forward, device))
@@ -64,7 +73,7 @@ def test_prune_against_the_bare_forward_pass(benchmark, model, capsys):
     def timed_prune():
         ratios.append(seconds(prune, device) / forward_seconds[-1])
 
-    benchmark.pedantic(timed_prune, setup=forward_first, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(timed_prune, setup=forward_first, rounds=3, warmup_rounds=1)
     benchmark.extra_info |= {
         "ratio": statistics.median(ratios[1:]),
         "ratios": ratios[1:],
@@ -73,7 +82,8 @@ def test_prune_against_the_bare_forward_pass(benchmark, model, capsys):
         "device": device.type,
     }
     with capsys.disabled():
-        print(f"\nprune / bare forward, {model.dtype}, {device.type}: {benchmark.extra_info['ratio']:.3f}", end=" ")
+        print(f"\n{recipe}: prune / bare forward, {model.dtype}, {device.type}: {benchmark.extra_info['ratio']:.3f}",
+              end=" ")  # fmt: skip
 
 
 @pytest.mark.parametrize("samples", [8, 32])

@@ -10,17 +10,28 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that decides a result and nothing else. `criterion` is "dense" for the unpruned model."""
+    """Everything that decides a result and nothing else. `criterion` is "dense" for the unpruned model.
+
+    From `granularity` to `shots` these are the fields of a recipe, `modules` joined by "+".
+    """
 
     model: str
     model_hash: str
     criterion: str
+    granularity: str
+    modules: str
+    allocation: str
+    compensation: str
+    output_bias: bool
+    rope: str
+    shots: int
     ratio: float
+    kv_ratio: float | None
     seed: int
     calibration_text: str | None
     calibration_sha256: str | None
@@ -37,9 +48,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Record:
-    """A case and what was measured: metrics with units in their names, standard errors, environment, status."""
+    """A case and what was measured: metrics with units in their names, standard errors, environment, status.
+
+    `method` is what tables call the recipe: the preset's name, or the criterion's.
+    """
 
     case: Case
+    method: str
     metrics: Mapping[str, float]
     standard_errors: Mapping[str, float]
     environment: Mapping[str, str | int]

@@ -3,8 +3,7 @@
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from functools import cached_property
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +33,28 @@ def model_hash(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def recipe_fields(recipe: transact.Recipe) -> dict:
+    """The recipe's fields as a case holds them."""
+    return asdict(recipe) | {"modules": "+".join(recipe.modules)}
+
+
+def recipe_of(case: Case) -> transact.Recipe:
+    """The recipe of a case."""
+    names = [field.name for field in fields(transact.Recipe)]
+    return transact.Recipe(
+        **{name: getattr(case, name) for name in names} | {"modules": tuple(case.modules.split("+"))}
+    )
+
+
+def method_of(case: Case) -> str:
+    """What tables call a case: dense, its preset if it has one, or its criterion (that of the paper's preset)."""
+    if case.criterion == "dense":
+        return "dense"
+    recipe = recipe_of(case)
+    presets = [name for name, preset in transact.PRESETS.items() if preset == recipe]
+    return presets[0] if presets else case.criterion
 
 
 class Workbench:
@@ -67,8 +88,9 @@ class Workbench:
         self.dense_case = Case(
             model=Path(model).name,
             model_hash=model_hash(self.dense),
-            criterion="dense",
+            **recipe_fields(transact.Recipe()) | {"criterion": "dense"},
             ratio=0.0,
+            kv_ratio=None,
             seed=seed,
             calibration_text=None,
             calibration_sha256=None,
@@ -82,6 +104,7 @@ class Workbench:
             device=self.dense.device.type,
             code=code_hash(),
         )
+        self._statistics: dict[tuple, tuple[transact.Statistics, float]] = {}
         self.calibrated_fields = {
             "calibration_text": calibration_text.name,
             "calibration_sha256": calibration_text.sha256,
@@ -89,39 +112,44 @@ class Workbench:
             "calibration_seq_len": calibration_seq_len,
         }
 
-    def case(self, criterion: str, ratio: float) -> Case:
-        """The case of a criterion at a ratio; one that takes no text does not name any."""
-        needs_text = transact.CRITERIA[criterion].needs_statistics
-        fields = self.calibrated_fields if needs_text else {}
-        return replace(self.dense_case, criterion=criterion, ratio=ratio, **fields)
+    def case(self, recipe: str | transact.Recipe, ratio: float, *, kv_ratio: float | None = None) -> Case:
+        """The case of a recipe, or of a preset by name, at a ratio; one that takes no text does not name any."""
+        recipe = transact.recipe_by_name(recipe) if isinstance(recipe, str) else recipe
+        text = self.calibrated_fields if recipe.needs_text() else {}
+        return replace(self.dense_case, **recipe_fields(recipe), ratio=ratio, kv_ratio=kv_ratio, **text)
 
-    @cached_property
-    def statistics_and_seconds(self) -> tuple[transact.Statistics, float]:
-        start = time.perf_counter()
-        statistics = transact.calibrate(self.dense, self.calibration_windows, progress=True)
-        return statistics, time.perf_counter() - start
+    def statistics(self, recipe: transact.Recipe) -> tuple[transact.Statistics, float]:
+        """Statistics with all that the recipe needs, made once, and the seconds that took."""
+        key = recipe.needs_moments(), recipe.gradients()
+        if key not in self._statistics:
+            start = time.perf_counter()
+            statistics = transact.calibrate(
+                self.dense, self.calibration_windows, second_moments=key[0], gradients=key[1], progress=True
+            )
+            self._statistics[key] = statistics, time.perf_counter() - start
+        return self._statistics[key]
 
     def environment(self) -> dict[str, str | int]:
         return environment(self.dense.device)
 
     def measure(self, case: Case) -> Record:
         """The record of one case: prune, then measure. Errors are the caller's to record."""
-        seconds: dict[str, float] = {}
-        criterion = None
-        if case.criterion != "dense":
-            criterion = transact.criterion_by_name(case.criterion, seed=case.seed)
-        statistics = None
-        if criterion and criterion.needs_statistics:
-            statistics, seconds["calibrate_s"] = self.statistics_and_seconds
         reset_peak_memory(self.dense.device)
+        if case.criterion == "dense":
+            return self.measure_model(self.dense, case, {})
+        recipe = recipe_of(case)
+        seconds: dict[str, float] = {}
+        statistics = windows = None
+        if recipe.needs_text():
+            windows = self.calibration_windows
+            statistics, seconds["calibrate_s"] = self.statistics(recipe)
         start = time.perf_counter()
-        model = self.dense
-        if criterion:
-            widths = transact.uniform_widths(self.dense.config, case.ratio)
-            plan = transact.select(transact.score(self.dense, criterion, statistics), widths)
-            model = transact.apply_plan(self.dense, plan)
-            seconds["prune_s"] = time.perf_counter() - start
-        return self.measure_model(model, case, seconds)
+        pruned = transact.prune(
+            self.dense, windows, recipe=recipe, ratio=case.ratio, kv_ratio=case.kv_ratio, statistics=statistics,
+            seed=case.seed, progress=True,
+        )  # fmt: skip
+        seconds["prune_s"] = time.perf_counter() - start
+        return self.measure_model(pruned.model, case, seconds)
 
     def measure_model(self, model: nn.Module, case: Case, seconds: Mapping[str, float]) -> Record:
         """The record of a model: quality on the evaluation text, and sizes. Peak memory counts the dense model too."""
@@ -134,7 +162,8 @@ class Workbench:
             "bits_per_byte": quality.bits_per_byte,
             "loss_nats": quality.loss,
             "tokens": quality.tokens,
-            "fraction_removed": transact.fraction_removed(model.config, widths),
+            "fraction_removed": transact.fraction_removed(self.dense.config, widths),
+            "kv_fraction_removed": transact.kv_fraction_removed(self.dense.config, widths),
             "parameters": model.num_parameters(),
             "weight_bytes": weight_bytes(model),
             "kv_bytes_per_token": kv_bytes_per_token(model),
@@ -148,6 +177,7 @@ class Workbench:
         }
         return Record(
             case=case,
+            method=method_of(case),
             metrics=metrics,
             standard_errors=standard_errors,
             environment=self.environment(),

@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 
 from bench.records import Record
 
-COLUMNS = ["model", "criterion", "ratio", "fraction_removed", "perplexity", "perplexity_standard_error",
+COLUMNS = ["model", "method", "ratio", "fraction_removed", "kv_fraction_removed", "perplexity",
+           "perplexity_standard_error",
            "times_dense", "bits_per_byte", "parameters", "weight_mib", "kv_bytes_per_token", "prune_s",
            "perplexity_s", "peak_memory_mib", "dtype", "device"]  # fmt: skip
 TABLE_FORMATS = {
-    "fraction_removed": "{:.3f}", "perplexity": "{:,.2f}", "perplexity_standard_error": "{:,.2f}",
+    "fraction_removed": "{:.3f}", "kv_fraction_removed": "{:.3f}",
+    "perplexity": "{:,.2f}", "perplexity_standard_error": "{:,.2f}",
     "times_dense": "{:,.2f}", "bits_per_byte": "{:.3f}", "parameters": "{:,.0f}", "weight_mib": "{:.1f}",
     "prune_s": "{:.2f}", "perplexity_s": "{:.1f}", "peak_memory_mib": "{:,.0f}",
 }  # fmt: skip
@@ -31,18 +33,19 @@ def comparable(record: Record) -> tuple:
 
 
 def records_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """One row for each successful case, the newest record of it, sorted by criterion and ratio.
+    """One row for each successful case, the newest record of it, sorted by method and ratio.
 
     `times_dense` is the perplexity over that of the dense model measured on the same text in the same way; it is left
     empty where there is none.
     """
     newest = {record.case: record for record in records if record.status == "success"}.values()
-    dense = {comparable(r): r.metrics["perplexity"] for r in newest if r.case.criterion == "dense"}
+    dense = {comparable(r): r.metrics["perplexity"] for r in newest if r.method == "dense"}
     rows = []
     for record in newest:
         reference = dense.get(comparable(record))
         rows.append({
             **vars(record.case),
+            "method": record.method,
             **record.metrics,
             "perplexity_standard_error": record.standard_errors.get("perplexity"),
             "times_dense": record.metrics["perplexity"] / reference if reference else None,
@@ -52,11 +55,11 @@ def records_frame(records: Sequence[Record]) -> pd.DataFrame:
     for column in COLUMNS:
         if column not in frame:
             frame[column] = None
-    return frame.sort_values(["model", "criterion", "ratio"], key=_dense_first, kind="stable", ignore_index=True)
+    return frame.sort_values(["model", "method", "ratio"], key=_dense_first, kind="stable", ignore_index=True)
 
 
 def _dense_first(column: pd.Series) -> pd.Series:
-    return column.where(column != "dense", "") if column.name == "criterion" else column
+    return column.where(column != "dense", "") if column.name == "method" else column
 
 
 def markdown_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
@@ -67,7 +70,7 @@ def markdown_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
 
     rows = [list(columns), *([cell(name, row[name]) for name in columns] for _, row in frame.iterrows())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    is_text = [name in ("model", "criterion", "dtype", "device") for name in columns]
+    is_text = [name in ("model", "method", "dtype", "device") for name in columns]
     rows.insert(
         1, ["-" * width if text else "-" * (width - 1) + ":" for width, text in zip(widths, is_text, strict=True)]
     )
@@ -79,15 +82,15 @@ def markdown_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
 
 
 def plot_perplexity(frame: pd.DataFrame) -> Figure:
-    """Perplexity (logarithmic) against the fraction removed, one line for each criterion, error bars of one error."""
+    """Perplexity (logarithmic) against the fraction removed, one line for each method, error bars of one error."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    dense = frame[frame["criterion"] == "dense"]
-    pruned = frame[frame["criterion"] != "dense"]
-    for (criterion, group), (colour, marker, dashes) in zip(pruned.groupby("criterion"), _styles(), strict=False):
+    dense = frame[frame["method"] == "dense"]
+    pruned = frame[frame["method"] != "dense"]
+    for (method, group), (colour, marker, dashes) in zip(pruned.groupby("method"), _styles(), strict=False):
         points = pd.concat([dense, group]).sort_values("fraction_removed")
         axes.errorbar(points["fraction_removed"] * 100, points["perplexity"], yerr=points["perplexity_standard_error"],
-                      label=criterion, color=colour, marker=marker, linestyle=dashes, capsize=3)  # fmt: skip
+                      label=method, color=colour, marker=marker, linestyle=dashes, capsize=3)  # fmt: skip
     if len(dense):
         axes.axhline(dense["perplexity"].iloc[0], color="0.5", linewidth=1, zorder=0)
         axes.annotate("dense", (axes.get_xlim()[1], dense["perplexity"].iloc[0]), color="0.4",
@@ -99,7 +102,7 @@ def plot_perplexity(frame: pd.DataFrame) -> Figure:
     windows = f"{first['evaluation_windows']} windows of {first['evaluation_seq_len']} tokens"
     axes.set_title(f"{first['model']}, {windows} of {first['evaluation_text']}, {first['dtype']}", fontsize=10)
     if len(pruned):
-        axes.legend(title="criterion", frameon=False)
+        axes.legend(title="method", frameon=False)
     return figure
 
 
@@ -121,7 +124,7 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
     newest = successes[-1]
     same = [r for r in successes if comparable(r) == comparable(newest) and r.case.code == newest.case.code]
     frame = records_frame(same)
-    table = markdown_table(frame, COLUMNS[1:13])
+    table = markdown_table(frame, COLUMNS[1:14])
     note = _provenance(newest)
     files = [directory / "perplexity.md", directory / "perplexity.csv"]
     directory.mkdir(parents=True, exist_ok=True)

@@ -39,8 +39,8 @@ def prune(tiny_directory, tiny_text, tmp_path):
 
 
 def test_prune_writes_a_checkpoint_that_anyone_can_check(prune, tiny_directory, tmp_path, capsys):
-    assert prune("--ratio", "0.3") == 0
-    assert "of the decoder layers' linear parameters removed" in capsys.readouterr().out
+    assert prune("--ratio", "0.3", "--preset", "transact") == 0
+    assert "of the decoder layers' linear parameters and 25.0% of the KV cache removed" in capsys.readouterr().out
     narrowed, tokenizer = transact.load_model(tmp_path / "out", device="cpu")
     plan = transact.load_plan(tmp_path / "out")
     oracle = zeroed(tiny_llama("gqa"), plan)
@@ -59,7 +59,7 @@ def test_prune_writes_a_checkpoint_that_anyone_can_check(prune, tiny_directory, 
     assert pruning["criterion"] == "activation"
     assert pruning["calibration"]["tokens"] == 8 * 32
     assert len(pruning["calibration"]["sha256"]) == 64
-    assert set(pruning["seconds"]) == {"load", "text", "calibrate", "score", "plan", "prune"}
+    assert set(pruning["seconds"]) == {"load", "text", "calibrate and score", "plan", "prune", "compensate"}
     tensors = load_file(tmp_path / "out" / "plan.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.int64}
     assert tensors["layers.1.rope_pairs"].shape[0] == 2
@@ -179,7 +179,7 @@ def test_models_that_are_none(prune, tiny_directory, tmp_path, capsys, monkeypat
 
     assert prune(out=tmp_path / "pruned") == 0
     capsys.readouterr()
-    assert_refused(lambda: prune(model=tmp_path / "pruned"), "only a dense LlamaForCausalLM can be pruned", capsys)
+    assert_refused(lambda: prune(model=tmp_path / "pruned"), "pruned already", capsys)
     assert_refused(lambda: main(["inspect", str(tmp_path / "nowhere")]), "no model", capsys)
     assert not (tmp_path / "out").exists()
 

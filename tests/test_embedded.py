@@ -57,7 +57,8 @@ def test_activation_beats_magnitude_and_random_by_far(embedded, windows):
     dense = measure_perplexity(model, tokenizer, windows).perplexity
     times_dense = {}
     for criterion in ("activation", "magnitude", "random"):
-        narrowed, _ = transact.prune(model, calibration, ratio=0.2, criterion=criterion)
+        recipe = transact.Recipe(criterion=criterion)
+        narrowed = transact.prune(model, calibration, ratio=0.2, recipe=recipe).model
         times_dense[criterion] = measure_perplexity(narrowed, tokenizer, windows).perplexity / dense
     assert times_dense["activation"] < 2
     assert min(times_dense["magnitude"], times_dense["random"]) > 100
@@ -70,4 +71,4 @@ def test_the_readme_example_runs(embedded, tmp_path, monkeypatch):
     (tmp_path / "example.py").write_text(example)
     monkeypatch.chdir(tmp_path)
     names = runpy.run_path("example.py")
-    assert isinstance(names["narrowed"], transact.TransActForCausalLM)
+    assert isinstance(names["pruned"].model, transact.TransActForCausalLM)

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import transact
-from tests.tiny import VARIANTS, random_plan, tiny_llama, zeroed
+from tests.tiny import VARIANTS, random_plan, scores_of, tiny_llama, zeroed
 from transact import dense_widths, select
-from transact.criteria import Random
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -36,7 +35,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_plan_that_keeps_everything_is_bit_equal(variant):
     dense = tiny_llama(variant)
-    everything = select(transact.score(dense, Random()), dense_widths(dense.config))
+    everything = select(scores_of(dense, "random"), dense_widths(dense.config))
     narrowed = transact.apply_plan(dense, everything)
     assert torch.equal(logits(narrowed, input_ids=tokens()), logits(dense, input_ids=tokens()))
 

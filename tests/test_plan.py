@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import transact
-from tests.tiny import tiny_llama
+from tests.tiny import scores_of, tiny_llama
 from transact import CRITERIA, Widths, criterion_by_name, fraction_removed, linear_parameters
 from transact.plan import _best
 
@@ -88,7 +88,7 @@ def test_activation_follows_the_definition():
     model = tiny_llama("gqa")
     statistics = transact.calibrate(model, torch.arange(1, 61).view(3, 20))
     layer = statistics.layers[0]
-    scores = transact.score(model, criterion_by_name("activation"), statistics)[0]
+    scores = criterion_by_name("activation").score(model.model.layers[0], 0, layer)
     group = range(3, 6)  # the query heads of key-value head 1
     pair = (sum(layer.query_pairs[head, 5] for head in group) * layer.key_pairs[1, 5]) ** 0.5
     value = sum(layer.attention_output[head, 7] for head in group) ** 0.5
@@ -99,7 +99,7 @@ def test_activation_follows_the_definition():
 
 def test_magnitude_follows_the_definition():
     model = tiny_llama("gqa")
-    scores = transact.score(model, criterion_by_name("magnitude"))[1]
+    scores = criterion_by_name("magnitude").score(model.model.layers[1], 1)
     layer = model.model.layers[1]
     q, k = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
     rows = [q[head * 16 + dim] for head in (3, 4, 5) for dim in (5, 13)] + [k[16 + dim] for dim in (5, 13)]
@@ -111,7 +111,9 @@ def test_magnitude_follows_the_definition():
 
 def test_random_depends_on_its_seed_only():
     model = tiny_llama("gqa")
-    first, again, other = (transact.score(model, criterion_by_name("random", seed=s))[1].mlp_dims for s in (0, 0, 1))
+    first, again, other = (
+        criterion_by_name("random", seed=s).score(model.model.layers[1], 1).mlp_dims for s in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -121,10 +123,10 @@ def test_random_depends_on_its_seed_only():
 def test_prune_keeps_what_scores_highest(criterion, variant):
     model = tiny_llama(variant)
     windows = torch.arange(1, 61).view(3, 20)
-    narrowed, plan = transact.prune(model, windows, ratio=0.6, criterion=criterion)
-    assert fraction_removed(narrowed.config, plan.widths) == pytest.approx(0.6, abs=0.005)
-    statistics = transact.calibrate(model, windows)
-    for scores, kept in zip(transact.score(model, criterion_by_name(criterion), statistics), plan.layers, strict=True):
+    pruned = transact.prune(model, windows, ratio=0.6, recipe=transact.Recipe(criterion=criterion))
+    plan = pruned.plan
+    assert fraction_removed(pruned.model.config, plan.widths) == pytest.approx(0.6, abs=0.005)
+    for scores, kept in zip(scores_of(model, criterion, windows), plan.layers, strict=True):
         for part in ("rope_pairs", "value_dims", "mlp_dims"):
             scored = getattr(scores, part)
             is_kept = torch.zeros_like(scored, dtype=torch.bool).scatter(-1, getattr(kept, part), True)
@@ -139,14 +141,12 @@ def test_criterion_names():
         ValueError, match=r"unknown criterion 'activations', allowed: activation, .*did you mean 'activ"
     ):
         criterion_by_name("activations")
-    with pytest.raises(ValueError, match="needs calibration windows"):
+    with pytest.raises(ValueError, match="need windows of text"):
         transact.prune(tiny_llama(), ratio=0.2)
-    with pytest.raises(ValueError, match="needs statistics"):
-        transact.score(tiny_llama(), criterion_by_name("activation"))
 
 
 def test_plan_round_trip_and_what_is_missing():
-    plan = transact.select(transact.score(tiny_llama(), criterion_by_name("random")), [Widths(2, 4, 6, 8)] * 2)
+    plan = transact.select(scores_of(tiny_llama(), "random"), [Widths(2, 4, 6, 8)] * 2)
     tensors = plan.tensors()
     assert transact.Plan.from_tensors(tensors).widths == (Widths(2, 4, 6, 8),) * 2
     del tensors["layers.0.mlp_dims"], tensors["layers.1.mlp_dims"]

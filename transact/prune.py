@@ -1,36 +1,66 @@
-"""Surgery: cut a dense Llama down to a plan, by exact slices. No data, no randomness."""
+"""Surgery: cut a Llama down to a plan, by exact slices. No data, no randomness."""
 
 import copy
 from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PretrainedConfig
 
-from .calibration import Statistics, calibrate
 from .configuration_transact import TransActConfig
-from .criteria import LayerScores, criterion_by_name
 from .modeling_transact import TransActForCausalLM
-from .plan import LayerPlan, Plan, Widths, select, uniform_widths
+from .plan import LayerPlan, Plan
+from .widths import Widths, has_query_key_norm, head_dim_of, widths_of
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # dense model types that can be narrowed
+# what a narrowed model's configuration takes over, beside its widths
+CONFIGURATION_FIELDS = (
+    "attention_bias", "attention_dropout", "attention_output_bias", "bos_token_id", "dtype", "eos_token_id", "head_dim",
+    "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings", "mlp_bias",
+    "mlp_output_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pad_token_id",
+    "query_key_norm", "rms_norm_eps", "rope_parameters", "sliding_window", "tie_word_embeddings", "use_cache",
+    "vocab_size",
+)  # fmt: skip
 
 
 def check_prunable(model: nn.Module) -> None:
-    """Raise ValueError unless `model` is a dense `LlamaForCausalLM` whose weights are all finite."""
-    if not isinstance(model, LlamaForCausalLM) or isinstance(model, TransActForCausalLM):
-        raise ValueError(f"only a dense LlamaForCausalLM can be pruned, got {type(model).__name__}")
+    """Raise ValueError unless `model` is of a family that can be narrowed, at hand, and its weights are all finite."""
+    config = model.config
+    if config.model_type == TransActConfig.model_type:
+        raise ValueError("the model is pruned already: prune its dense model, in several shots if need be")
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"a {config.model_type!r} model cannot be pruned, allowed: {', '.join(FAMILIES)}")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and config.model_type != "mistral":
+        raise ValueError(f"{config.model_type!r} with sliding-window layers is not supported, only with full attention")
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is offloaded: load the model into host memory and prune it layer by layer")
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name} is quantised ({parameter.dtype}): prune the model first, quantise it afterwards")
         # a sum is non-finite where any element is, and needs no mask as large as the weight
         if not parameter.detach().sum(dtype=torch.float64).isfinite():
             raise ValueError(f"the model's weights are not finite: {name} holds NaN or infinity")
 
 
-def narrowed_config(dense: LlamaConfig, widths: Sequence[Widths]) -> TransActConfig:
-    """The dense configuration with the widths of every layer added."""
-    settings = dense.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "auto_map"):
-        settings.pop(key, None)
+def narrowed_config(config: PretrainedConfig, widths: Sequence[Widths], *, rope: str = "pairs") -> TransActConfig:
+    """The configuration with the widths of every layer added, for any family that can be narrowed.
+
+    `rope` "released" makes the narrowed head the one that sets frequencies and softmax scale. Raises ValueError where
+    its width differs from layer to layer, or where query-key norms forbid the widths.
+    """
+    settings = {name: value for name, value in config.to_dict().items() if name in CONFIGURATION_FIELDS}
+    if config.model_type == "qwen2":
+        settings |= {"attention_bias": True, "attention_output_bias": False}  # biases of q, k and v only
+    if has_query_key_norm(config):
+        settings["query_key_norm"] = True
+        if any(w.qk_head_dim != head_dim_of(config) for w in widths):
+            raise ValueError("queries and keys are normalised head by head: their dimensions must be kept whole")
+    if rope == "released":
+        if len({w.v_head_dim for w in widths}) > 1:
+            raise ValueError("rope 'released' needs the same head width in every layer")
+        settings["head_dim"] = widths[0].v_head_dim
     return TransActConfig(
-        **settings,
+        **{"head_dim": head_dim_of(config), **settings},
         kv_head_counts=[w.kv_heads for w in widths],
         qk_head_dims=[w.qk_head_dim for w in widths],
         v_head_dims=[w.v_head_dim for w in widths],
@@ -38,24 +68,25 @@ def narrowed_config(dense: LlamaConfig, widths: Sequence[Widths]) -> TransActCon
     )
 
 
-def projection_indices(plan: LayerPlan, config: LlamaConfig) -> dict[str, tuple[int, torch.Tensor]]:
-    """For each linear module of a layer, the dimension to slice (0 rows, 1 columns) and the dense indices to keep.
+def projection_indices(plan: LayerPlan, current: Widths, group: int) -> dict[str, tuple[int, torch.Tensor]]:
+    """For each linear module of a layer, the dimension to slice (0 rows, 1 columns) and the indices to keep.
 
     Rows of q and k stay in Hugging Face's order: first halves of all kept RoPE pairs, then second halves.
     """
-    head_dim, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     kv_heads = plan.kv_heads[:, None]
     query_heads = (kv_heads * group + torch.arange(group)).reshape(-1, 1)  # (kept heads * group, 1)
-    pair_dims = torch.cat((plan.rope_pairs, plan.rope_pairs + head_dim // 2), dim=1)  # (kept heads, qk_head_dim)
+    pair_dims = plan.value_dims
+    if plan.rope_pairs is not None:
+        pair_dims = torch.cat((plan.rope_pairs, plan.rope_pairs + current.qk_head_dim // 2), dim=1)
 
-    def per_query_head(dims: torch.Tensor) -> torch.Tensor:
-        return (query_heads * head_dim + dims.repeat_interleave(group, dim=0)).flatten()
+    def per_query_head(dims: torch.Tensor, width: int) -> torch.Tensor:
+        return (query_heads * width + dims.repeat_interleave(group, dim=0)).flatten()
 
     return {
-        "self_attn.q_proj": (0, per_query_head(pair_dims)),
-        "self_attn.k_proj": (0, (kv_heads * head_dim + pair_dims).flatten()),
-        "self_attn.v_proj": (0, (kv_heads * head_dim + plan.value_dims).flatten()),
-        "self_attn.o_proj": (1, per_query_head(plan.value_dims)),
+        "self_attn.q_proj": (0, per_query_head(pair_dims, current.qk_head_dim)),
+        "self_attn.k_proj": (0, (kv_heads * current.qk_head_dim + pair_dims).flatten()),
+        "self_attn.v_proj": (0, (kv_heads * current.v_head_dim + plan.value_dims).flatten()),
+        "self_attn.o_proj": (1, per_query_head(plan.value_dims, current.v_head_dim)),
         "mlp.gate_proj": (0, plan.mlp_dims),
         "mlp.up_proj": (0, plan.mlp_dims),
         "mlp.down_proj": (1, plan.mlp_dims),
@@ -63,74 +94,77 @@ def projection_indices(plan: LayerPlan, config: LlamaConfig) -> dict[str, tuple[
 
 
 @torch.no_grad()
-def apply_plan(dense: LlamaForCausalLM, plan: Plan) -> TransActForCausalLM:
-    """The narrowed model: a new one whose weights are bit-identical slices of the dense model's, same device and dtype.
+def apply_plan(model: nn.Module, plan: Plan, *, rope: str = "pairs") -> TransActForCausalLM:
+    """The narrowed model: a new one whose weights are bit-identical slices of the model's, same devices and dtype.
 
-    The dense model is left as it was and shares no memory with the result. Raises ValueError where the plan does not
-    fit the model.
+    Only values kept along other axes are products, computed in float64. The model is left as it was and shares no
+    memory with the result. `rope` "released" takes frequencies and softmax scale of the narrowed head. Raises
+    ValueError where the plan does not fit the model.
     """
-    plan.check(dense.config)
-    config = narrowed_config(dense.config, plan.widths)
-    config._attn_implementation = dense.config._attn_implementation
+    plan.check(model.config)
+    config = narrowed_config(model.config, plan.widths, rope=rope)
+    config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):  # no memory and no random initialisation for weights that are replaced at once
         narrowed = TransActForCausalLM(config)
 
-    dense_weights = dense.state_dict()
-    weights = {}
-    for index, layer in enumerate(plan.layers):
-        prefix = f"model.layers.{index}.self_attn"
-        weights[f"{prefix}.rope_pairs"] = layer.rope_pairs.to(dense_weights[f"{prefix}.k_proj.weight"].device)
-        for module, (dim, kept) in projection_indices(layer, dense.config).items():
-            name = f"model.layers.{index}.{module}"
-            kept = kept.to(dense_weights[f"{name}.weight"].device)
-            weights[f"{name}.weight"] = dense_weights[f"{name}.weight"].index_select(dim, kept)
-            if dim == 0 and f"{name}.bias" in dense_weights:  # o's and down's belong to the residual stream: whole
-                weights[f"{name}.bias"] = dense_weights[f"{name}.bias"][kept]
-    for name in dense_weights.keys() - weights.keys():
-        weights[name] = dense_weights[name].clone()
+    before, weights = model.state_dict(), {}
+    group = config.num_attention_heads // config.num_key_value_heads
+    for index, (layer, current) in enumerate(zip(plan.layers, widths_of(model.config), strict=True)):
+        prefix = f"model.layers.{index}"
+        weights[f"{prefix}.self_attn.rope_pairs"] = _kept_rope_pairs(before, prefix, layer)
+        for module, (dim, kept) in projection_indices(layer, current, group).items():
+            name = f"{prefix}.{module}"
+            kept = kept.to(before[f"{name}.weight"].device)
+            weights[f"{name}.weight"] = before[f"{name}.weight"].index_select(dim, kept)
+            if dim == 0 and f"{name}.bias" in before:  # o's and down's belong to the residual stream: whole
+                weights[f"{name}.bias"] = before[f"{name}.bias"][kept]
+        if layer.value_into is not None:
+            _change_value_basis(before, weights, f"{prefix}.self_attn", layer, current, group)
+    for name in before.keys() - weights.keys():
+        weights[name] = before[name].clone()
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     narrowed.load_state_dict(weights, strict=True, assign=True)
-    narrowed.model.rotary_emb = copy.deepcopy(dense.model.rotary_emb)  # its tables are not in the state dict
+    if rope == "pairs":
+        narrowed.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # its tables are not in the state dict
+    else:
+        device = model.model.rotary_emb.inv_freq.device
+        narrowed.model.rotary_emb = type(narrowed.model.rotary_emb)(config).to(device)
     narrowed.tie_weights()
-    narrowed.generation_config = copy.deepcopy(dense.generation_config)
+    narrowed.generation_config = copy.deepcopy(model.generation_config)
     narrowed.requires_grad_(True)
-    return narrowed.train(dense.training)
+    return narrowed.train(model.training)
 
 
-def score(dense: LlamaForCausalLM, criterion: object, statistics: Statistics | None = None) -> list[LayerScores]:
-    """Scores of every layer by `criterion` (see `CRITERIA`).
+def _kept_rope_pairs(before: dict[str, torch.Tensor], prefix: str, layer: LayerPlan) -> torch.Tensor:
+    """The dense RoPE pair behind each kept one, (kept heads, pairs)."""
+    device = before[f"{prefix}.self_attn.k_proj.weight"].device
+    if layer.rope_pairs is None:  # pairs of the narrowed head, at its own frequencies
+        return torch.arange(layer.value_dims.shape[1] // 2, device=device).repeat(len(layer.kv_heads), 1)
+    own = before.get(f"{prefix}.self_attn.rope_pairs")
+    if own is None:
+        return layer.rope_pairs.to(device)
+    return own[layer.kv_heads.to(device)].gather(1, layer.rope_pairs.to(device))
 
-    Raises ValueError where the criterion needs statistics and there are none, or where a score is not finite.
-    """
-    if criterion.needs_statistics and statistics is None:
-        raise ValueError(f"criterion {type(criterion).__name__} needs statistics: run calibrate(model, windows) first")
-    layers = dense.model.layers
-    per_layer = statistics.layers if statistics else [None] * len(layers)
-    return [criterion.score(layer, index, per_layer[index]) for index, layer in enumerate(layers)]
 
-
-def prune(
-    dense: LlamaForCausalLM,
-    windows: torch.Tensor | None = None,
-    *,
-    ratio: float = 0.2,
-    widths: Sequence[Widths] | None = None,
-    criterion: str | object = "activation",
-    seed: int = 0,
-    progress: bool = False,
-) -> tuple[TransActForCausalLM, Plan]:
-    """The narrowed model and its plan, calibrated on `windows` (samples, length) of token ids.
-
-    `ratio` is the fraction removed of the decoder layers' linear parameters; `widths` names them instead. `criterion`
-    is a name of `CRITERIA` or an instance. `windows` may be left out where the criterion needs no text.
-    """
-    check_prunable(dense)
-    if isinstance(criterion, str):
-        criterion = criterion_by_name(criterion, seed=seed)
-    widths = uniform_widths(dense.config, ratio) if widths is None else widths
-    if criterion.needs_statistics and windows is None:
-        raise ValueError(f"criterion {type(criterion).__name__} needs calibration windows, got none")
-    statistics = calibrate(dense, windows, progress=progress) if criterion.needs_statistics else None
-    plan = select(score(dense, criterion, statistics), widths)
-    return apply_plan(dense, plan), plan
+def _change_value_basis(
+    before: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
+    attention: str,
+    layer: LayerPlan,
+    current: Widths,
+    group: int,
+) -> None:
+    """Rows of v_proj become value_into^T rows, columns of o_proj columns value_back, head by head."""
+    rows, columns = before[f"{attention}.v_proj.weight"], before[f"{attention}.o_proj.weight"]
+    heads = layer.kv_heads.to(rows.device)
+    into, back = layer.value_into.to(rows.device).double(), layer.value_back.to(rows.device).double()
+    shape = (current.kv_heads, current.v_head_dim)
+    values = into.mT @ rows.double().view(*shape, -1)[heads]
+    weights[f"{attention}.v_proj.weight"] = values.flatten(0, 1).to(rows.dtype)
+    if (bias := before.get(f"{attention}.v_proj.bias")) is not None:
+        mapped = into.mT @ bias.double().view(*shape, 1)[heads]
+        weights[f"{attention}.v_proj.bias"] = mapped.flatten().to(bias.dtype)
+    readers = columns.double().view(-1, current.kv_heads, group, current.v_head_dim)[:, heads]
+    output = torch.einsum("dkgv,kvr->dkgr", readers, back)
+    weights[f"{attention}.o_proj.weight"] = output.flatten(1).to(columns.dtype)

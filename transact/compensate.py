@@ -1,0 +1,306 @@
+"""Compensation: `o_proj` and `down_proj` are fitted anew, so that what was kept makes up for what was dropped.
+
+Legend: T tokens, D hidden size, N inputs of a projection before pruning, n those that are kept.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .calibration import LayerStatistics, Moments, held_out_split
+from .plan import LayerPlan, Plan
+from .walk import LayerWalk, on_device, token_scale
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of each input's second moment
+
+
+@dataclass
+class NormalEquations:
+    """Weighted sums of a least-squares problem y ~ W x + b: x x^T (n, n), x y^T (n, D), x (n,), y (D,), weights."""
+
+    inputs: torch.Tensor
+    cross: torch.Tensor
+    input_sum: torch.Tensor
+    target_sum: torch.Tensor
+    weight: float = 0.0
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int, device: torch.device) -> "NormalEquations":
+        shapes = (inputs, inputs), (inputs, outputs), (inputs,), (outputs,)
+        return cls(*(torch.zeros(shape, device=device) for shape in shapes))
+
+    @classmethod
+    def of_kept(cls, moments: Moments, kept: torch.Tensor, weight: torch.Tensor) -> "NormalEquations":
+        """The problem of giving what `weight` (D, N) gives from what is kept of its inputs, by their moments.
+
+        `kept` holds indices (n,), or is a map (N, n) from all inputs to the kept ones.
+        """
+        weight, products, total = weight.double(), moments.products.double(), moments.sum.double()
+        if kept.ndim == 1:
+            rows = products[kept]
+            return cls(rows[:, kept], rows @ weight.T, total[kept], weight @ total, moments.weight)
+        rows = kept.T @ products
+        return cls(rows @ kept, rows @ weight.T, kept.T @ total, weight @ total, moments.weight)
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> None:
+        """Add tokens: inputs (T, n), targets (T, D), and by how much (T, 1) each token's error is scaled."""
+        inputs, targets = inputs.float() * scale, targets.float() * scale
+        self.inputs.addmm_(inputs.T, inputs)
+        self.cross.addmm_(inputs.T, targets)
+        self.input_sum += (inputs * scale).sum(dim=0)
+        self.target_sum += (targets * scale).sum(dim=0)
+        self.weight += scale.double().square().sum().item()
+
+    def __add__(self, other: "NormalEquations") -> "NormalEquations":
+        return NormalEquations(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
+
+    def means(self, centred: bool) -> tuple[torch.Tensor, ...]:
+        """Per unit of weight, float64: x x^T, x y^T, x and y; the first two about the means where `centred`."""
+        inputs, cross, x, y = (
+            value.double() / self.weight for value in (self.inputs, self.cross, self.input_sum, self.target_sum)
+        )
+        if centred:
+            inputs, cross = inputs - torch.outer(x, x), cross - torch.outer(x, y)
+        return inputs, cross, x, y
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A refitted projection: weight (D, n), what to add to the bias (D,) or None, the ridge (None: weight kept)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    ridge: float | None
+
+
+def fit_projection(
+    prior: torch.Tensor,
+    fitted: NormalEquations,
+    held_out: NormalEquations,
+    *,
+    bias: bool = False,
+    ridges: Sequence[float] = RIDGES,
+) -> Fit:
+    """The projection, near the `prior` weight (D, n), that gives the targets best on held-out tokens.
+
+    Minimises E|y - W x|^2 + r sum_i E[x_i^2] |W_i - prior_i|^2 for each ridge r, so that none depends on the scale of
+    an input, takes the r whose error on `held_out` is least, and keeps the prior where none improves on it there; the
+    chosen r is then fitted on all tokens (METHODS 1). With `bias` x and y are centred, and the bias meets the means.
+    """
+    prior = prior.double()
+    ridge, weight = None, prior
+    if held_out.weight:
+        inputs, cross, *_ = held_out.means(bias)
+        least = _error(prior, inputs, cross)
+        means = fitted.means(bias)
+        for candidate in ridges:
+            error = _error(_ridge_solution(prior, means, candidate), inputs, cross)
+            if error < least:
+                least, ridge = error, candidate
+    means = (fitted + held_out).means(bias)
+    if ridge is not None:
+        weight = _ridge_solution(prior, means, ridge)
+    return Fit(weight, means[3] - weight @ means[2] if bias else None, ridge)
+
+
+def _ridge_solution(prior: torch.Tensor, means: tuple[torch.Tensor, ...], ridge: float) -> torch.Tensor:
+    inputs, cross, *_ = means
+    strength = inputs.diagonal()
+    strength = strength.clamp(min=1e-9 * strength.mean().item() + torch.finfo(strength.dtype).tiny)
+    root = torch.linalg.cholesky(inputs + torch.diag(ridge * strength))
+    return prior + torch.cholesky_solve(cross - inputs @ prior.T, root).T
+
+
+def _error(weight: torch.Tensor, inputs: torch.Tensor, cross: torch.Tensor) -> float:
+    """E|y - W x|^2 less E|y|^2, which no weight changes."""
+    return ((weight @ inputs - 2 * cross.T) * weight).sum().item()
+
+
+def _warn_if_few(tokens: int, narrowed: nn.Module) -> None:
+    inputs = max(layer.mlp.down_proj.in_features for layer in narrowed.model.layers)
+    if tokens < 4 * inputs:
+        warnings.warn(
+            f"{tokens} calibration tokens are few for least squares over {inputs} inputs: {4 * inputs} would do "
+            "(more samples, or longer ones)",
+            stacklevel=3,
+        )
+
+
+def _install(linear: nn.Linear, fit: Fit) -> None:
+    linear.weight.copy_(fit.weight)
+    if fit.bias is not None:
+        linear.bias += fit.bias.to(linear.bias)
+
+
+def _ensure_bias(narrowed: nn.Module) -> None:
+    """Give every `o_proj` and `down_proj` a bias (zeros where there was none)."""
+    narrowed.config.attention_output_bias = narrowed.config.mlp_output_bias = True
+    for layer in narrowed.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            if linear.bias is None:
+                linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
+
+
+def _kept_attention_inputs(plan: LayerPlan, group: int, value_width: int, kv_heads: int) -> torch.Tensor:
+    """The map (N, n) from the attention output before to the one after pruning: it selects, or changes the basis."""
+    into = plan.value_into
+    if into is None:
+        into = nn.functional.one_hot(plan.value_dims, value_width).mT
+    kept = torch.zeros(kv_heads, group, value_width, len(into), group, into.shape[2], dtype=torch.float64)
+    for position, head in enumerate(plan.kv_heads.tolist()):
+        for member in range(group):
+            kept[head, member, :, position, member] = into[position]
+    return kept.flatten(3).flatten(0, 2)
+
+
+@torch.no_grad()
+def compensate_on_dense_inputs(
+    narrowed: nn.Module, model: nn.Module, plan: Plan, statistics: Sequence[LayerStatistics], *, bias: bool = False
+) -> list[dict[str, float | None]]:
+    """Refit `narrowed` in closed form by statistics of the `model` it was cut from with `plan`; the ridges chosen.
+
+    Every projection is to give what it gave, from what was kept of the same inputs: x x^T is C[S, S] and x y^T is
+    C[S, :] W^T, with second moments C of all inputs (METHODS 1). Raises ValueError where there are none.
+    """
+    if any(layer.mlp_moments is None for layer in statistics):
+        raise ValueError("least squares need second moments: calibrate(..., second_moments=True)")
+    if bias:
+        _ensure_bias(narrowed)
+    _warn_if_few(statistics[0].tokens, narrowed)
+    ridges = []
+    for layer, before, kept, stats in zip(
+        narrowed.model.layers, model.model.layers, plan.layers, statistics, strict=True
+    ):
+        device = before.mlp.down_proj.weight.device
+        heads, value_width = stats.values.shape
+        attention = _kept_attention_inputs(kept, len(stats.query) // heads, value_width, heads)
+        outcome = {}
+        for name, linear, old, moments, into in (
+            ("o_proj", layer.self_attn.o_proj, before.self_attn.o_proj, stats.attention_moments, attention),
+            ("down_proj", layer.mlp.down_proj, before.mlp.down_proj, stats.mlp_moments, kept.mlp_dims),
+        ):
+            parts = (NormalEquations.of_kept(part, into.to(device), old.weight) for part in moments)
+            fit = fit_projection(linear.weight, *parts, bias=bias)
+            _install(linear, fit)
+            outcome[name] = fit.ridge
+        ridges.append(outcome)
+    return ridges
+
+
+@torch.no_grad()
+def compensate_by_bias(
+    narrowed: nn.Module, model: nn.Module, plan: Plan, statistics: Sequence[LayerStatistics]
+) -> None:
+    """Add to the biases of `o_proj` and `down_proj` what the dropped inputs gave on average (FLAP; METHODS 4)."""
+    _ensure_bias(narrowed)
+    for layer, before, kept, stats in zip(
+        narrowed.model.layers, model.model.layers, plan.layers, statistics, strict=True
+    ):
+        heads, value_width = stats.values.shape
+        attention = _kept_attention_inputs(kept, len(stats.query) // heads, value_width, heads)
+        for linear, old, total, into in (
+            (layer.self_attn.o_proj, before.self_attn.o_proj, stats.attention_output_sum.flatten(), attention),
+            (layer.mlp.down_proj, before.mlp.down_proj, stats.mlp_sum, kept.mlp_dims),
+        ):
+            mean = total / stats.tokens
+            kept_mean = mean[into] if into.ndim == 1 else into.to(mean).T @ mean
+            lost = old.weight.double() @ mean - linear.weight.double() @ kept_mean
+            linear.bias += lost.to(linear.bias)
+
+
+@torch.no_grad()
+def compensate_on_pruned_inputs(
+    narrowed: nn.Module,
+    model: nn.Module,
+    windows: torch.Tensor,
+    *,
+    bias: bool = False,
+    device: torch.device | None = None,
+    tokens_per_batch: int = 2048,
+    progress: bool = False,
+) -> list[dict[str, float | None]]:
+    """Refit `narrowed` layer by layer on what its own earlier layers now give; the ridges chosen, by layer.
+
+    The target of each projection is the residual stream of the `model` it was cut from, less that of the narrowed one
+    before the projection, so every layer also makes up for the errors of those before it. Both models advance block by
+    block (`LayerWalk`); see there for `device`.
+    """
+    if bias:
+        _ensure_bias(narrowed)
+    _warn_if_few(windows.numel(), narrowed)
+    per_batch = max(1, tokens_per_batch // windows.shape[1])
+    parts = [part.split(per_batch) if len(part) else () for part in held_out_split(windows)]
+    batches = [*parts[0], *parts[1]]
+    held_out = [0] * len(parts[0]) + [1] * len(parts[1])
+    was_training = narrowed.training
+    narrowed.eval()
+    target_walk, walk = LayerWalk(model, batches, device=device), LayerWalk(narrowed, batches, device=device)
+    ridges = []
+    for index, before in target_walk.blocks(desc="compensate", disable=None if progress else True):
+        middles = []
+        handle = before.post_attention_layernorm.register_forward_pre_hook(
+            lambda module, inputs, into=middles: into.append(inputs[0])
+        )
+        for batch in range(len(batches)):
+            target_walk.advance(index, before, batch)
+        handle.remove()
+        layer = narrowed.model.layers[index]
+        with on_device(layer, device):
+            attention = _refit(
+                layer.self_attn.o_proj, _attention_inputs(walk, index, layer), walk, middles, held_out, bias
+            )
+            mlp = _refit(layer.mlp.down_proj, _mlp_inputs(walk, layer), walk, target_walk.hidden, held_out, bias)
+        ridges.append({"o_proj": attention, "down_proj": mlp})
+    narrowed.train(was_training)
+    return ridges
+
+
+def _attention_inputs(walk: LayerWalk, index: int, layer: nn.Module):
+    """For each batch, what enters `o_proj`."""
+    seen = []
+    handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    device = layer.self_attn.o_proj.weight.device
+    try:
+        for batch, hidden in enumerate(walk.hidden):
+            normalised = layer.input_layernorm(hidden.to(device))
+            layer.self_attn(hidden_states=normalised, **walk.arguments(index, batch, device))
+            yield seen.pop()
+    finally:
+        handle.remove()
+
+
+def _mlp_inputs(walk: LayerWalk, layer: nn.Module):
+    """For each batch, what enters `down_proj`."""
+    mlp = layer.mlp
+    for hidden in walk.hidden:
+        normalised = layer.post_attention_layernorm(hidden.to(mlp.down_proj.weight.device))
+        yield mlp.act_fn(mlp.gate_proj(normalised)) * mlp.up_proj(normalised)
+
+
+def _refit(
+    linear: nn.Linear,
+    inputs,
+    walk: LayerWalk,
+    targets: Sequence[torch.Tensor],
+    held_out: Sequence[int],
+    bias: bool,
+) -> float | None:
+    """Refit one projection and add its new output to the narrowed model's residual stream; the ridge chosen."""
+    device, size = linear.weight.device, (linear.in_features, linear.out_features)
+    equations = [NormalEquations.empty(*size, device) for _ in range(2)]
+    kept = []
+    for batch, entering in enumerate(inputs):
+        target = targets[batch].to(device).float()
+        missing = target - walk.hidden[batch].to(device).float()
+        if linear.bias is not None:
+            missing = missing - linear.bias.float()
+        equations[held_out[batch]].add(entering.flatten(0, 1), missing.flatten(0, 1), token_scale(target))
+        kept.append(entering.to(walk.hidden[batch].device))
+    fit = fit_projection(linear.weight, *equations, bias=bias)
+    _install(linear, fit)
+    for batch, entering in enumerate(kept):
+        walk.hidden[batch] += linear(entering.to(device)).to(walk.hidden[batch].device)
+    return fit.ridge

@@ -1,0 +1,191 @@
+"""One backward pass, block by block: how much does the language-model loss mind a change of each module?
+
+Legend: T tokens, D hidden size, K key-value heads, G query heads a group, Q dimensions of a query or key head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .walk import LayerWalk, on_device, token_scale
+
+OUTPUTS_EVERY = 4  # every fourth window is enough for second moments of D-vectors
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LayerGradients:
+    """Gradients of the summed next-token loss (nats) in one layer, float64, per token.
+
+    `attention_output` and `mlp_output` (D, D): second moments G of the gradient at the module's output, each token
+    divided by `token_scale`; half of tr(G E[d d^T]) predicts the loss per token that a small error d of the output,
+    times that scale, costs (empirical Fisher, factors taken as independent as K-FAC does).
+    `rope_pairs` (K, Q / 2): half the second moment of the gradient of a gate on each query-key pair, the same for a
+    pair that is removed.
+    `weights`: by projection, |gradient| summed over batches, times |weight|, summed over the inputs of each output
+    dimension (rows), or for `o_proj` and `down_proj` over the outputs of each input dimension (columns).
+    """
+
+    attention_output: torch.Tensor | None = None
+    mlp_output: torch.Tensor | None = None
+    rope_pairs: torch.Tensor | None = None
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def loss_gradients(
+    model: nn.Module,
+    windows: torch.Tensor,
+    *,
+    of: str = "outputs",
+    device: torch.device | None = None,
+    tokens_per_batch: int = 2048,
+    progress: bool = False,
+) -> list[LayerGradients]:
+    """Gradients of the next-token loss over `windows` (samples, length): one LayerGradients a layer.
+
+    Each block is run again for its backward pass, so no more than one block's graph exists, and the inputs of all
+    blocks are kept. `of` is "outputs" (every fourth window) or "weights" (all windows: Taylor importance, PAPER's
+    rival; also LLM-Pruner's).
+
+    Raises ValueError where memory does not hold the inputs of all blocks, naming what is needed.
+    """
+    if of not in ("outputs", "weights"):
+        raise ValueError(f"gradients of {of!r} are not known, allowed: outputs, weights")
+    if of == "outputs":
+        windows = windows[::OUTPUTS_EVERY]
+    check_room(model, windows, device)
+    batches = windows.split(max(1, tokens_per_batch // windows.shape[1]))
+    was_training, wanted_gradient = model.training, [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        walk = LayerWalk(model, batches, device=device)
+        inputs = []
+        bar = {"disable": None if progress else True}
+        with torch.no_grad():
+            for index, layer in walk.blocks(desc="forward", **bar):
+                inputs.append(list(walk.hidden))
+                for batch in range(len(batches)):
+                    walk.advance(index, layer, batch)
+        with on_device(model.lm_head, device) as where, on_device(model.model.norm, device):
+            above = _gradients_of_the_head(model, walk, batches, where)
+        layers = model.model.layers
+        result = []
+        for index in tqdm(reversed(range(len(layers))), total=len(layers), desc="backward", unit="layer", **bar):
+            with on_device(layers[index], device):
+                walk.hidden = inputs.pop()
+                backward = _of_outputs if of == "outputs" else _of_weights
+                result.append(backward(walk, index, layers[index], above))
+        return result[::-1]
+    finally:
+        model.train(was_training)
+        for parameter, wanted in zip(model.parameters(), wanted_gradient, strict=True):
+            parameter.requires_grad_(wanted)
+
+
+def check_room(model: nn.Module, windows: torch.Tensor, device: torch.device | None) -> None:
+    """Raise ValueError, naming the bytes, where the inputs of all blocks do not fit into free memory."""
+    layers, size = len(model.model.layers), next(model.parameters()).element_size()
+    needed = (layers + 2) * windows.numel() * model.config.hidden_size * size
+    weights = sum(p.numel() for p in model.model.layers[0].parameters())
+    needed += weights * (size + 8)  # one block's gradients, and their sums in float32
+    free = free_memory(model.device if device is None else torch.device("cpu"))
+    if free is not None and needed > free:
+        raise ValueError(
+            f"gradients over {windows.numel():,} tokens need {needed / 2**30:.1f} GiB of memory beside the model, "
+            f"{free / 2**30:.1f} GiB are free: take fewer or shorter samples, or a criterion without gradients"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on a device, or None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(line for line in file if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return None
+
+
+def _gradients_of_the_head(
+    model: nn.Module, walk: LayerWalk, batches: Sequence[torch.Tensor], where: torch.device
+) -> list[torch.Tensor]:
+    """Gradient of the summed loss at the last block's output, for each batch."""
+    gradients = []
+    for hidden, batch in zip(walk.hidden, batches, strict=True):
+        hidden = hidden.detach().to(where).requires_grad_()
+        for window, ids in zip(hidden, batch.to(where), strict=True):  # one by one: logits are the largest
+            logits = model.lm_head(model.model.norm(window[:-1])).float()
+            nn.functional.cross_entropy(logits, ids[1:], reduction="sum").backward()
+        gradients.append(hidden.grad.to(walk.hidden[0].device))
+    return gradients
+
+
+def _backward(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch.Tensor], batch: int) -> None:
+    """One batch back through one block; `above[batch]` becomes the gradient at the block's input."""
+    walk.hidden[batch] = walk.hidden[batch].detach().requires_grad_()
+    with torch.enable_grad():
+        output = walk.run(index, layer, batch)
+    output.backward(above[batch].to(output.device))
+    above[batch] = walk.hidden[batch].grad
+    walk.hidden[batch] = None
+
+
+def _of_outputs(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch.Tensor]) -> LayerGradients:
+    attention, seen = layer.self_attn, {}
+
+    def keep(module: nn.Module, inputs, output: torch.Tensor):
+        output.retain_grad()
+        seen[module] = output
+
+    handles = [module.register_forward_hook(keep) for module in (attention.o_proj, attention.q_proj)]
+    handles.append(layer.mlp.down_proj.register_forward_hook(keep))
+    norm = layer.post_attention_layernorm
+    handles.append(norm.register_forward_pre_hook(lambda m, inputs: seen.update(attention=token_scale(inputs[0]))))
+    handles.append(layer.register_forward_hook(lambda m, inputs, output: seen.update(mlp=token_scale(output))))
+    moments = {"attention": 0, "mlp": 0, "pairs": 0}
+    tokens = 0
+    config = walk.model.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    width = getattr(attention, "qk_head_dim", config.head_dim)
+    try:
+        for batch in range(len(above)):
+            _backward(walk, index, layer, above, batch)
+            for name, module in (("attention", attention.o_proj), ("mlp", layer.mlp.down_proj)):
+                rows = seen[module].grad.flatten(0, 1).float() / seen[name].detach()
+                moments[name] = moments[name] + (rows.T @ rows).double()
+            query = seen[attention.q_proj]
+            gates = (query.grad * query.detach()).float().flatten(0, 1).unflatten(1, (-1, group, 2, width // 2))
+            moments["pairs"] = moments["pairs"] + gates.sum(dim=(2, 3)).square().sum(dim=0).double()
+            tokens += len(rows)
+            seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return LayerGradients(
+        attention_output=moments["attention"] / tokens,
+        mlp_output=moments["mlp"] / tokens,
+        rope_pairs=moments["pairs"] / tokens / 2,
+    )
+
+
+def _of_weights(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch.Tensor]) -> LayerGradients:
+    linears = {name: getattr(layer.mlp if name in PROJECTIONS[4:] else layer.self_attn, name) for name in PROJECTIONS}
+    sums = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
+    for linear in linears.values():
+        linear.weight.requires_grad_(True)
+    for batch in range(len(above)):
+        _backward(walk, index, layer, above, batch)
+        for name, linear in linears.items():
+            sums[name] += linear.weight.grad.abs()
+            linear.weight.grad = None
+    weights = {}
+    for name, linear in linears.items():
+        linear.weight.requires_grad_(False)
+        importance = sums[name] * linear.weight.abs()
+        weights[name] = importance.sum(dim=0 if name in ("o_proj", "down_proj") else 1).double()
+    return LayerGradients(weights=weights)

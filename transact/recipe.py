@@ -1,0 +1,253 @@
+"""Recipes: a criterion, what may be cut, how widths are found and what makes up for the loss; presets by name."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .allocate import global_widths, searched_widths
+from .calibration import Statistics, iterate_statistics
+from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
+from .criteria import (
+    CRITERIA,
+    MOMENTS,
+    OUTPUT_GRADIENTS,
+    WEIGHT_GRADIENTS,
+    LayerScores,
+    ObsPruning,
+    criterion_by_name,
+    lookup,
+)
+from .gradients import loss_gradients
+from .modeling_transact import TransActForCausalLM
+from .plan import Plan, select
+from .prune import apply_plan, check_prunable
+from .widths import (
+    GRANULARITIES,
+    MODULES,
+    Widths,
+    check_modules,
+    check_ratio,
+    head_dim_of,
+    uniform_widths,
+    widths_after_shot,
+    widths_of,
+)
+
+ALLOCATIONS = ("uniform", "searched", "global")
+COMPENSATIONS = ("none", "bias", "dense", "pruned")
+ROPES = ("pairs", "released")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides how a model is pruned, but for how much.
+
+    `criterion` is a name of `CRITERIA`. `granularity`: what attention loses, "dims" inside heads, whole key-value
+    "heads", or "both". `modules`: what may be narrowed. `allocation`: "uniform" widths, "searched" (each layer's QK,
+    VO and MLP lose where it costs least; wants a criterion that predicts losses) or "global" (FLAP's: heads and MLP
+    dimensions of all layers compete). `compensation`: "none", "bias" (the mean of what was dropped), least squares on
+    the "dense" model's inputs, or on the "pruned" ones, layer by layer; `output_bias` adds an intercept to these.
+    `rope`: whole "pairs" at their own frequencies, or "released", what the paper's authors do. `shots`: prunings,
+    with statistics taken afresh at each.
+    """
+
+    criterion: str = "activation"
+    granularity: str = "dims"
+    modules: tuple[str, ...] = MODULES
+    allocation: str = "uniform"
+    compensation: str = "none"
+    output_bias: bool = False
+    rope: str = "pairs"
+    shots: int = 1
+
+    def check(self) -> None:
+        """Raise ValueError for a value that is not known or settings that exclude each other."""
+        criterion = lookup(CRITERIA, self.criterion, "criterion")
+        for name, allowed in (
+            ("granularity", GRANULARITIES), ("allocation", ALLOCATIONS), ("compensation", COMPENSATIONS),
+            ("rope", ROPES),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}, allowed: {', '.join(allowed)}")
+        if self.shots < 1:
+            raise ValueError(f"shots must be at least 1, got {self.shots}")
+        predicts = [name for name, one in CRITERIA.items() if isinstance(one, ObsPruning) and one.weighted]
+        if self.allocation == "searched" and not (isinstance(criterion, ObsPruning) and criterion.weighted):
+            raise ValueError(f"allocation 'searched' needs a criterion that predicts losses: {', '.join(predicts)}")
+        if self.allocation == "searched" and self.granularity != "dims":
+            raise ValueError("allocation 'searched' narrows heads: granularity must be dims")
+        if self.allocation == "global" and (self.granularity != "heads" or set(self.modules) != set(MODULES)):
+            raise ValueError("allocation 'global' drops whole heads and MLP dimensions: granularity must be heads")
+        if self.rope == "released" and (set(self.modules) != set(MODULES) or self.allocation == "searched"):
+            raise ValueError("rope 'released' gives q, k, v and o the same width: all modules, and not searched")
+        if self.rope == "released" and getattr(criterion, "value_basis", False):
+            raise ValueError(f"rope 'released' keeps dimensions of the model: {self.criterion} changes their basis")
+
+    def needs_text(self) -> bool:
+        """Whether calibration windows are needed."""
+        return bool(CRITERIA[self.criterion].needs) or self.compensation != "none"
+
+    def needs_moments(self) -> bool:
+        return MOMENTS in CRITERIA[self.criterion].needs or self.compensation == "dense"
+
+    def gradients(self) -> str | None:
+        """Which gradients the criterion needs, if any."""
+        return next((of for of in (OUTPUT_GRADIENTS, WEIGHT_GRADIENTS) if of in CRITERIA[self.criterion].needs), None)
+
+
+PRESETS = {
+    # the strongest training-free recipe found here
+    "best": Recipe(criterion="predicted-loss", allocation="searched", compensation="pruned"),
+    # the paper's score and widths, one shot, whole RoPE pairs; and with what its authors' code does instead
+    "transact": Recipe(),
+    "transact-released": Recipe(rope="released"),
+    # rivals, as their authors publish them
+    "wanda-sp": Recipe(criterion="wanda", granularity="heads"),
+    "flap": Recipe(criterion="fluctuation", granularity="heads", allocation="global", compensation="bias"),
+    "llm-pruner": Recipe(criterion="taylor", granularity="heads"),
+}
+
+
+def recipe_by_name(name: str) -> Recipe:
+    """The preset's recipe. Raises ValueError with the allowed names for any other name."""
+    return lookup(PRESETS, name, "preset")
+
+
+@dataclass
+class Pruned:
+    """A narrowed model, its plan in terms of the dense one, seconds of each stage and the ridges of the refit."""
+
+    model: TransActForCausalLM
+    plan: Plan
+    seconds: dict[str, float] = field(default_factory=dict)
+    ridges: list[dict[str, float | None]] = field(default_factory=list)
+
+
+@contextmanager
+def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def prune(
+    dense: nn.Module,
+    windows: torch.Tensor | None = None,
+    *,
+    recipe: str | Recipe = "best",
+    ratio: float = 0.2,
+    kv_ratio: float | None = None,
+    widths: Sequence[Widths] | None = None,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> Pruned:
+    """Prune a model of the Llama family by a recipe, or the name of a preset.
+
+    `windows` (samples, length) of token ids are what it is calibrated on; they may be left out where the recipe needs
+    no text. `ratio` is the fraction removed of the dense decoder layers' linear parameters, `kv_ratio` the least
+    fraction removed of the KV bytes per token; `widths` names them instead. `statistics` of these windows, if there
+    already, serve the first shot. A `device` computes one block at a time there, for models larger than it.
+
+    Raises ValueError for what cannot be pruned, budgets out of reach, and settings that exclude each other.
+    """
+    recipe = recipe_by_name(recipe) if isinstance(recipe, str) else recipe
+    recipe.check()
+    check_ratio("ratio", ratio)
+    check_ratio("kv-ratio", kv_ratio)
+    check_prunable(dense)
+    check_modules(dense.config, recipe.modules, recipe.granularity)
+    if recipe.needs_text() and windows is None:
+        raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
+    criterion = criterion_by_name(recipe.criterion, seed=seed)
+    result = Pruned(dense, None)
+    for shots_left in range(recipe.shots, 0, -1):
+        with _stage(result.seconds, "calibrate and score"):
+            scores, layers = _scores(result.model, windows, recipe, criterion, statistics, device, progress)
+        with _stage(result.seconds, "plan"):
+            target = widths or _target_widths(recipe, result.model, dense, scores, ratio, kv_ratio)
+            current = widths_of(result.model.config)
+            wanted = [widths_after_shot(*pair, shots_left) for pair in zip(current, target, strict=True)]
+            plan = select(scores, wanted, rope=recipe.rope)
+        before = result.model
+        with _stage(result.seconds, "prune"):
+            result.model = apply_plan(before, plan, rope=recipe.rope)
+        with _stage(result.seconds, "compensate"):
+            result.ridges = _compensate(recipe, result.model, before, plan, layers, windows, device, progress)
+        result.plan = plan.after(result.plan, head_dim_of(dense.config)) if result.plan else plan
+        statistics = None
+    return result
+
+
+def _scores(
+    model: nn.Module,
+    windows: torch.Tensor | None,
+    recipe: Recipe,
+    criterion: object,
+    statistics: Statistics | None,
+    device: torch.device | None,
+    progress: bool,
+) -> tuple[list[LayerScores], list]:
+    """Scores of all layers, and their statistics where the compensation needs them (they are large)."""
+    layers = model.model.layers
+    if not recipe.needs_text():
+        return [criterion.score(layer, index, None) for index, layer in enumerate(layers)], []
+    if statistics is not None:
+        streamed = iter(statistics.layers)
+    else:
+        gradients = None
+        if recipe.gradients():
+            gradients = loss_gradients(model, windows, of=recipe.gradients(), device=device, progress=progress)
+        streamed = iterate_statistics(
+            model, windows, second_moments=recipe.needs_moments(), gradients=gradients, device=device,
+            progress=progress,
+        )  # fmt: skip
+    scores, kept = [], []
+    for index, (layer, layer_statistics) in enumerate(zip(layers, streamed, strict=True)):
+        scores.append(criterion.score(layer, index, layer_statistics))
+        if recipe.compensation in ("bias", "dense"):
+            kept.append(layer_statistics)
+    return scores, kept
+
+
+def _target_widths(
+    recipe: Recipe,
+    model: nn.Module,
+    dense: nn.Module,
+    scores: list[LayerScores],
+    ratio: float,
+    kv_ratio: float | None,
+) -> tuple[Widths, ...]:
+    if recipe.allocation == "searched":
+        return searched_widths(model.config, scores, ratio, kv_ratio=kv_ratio, modules=recipe.modules)
+    if recipe.allocation == "global":
+        return global_widths(model.config, scores, ratio, kv_ratio=kv_ratio)
+    return uniform_widths(
+        dense.config, ratio, kv_ratio=kv_ratio, granularity=recipe.granularity, modules=recipe.modules
+    )
+
+
+def _compensate(
+    recipe: Recipe,
+    narrowed: nn.Module,
+    before: nn.Module,
+    plan: Plan,
+    statistics: list,
+    windows: torch.Tensor | None,
+    device: torch.device | None,
+    progress: bool,
+) -> list[dict[str, float | None]]:
+    if recipe.compensation == "bias":
+        compensate_by_bias(narrowed, before, plan, statistics)
+    if recipe.compensation == "dense":
+        return compensate_on_dense_inputs(narrowed, before, plan, statistics, bias=recipe.output_bias)
+    if recipe.compensation == "pruned":
+        return compensate_on_pruned_inputs(
+            narrowed, before, windows, bias=recipe.output_bias, device=device, progress=progress
+        )
+    return []
