@@ -1,4 +1,4 @@
-"""How much quality does each criterion keep, at each fraction removed, with the widths and the one shot of the paper?"""
+"""How much quality does each criterion keep at each fraction removed, with the widths of the paper, in one shot?"""
 
 import pytest
 

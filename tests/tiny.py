@@ -3,9 +3,19 @@
 import copy
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from transact import CRITERIA, LayerPlan, LayerScores, Plan, calibrate
+from transact.widths import has_query_key_norm, head_dim_of
 
 VARIANTS = {
     "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -28,6 +38,32 @@ VARIANTS = {
 }
 
 
+FAMILIES = {
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+}
+
+
+def tiny_relative(family: str, *, seed: int = 0) -> torch.nn.Module:
+    """A tiny GQA model of a family that is pruned as Llama is."""
+    torch.manual_seed(seed)
+    config_class, model_class, settings = FAMILIES[family]
+    config = config_class(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        **settings,
+    )
+    return _unsettled(model_class(config).eval())
+
+
 def tiny_llama(variant: str = "gqa", *, seed: int = 0, layers: int = 2, head_dim: int = 16) -> LlamaForCausalLM:
     """A Llama of hidden size 48 with `head_dim` dimensions a head; biases and norms are random too, not 0 and 1."""
     torch.manual_seed(seed)
@@ -41,13 +77,16 @@ def tiny_llama(variant: str = "gqa", *, seed: int = 0, layers: int = 2, head_dim
         max_position_embeddings=128,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            else:
-                parameter.mul_(8)  # attention far from uniform, or errors in it would not show
+    return _unsettled(LlamaForCausalLM(config).eval())
+
+
+@torch.no_grad()
+def _unsettled(model: torch.nn.Module) -> torch.nn.Module:
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        else:
+            parameter.mul_(8)  # attention far from uniform, or errors in it would not show
     return model
 
 
@@ -64,11 +103,14 @@ def random_plan(config: LlamaConfig, *, seed: int = 0, drop_heads: bool = False)
     def layer() -> LayerPlan:
         kv_heads = config.num_key_value_heads
         kept = subset(kv_heads, integer(1, kv_heads)) if drop_heads else torch.arange(kv_heads)
-        pairs, dims = integer(1, config.head_dim // 2), integer(1, config.head_dim)
+        head_dim = head_dim_of(config)
+        pairs, dims = integer(1, head_dim // 2), integer(1, head_dim)
+        if has_query_key_norm(config):
+            pairs = head_dim // 2
         return LayerPlan(
             kv_heads=kept,
-            rope_pairs=torch.stack([subset(config.head_dim // 2, pairs) for _ in kept]),
-            value_dims=torch.stack([subset(config.head_dim, dims) for _ in kept]),
+            rope_pairs=torch.stack([subset(head_dim // 2, pairs) for _ in kept]),
+            value_dims=torch.stack([subset(head_dim, dims) for _ in kept]),
             mlp_dims=subset(config.intermediate_size, integer(1, config.intermediate_size)),
         )
 
@@ -90,7 +132,7 @@ def zeroed(dense: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
     """The dense model with the rows and columns of everything dropped set to zero: written with loops, on purpose."""
     model = copy.deepcopy(dense)
     config = model.config
-    width, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    width, group = head_dim_of(config), config.num_attention_heads // config.num_key_value_heads
     for layer, kept in zip(model.model.layers, plan.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
         keep_query, keep_value, keep_key, keep_output = set(), set(), set(), set()

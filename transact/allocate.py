@@ -217,7 +217,7 @@ def global_widths(
     excess = linear_parameters(config, current) - (1 - ratio) * linear_parameters(config, dense_widths(config))
     heads, mlp = [w.kv_heads for w in current], [w.mlp for w in current]
     for _, index, is_head, cost in sorted(units):
-        if cost > 2 * excess:  # nearer to the budget without this one
+        if is_head and cost > excess:  # MLP dimensions come nearer to the budget
             continue
         excess -= cost
         (heads if is_head else mlp)[index] -= 1

@@ -13,20 +13,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .gradients import LayerGradients, loss_gradients
-from .walk import LayerWalk, token_scale
+from .walk import LayerWalk, kv_heads_of
 
 HELD_OUT_EVERY = 8  # of so many windows one is kept aside, to choose the ridge of the least squares on
 
 
 @dataclass
 class Moments:
-    """Weighted sums over tokens of an activation x of width n: x x^T (n, n) and x (n,), float32, of the weights
-    (each the square of `token_scale`), and how many tokens there were.
-    """
+    """Sums over tokens of an activation x of width n: x x^T (n, n) and x (n,), float32, and how many tokens."""
 
     products: torch.Tensor
     sum: torch.Tensor
-    weight: float
     tokens: int
 
 
@@ -94,7 +91,6 @@ class _Collector:
         self.held_out = 0  # which of the moments the next batch adds to: 0 fitted, 1 held out
         self.sums: dict[str, torch.Tensor] = {}
         self.moments: dict[str, list[Moments | None]] = {"attention": [None, None], "mlp": [None, None]}
-        self._rows: dict[str, torch.Tensor] = {}  # inputs of a projection until the residual stream behind it is known
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -103,20 +99,16 @@ class _Collector:
         rows = activation.reshape(-1, activation.shape[-1])
         self._add(name, sum_of_squares(rows))
         self._add(f"{name} sum", rows.sum(dim=0, dtype=torch.float32).double())
-        if self.second_moments:
-            self._rows[name] = rows
-
-    def _add_moments(self, name: str, residual: torch.Tensor) -> None:
-        scale = token_scale(residual)
-        rows = self._rows.pop(name).float() * scale
+        if not self.second_moments:
+            return
+        rows = rows.float()
         moments = self.moments[name][self.held_out]
         if moments is None:
             width = rows.shape[1]
-            moments = Moments(rows.new_zeros(width, width), rows.new_zeros(width), 0.0, 0)
+            moments = Moments(rows.new_zeros(width, width), rows.new_zeros(width), 0)
             self.moments[name][self.held_out] = moments
         moments.products.addmm_(rows.T, rows)
-        moments.sum += (rows * scale).sum(dim=0)
-        moments.weight += scale.double().square().sum().item()
+        moments.sum += rows.sum(dim=0)
         moments.tokens += len(rows)
 
     @contextmanager
@@ -128,12 +120,6 @@ class _Collector:
             attention.o_proj.register_forward_pre_hook(lambda m, inputs: self._add_input("attention", inputs[0])),
             mlp.down_proj.register_forward_pre_hook(lambda m, inputs: self._add_input("mlp", inputs[0])),
         ]
-        if self.second_moments:
-            norm = self.layer.post_attention_layernorm
-            handles += [
-                norm.register_forward_pre_hook(lambda m, inputs: self._add_moments("attention", inputs[0])),
-                self.layer.register_forward_hook(lambda m, i, output: self._add_moments("mlp", output)),
-            ]
         try:
             yield
         finally:
@@ -148,7 +134,7 @@ class _Collector:
         moments = {}
         for name, (fitted, held_out) in self.moments.items():
             if fitted is not None:
-                nothing = Moments(torch.zeros_like(fitted.products), torch.zeros_like(fitted.sum), 0.0, 0)
+                nothing = Moments(torch.zeros_like(fitted.products), torch.zeros_like(fitted.sum), 0)
                 moments[name] = fitted, held_out or nothing
         kv_heads = kv_heads_of(self.layer)
         return LayerStatistics(
@@ -163,12 +149,6 @@ class _Collector:
             mlp_moments=moments.get("mlp"),
             gradients=gradients,
         )
-
-
-def kv_heads_of(layer: nn.Module) -> int:
-    """Key-value heads of a decoder layer, dense or narrowed."""
-    attention = layer.self_attn
-    return getattr(attention, "kv_heads", None) or attention.config.num_key_value_heads
 
 
 def held_out_split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,9 +12,9 @@ from torch import nn
 
 from .calibration import LayerStatistics, Moments, held_out_split
 from .plan import LayerPlan, Plan
-from .walk import LayerWalk, on_device, token_scale
+from .walk import LayerWalk, on_device
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of each input's second moment
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of each input's second moment
 
 
 @dataclass
@@ -41,9 +41,9 @@ class NormalEquations:
         weight, products, total = weight.double(), moments.products.double(), moments.sum.double()
         if kept.ndim == 1:
             rows = products[kept]
-            return cls(rows[:, kept], rows @ weight.T, total[kept], weight @ total, moments.weight)
+            return cls(rows[:, kept], rows @ weight.T, total[kept], weight @ total, moments.tokens)
         rows = kept.T @ products
-        return cls(rows @ kept, rows @ weight.T, kept.T @ total, weight @ total, moments.weight)
+        return cls(rows @ kept, rows @ weight.T, kept.T @ total, weight @ total, moments.tokens)
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> None:
         """Add tokens: inputs (T, n), targets (T, D), and by how much (T, 1) each token's error is scaled."""
@@ -117,6 +117,16 @@ def _ridge_solution(prior: torch.Tensor, means: tuple[torch.Tensor, ...], ridge:
 def _error(weight: torch.Tensor, inputs: torch.Tensor, cross: torch.Tensor) -> float:
     """E|y - W x|^2 less E|y|^2, which no weight changes."""
     return ((weight @ inputs - 2 * cross.T) * weight).sum().item()
+
+
+def token_scale(residual: torch.Tensor) -> torch.Tensor:
+    """How much an error in each token of the residual stream counts: one over its root mean square, (T, 1) float32.
+
+    The next normalisation divides by it, so the same error matters less in a large token. Some models have tokens
+    (the first, most often) whose activations are hundreds of times those of others: unscaled they drown all others.
+    """
+    rows = residual.reshape(-1, residual.shape[-1]).float()
+    return rows.square().mean(dim=1, keepdim=True).clamp(min=1e-12).rsqrt()
 
 
 def _warn_if_few(tokens: int, narrowed: nn.Module) -> None:

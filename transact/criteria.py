@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .calibration import LayerStatistics, Moments, kv_heads_of
+from .calibration import LayerStatistics, Moments
+from .walk import kv_heads_of
 
 # what a criterion may need to be told, beside the weights
 STATISTICS, MOMENTS, OUTPUT_GRADIENTS, WEIGHT_GRADIENTS = "statistics", "moments", "outputs", "weights"
@@ -210,7 +211,7 @@ class Leverage:
 
     def _leverage(self, moments: torch.Tensor) -> torch.Tensor:
         ridge = self.ridge * moments.diagonal().mean()
-        return 1 - ridge * inverse_with_ridge(moments, self.ridge).diagonal()
+        return 1 - ridge * inverse_with_ridge(moments, ridge.expand(len(moments))).diagonal()
 
 
 @dataclass(frozen=True)
@@ -240,12 +241,12 @@ class ObsPruning:
     module's output count as the language-model loss minds them (nats a token, by gradients; pairs by the gradient of a
     gate), so scores of all layers and modules compare; else as squared errors, pairs by `pair_energy`. With
     `value_basis` values are dropped along the axes that cost least, not along the dense model's (METHODS 1, 2 and 3).
-    `ridge` is relative to the mean of the second moments' diagonal.
+    Each dimension's second moment is raised by the fraction dimensions / tokens: on other text the kept dimensions make
+    up for less than they seem to on the calibration tokens, the more so the fewer tokens there were.
     """
 
     weighted: bool = False
     value_basis: bool = False
-    ridge: float = 1e-3
 
     @property
     def needs(self) -> frozenset[str]:
@@ -253,6 +254,7 @@ class ObsPruning:
 
     def score(self, layer: nn.Module, index: int, statistics: LayerStatistics) -> LayerScores:
         attention, gradients = layer.self_attn, statistics.gradients if self.weighted else None
+        tokens = statistics.tokens
         output = self._in_metric(attention.o_proj, gradients and gradients.attention_output)
         down = self._in_metric(layer.mlp.down_proj, gradients and gradients.mlp_output)
         kv_heads, value_width = statistics.values.shape
@@ -262,14 +264,14 @@ class ObsPruning:
         pairs = gradients.rope_pairs if self.weighted else pair_energy(statistics)
         basis = None
         if self.value_basis:
-            basis, losses = cheapest_basis(readers, value_moments(statistics), self.ridge)
+            basis, losses = cheapest_basis(readers, value_moments(statistics))
         else:
             moments = value_moments(statistics)
-            losses = torch.stack([greedy_losses(*pair, self.ridge) for pair in zip(readers, moments, strict=True)])
+            losses = torch.stack([greedy_losses(*pair, tokens) for pair in zip(readers, moments, strict=True)])
         return LayerScores(
             rope_pairs=accumulate(pairs) if self.weighted else pairs,
             value_dims=losses,
-            mlp_dims=greedy_losses(down, mean_moments(statistics.mlp_moments), self.ridge),
+            mlp_dims=greedy_losses(down, mean_moments(statistics.mlp_moments), tokens),
             value_basis=basis,
         )
 
@@ -279,7 +281,7 @@ class ObsPruning:
         weight = linear.weight.detach().double()
         if gradient_moments is None:
             return weight
-        floor = 1e-9 * gradient_moments.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        floor = 1e-5 * gradient_moments.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
         identity = torch.eye(len(gradient_moments), dtype=torch.float64, device=gradient_moments.device)
         return torch.linalg.cholesky(gradient_moments / 2 + floor * identity).T @ weight
 
@@ -299,25 +301,27 @@ def value_moments(statistics: LayerStatistics) -> torch.Tensor:
 
 
 def mean_moments(moments: tuple[Moments, Moments]) -> torch.Tensor:
-    """Weighted second moments a token, of fitted and held-out tokens: (n, n) float64."""
+    """Second moments a token, of fitted and held-out tokens: (n, n) float64."""
     fitted, held_out = moments
     return (fitted.products.double() + held_out.products.double()) / (fitted.tokens + held_out.tokens)
 
 
-def inverse_with_ridge(moments: torch.Tensor, ridge: float) -> torch.Tensor:
-    """(C + ridge x mean diagonal)^-1 for a positive semi-definite (n, n) C, in its dtype."""
+def inverse_with_ridge(moments: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """(C + diag(ridge))^-1 for a positive semi-definite (n, n) C and a (n,) ridge, in their dtype."""
+    floor = 1e-9 * moments.diagonal().mean() + torch.finfo(moments.dtype).tiny
     identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    floor = max(ridge * moments.diagonal().mean().item(), torch.finfo(moments.dtype).tiny)
-    return torch.linalg.solve(moments + floor * identity, identity)
+    return torch.linalg.solve(moments + torch.diag(ridge.clamp(min=floor)), identity)
 
 
-def greedy_losses(readers: torch.Tensor, moments: torch.Tensor, ridge: float, *, steps: int = 48) -> torch.Tensor:
+def greedy_losses(readers: torch.Tensor, moments: torch.Tensor, tokens: int, *, steps: int = 48) -> torch.Tensor:
     """Cumulative loss of each dimension in the order of greedy removal, (n,) float64.
 
-    `readers` (m, n) map the activation of second moments `moments` (n, n) to outputs whose squared norm is the loss.
+    `readers` (m, n) map the activation, of second moments `moments` (n, n) over `tokens`, to outputs whose squared norm
+    is the loss.
     In each of about `steps` rounds the dimensions with the smallest saliency |readers_i|^2 / [C^-1]_ii go, and
     readers and C^-1 are down-dated by that block: structured OBS (Hassibi and Stork 1993; SlimGPT, 2024).
     """
+    ridge = len(moments) / tokens * moments.diagonal()
     inverse, readers = inverse_with_ridge(moments, ridge), readers.clone()
     losses = torch.zeros_like(moments[0])
     is_gone = torch.zeros_like(losses, dtype=torch.bool)
@@ -339,7 +343,7 @@ def greedy_losses(readers: torch.Tensor, moments: torch.Tensor, ridge: float, *,
     return losses
 
 
-def cheapest_basis(readers: torch.Tensor, moments: torch.Tensor, ridge: float) -> tuple[ValueBasis, torch.Tensor]:
+def cheapest_basis(readers: torch.Tensor, moments: torch.Tensor) -> tuple[ValueBasis, torch.Tensor]:
     """The value basis whose last axes cost least to drop, and the cumulative losses of dropping them, (K, V).
 
     `readers` (K, m, V), `moments` (K, V, V). With C = L L^T and the eigenvectors U of L^T readers^T readers L, dropping
@@ -348,7 +352,7 @@ def cheapest_basis(readers: torch.Tensor, moments: torch.Tensor, ridge: float) -
     """
     identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
     # only against singularity: the projection is exact whatever the floor
-    floor = 1e-3 * ridge * moments.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=torch.finfo(moments.dtype).tiny)
+    floor = 1e-6 * moments.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=torch.finfo(moments.dtype).tiny)
     root = torch.linalg.cholesky(moments + floor[:, None, None] * identity)
     costs, vectors = torch.linalg.eigh(root.mT @ readers.mT @ readers @ root)
     costs, vectors = costs.flip(-1).clamp(min=0), vectors.flip(-1)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .walk import LayerWalk, on_device, token_scale
+from .walk import LayerWalk, kv_heads_of, on_device
 
 OUTPUTS_EVERY = 4  # every fourth window is enough for second moments of D-vectors
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -20,9 +20,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class LayerGradients:
     """Gradients of the summed next-token loss (nats) in one layer, float64, per token.
 
-    `attention_output` and `mlp_output` (D, D): second moments G of the gradient at the module's output, each token
-    divided by `token_scale`; half of tr(G E[d d^T]) predicts the loss per token that a small error d of the output,
-    times that scale, costs (empirical Fisher, factors taken as independent as K-FAC does).
+    `attention_output` and `mlp_output` (D, D): second moments G of the gradient at the module's output; half of
+    tr(G E[d d^T]) predicts the loss per token that a small error d of the output costs (empirical Fisher, its two
+    factors taken as independent: K-FAC, Martens and Grosse 2015; for pruning LLMs van der Ouderaa et al., 2024).
     `rope_pairs` (K, Q / 2): half the second moment of the gradient of a gate on each query-key pair, the same for a
     pair that is removed.
     `weights`: by projection, |gradient| summed over batches, times |weight|, summed over the inputs of each output
@@ -144,19 +144,16 @@ def _of_outputs(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch
 
     handles = [module.register_forward_hook(keep) for module in (attention.o_proj, attention.q_proj)]
     handles.append(layer.mlp.down_proj.register_forward_hook(keep))
-    norm = layer.post_attention_layernorm
-    handles.append(norm.register_forward_pre_hook(lambda m, inputs: seen.update(attention=token_scale(inputs[0]))))
-    handles.append(layer.register_forward_hook(lambda m, inputs, output: seen.update(mlp=token_scale(output))))
     moments = {"attention": 0, "mlp": 0, "pairs": 0}
     tokens = 0
     config = walk.model.config
     group = config.num_attention_heads // config.num_key_value_heads
-    width = getattr(attention, "qk_head_dim", config.head_dim)
+    width = attention.q_proj.out_features // (group * kv_heads_of(layer))
     try:
         for batch in range(len(above)):
             _backward(walk, index, layer, above, batch)
             for name, module in (("attention", attention.o_proj), ("mlp", layer.mlp.down_proj)):
-                rows = seen[module].grad.flatten(0, 1).float() / seen[name].detach()
+                rows = seen[module].grad.flatten(0, 1).float()
                 moments[name] = moments[name] + (rows.T @ rows).double()
             query = seen[attention.q_proj]
             gates = (query.grad * query.detach()).float().flatten(0, 1).unflatten(1, (-1, group, 2, width // 2))
@@ -176,8 +173,10 @@ def _of_outputs(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch
 def _of_weights(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch.Tensor]) -> LayerGradients:
     linears = {name: getattr(layer.mlp if name in PROJECTIONS[4:] else layer.self_attn, name) for name in PROJECTIONS}
     sums = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
+    left_over = {linear: linear.weight.grad for linear in linears.values()}  # the user's, from training
     for linear in linears.values():
         linear.weight.requires_grad_(True)
+        linear.weight.grad = None
     for batch in range(len(above)):
         _backward(walk, index, layer, above, batch)
         for name, linear in linears.items():
@@ -186,6 +185,7 @@ def _of_weights(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch
     weights = {}
     for name, linear in linears.items():
         linear.weight.requires_grad_(False)
+        linear.weight.grad = left_over[linear]
         importance = sums[name] * linear.weight.abs()
         weights[name] = importance.sum(dim=0 if name in ("o_proj", "down_proj") else 1).double()
     return LayerGradients(weights=weights)

@@ -16,14 +16,10 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-def token_scale(residual: torch.Tensor) -> torch.Tensor:
-    """How much an error in each token of the residual stream counts: one over its root mean square, (T, 1) float32.
-
-    The next normalisation divides by it, so the same error matters less in a large token. Some models have tokens
-    (the first, most often) whose activations are hundreds of times those of others: unscaled they drown all others.
-    """
-    rows = residual.reshape(-1, residual.shape[-1]).float()
-    return rows.square().mean(dim=1, keepdim=True).clamp(min=1e-12).rsqrt()
+def kv_heads_of(layer: nn.Module) -> int:
+    """Key-value heads of a decoder layer, dense or narrowed."""
+    attention = layer.self_attn
+    return getattr(attention, "kv_heads", None) or attention.config.num_key_value_heads
 
 
 @contextmanager

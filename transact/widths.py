@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
@@ -161,8 +161,10 @@ def uniform_widths(
         return dense_widths(config)
     # head widths give way last: they are what attention kernels want aligned
     nearest = None
-    for heads, mlp in itertools.product(_halvings(head_multiple, 2), _halvings(mlp_multiple, 1)):
-        widths = _rounded_widths(config, ratio, kv_ratio or 0.0, granularity, modules, heads, mlp)
+    settings = itertools.product(_halvings(head_multiple, 2), _halvings(mlp_multiple, 1), (round, math.ceil))
+    for heads, mlp, rounding in settings:
+        rounding = math.floor if kv_ratio else rounding
+        widths = _rounded_widths(config, ratio, kv_ratio or 0.0, granularity, modules, heads, mlp, rounding)
         off = abs(fraction_removed(config, widths) - ratio)
         if off <= tolerance and kv_fraction_removed(config, widths) >= (kv_ratio or 0) - 1e-9:
             return widths
@@ -209,6 +211,7 @@ def _rounded_widths(
     modules: Sequence[str],
     head_multiple: int,
     mlp_multiple: int,
+    rounding: Callable[[float], int],
 ) -> tuple[Widths, ...]:
     """The widths nearest to the ratio at these multiples, whatever fraction they remove."""
     dense, head_dim = dense_widths(config)[0], head_dim_of(config)
@@ -224,11 +227,10 @@ def _rounded_widths(
     step = math.lcm(2, head_multiple)
     kv_heads, qk, v = dense.kv_heads, head_dim, head_dim
     if head_share and granularity != "dims":
-        rounding = math.ceil if granularity == "both" else (math.floor if kv_ratio else round)
-        kv_heads = min(kv_heads, max(1, rounding(keep_heads * kv_heads)))
+        kv_heads = min(kv_heads, max(1, (math.ceil if granularity == "both" else rounding)(keep_heads * kv_heads)))
     if head_share and granularity != "heads":
         wanted = keep_heads * dense.kv_heads * head_dim / kv_heads / step
-        width = min(head_dim, max(step, (math.floor(wanted) if kv_ratio else round(wanted)) * step))
+        width = min(head_dim, max(step, rounding(wanted) * step))
         qk, v = (width if "qk" in modules else qk), (width if "vo" in modules else v)
     narrow = Widths(kv_heads, qk, v, dense.mlp)
     if "mlp" in modules:
