@@ -47,6 +47,10 @@ def workbench(request: pytest.FixtureRequest) -> Workbench:
 def record(request: pytest.FixtureRequest, workbench: Workbench):
     """A function that measures a case and appends its record, unless the file already has a successful one."""
     path = records_path(request.config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        pytest.exit(f"ablations: error: results {str(path.parent)!r} cannot be made: {error.strerror}", returncode=2)
     capture = request.config.pluginmanager.getplugin("capturemanager")
     done = {kept.case for kept in read_records(path)[0] if kept.status == "success"}
 

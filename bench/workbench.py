@@ -79,6 +79,10 @@ class Workbench:
         transact.check_prunable(self.dense)
         calibration_text = transact.load_text(calibration, split="calibration")
         evaluation_text = transact.load_text(evaluation, split="evaluation")
+        context = self.dense.config.max_position_embeddings
+        if max(calibration_seq_len, evaluation_seq_len) > context:
+            longest = max(calibration_seq_len, evaluation_seq_len)
+            raise ValueError(f"seq-len {longest} is longer than the model's context of {context}")
         self.calibration_windows = transact.cut_windows(
             transact.tokenise(calibration_text, self.tokenizer), length=calibration_seq_len, count=samples, seed=seed
         )
@@ -91,7 +95,7 @@ class Workbench:
             **recipe_fields(transact.Recipe()) | {"criterion": "dense"},
             ratio=0.0,
             kv_ratio=None,
-            seed=seed,
+            seed=0,
             calibration_text=None,
             calibration_sha256=None,
             calibration_samples=0,
@@ -106,6 +110,7 @@ class Workbench:
         )
         self._statistics: dict[tuple, tuple[transact.Statistics, float]] = {}
         self.calibrated_fields = {
+            "seed": seed,
             "calibration_text": calibration_text.name,
             "calibration_sha256": calibration_text.sha256,
             "calibration_samples": samples,
@@ -116,6 +121,8 @@ class Workbench:
         """The case of a recipe, or of a preset by name, at a ratio; one that takes no text does not name any."""
         recipe = transact.recipe_by_name(recipe) if isinstance(recipe, str) else recipe
         text = self.calibrated_fields if recipe.needs_text() else {}
+        if recipe.criterion == "random":
+            text = {**text, "seed": self.calibrated_fields["seed"]}
         return replace(self.dense_case, **recipe_fields(recipe), ratio=ratio, kv_ratio=kv_ratio, **text)
 
     def statistics(self, recipe: transact.Recipe) -> tuple[transact.Statistics, float]:

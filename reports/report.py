@@ -32,6 +32,15 @@ def comparable(record: Record) -> tuple:
             case.dtype, case.device)  # fmt: skip
 
 
+def same_calibration(record: Record, other: Record) -> bool:
+    """Whether both were calibrated on the same text in the same way with the same seed; what needs neither is."""
+    names = ("seed", "calibration_sha256", "calibration_samples", "calibration_seq_len")
+    mine, theirs = (tuple(getattr(one.case, name) for name in names) for one in (record, other))
+    if record.case.calibration_sha256 is None or other.case.calibration_sha256 is None:
+        return "random" not in (record.case.criterion, other.case.criterion) or mine[0] == theirs[0]
+    return mine == theirs
+
+
 def records_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row for each successful case, the newest record of it, sorted by method and ratio.
 
@@ -114,17 +123,21 @@ def _styles():
 def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tuple[str, list[Path]]:
     """Write tables and pictures of the newest comparable set of records; returns the table and the files.
 
-    Records that cannot be compared with the newest one (other model, text, windows, dtype, device or code) are left
-    out of the tables and stay in the record file.
+    Records that cannot be compared with the newest one (other model, text, windows, calibration, dtype, device or code)
+    are left out of the tables and stay in the record file.
     """
     directory = Path(directory)
     successes = [record for record in records if record.status == "success"]
     if not successes:
         return "no successful record yet", []
-    newest = successes[-1]
-    same = [r for r in successes if comparable(r) == comparable(newest) and r.case.code == newest.case.code]
+    newest = next((r for r in reversed(successes) if r.case.calibration_sha256), successes[-1])
+    same = [
+        r
+        for r in successes
+        if comparable(r) == comparable(newest) and r.case.code == newest.case.code and same_calibration(r, newest)
+    ]
     frame = records_frame(same)
-    table = markdown_table(frame, COLUMNS[1:14])
+    table = markdown_table(frame, COLUMNS[1:13])
     note = _provenance(newest)
     files = [directory / "perplexity.md", directory / "perplexity.csv"]
     directory.mkdir(parents=True, exist_ok=True)
@@ -133,7 +146,8 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
     figure = plot_perplexity(frame)
     for suffix in ("png", "svg"):
         files.append(directory / f"perplexity.{suffix}")
-        figure.savefig(files[-1], dpi=160)
+        with matplotlib.rc_context({"svg.hashsalt": "transact"}):  # the same records give the same file
+            figure.savefig(files[-1], dpi=160, metadata={"Date": None} if suffix == "svg" else None)
     return table, files
 
 
@@ -141,7 +155,9 @@ def _provenance(record: Record) -> str:
     case, where = record.case, record.environment
     return (
         f"Model {case.model} ({case.model_hash}); {case.evaluation_windows} windows of {case.evaluation_seq_len} "
-        f"tokens of {case.evaluation_text} (SHA-256 {case.evaluation_sha256[:12]}); {case.dtype} on "
+        f"tokens of {case.evaluation_text} (SHA-256 {case.evaluation_sha256[:12]}); calibrated on "
+        f"{case.calibration_samples} windows of {case.calibration_seq_len} of {case.calibration_text}, "
+        f"seed {case.seed}; {case.dtype} on "
         f"{where['device']}; torch {where['torch']}, transformers {where['transformers']}, "
         f"transact {where['transact']} (code {case.code})."
     )

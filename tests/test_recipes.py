@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import transact
 from tests.tiny import random_plan, scores_of, tiny_llama, zeroed
 from transact import PRESETS, Recipe, fraction_removed, kv_fraction_removed
-from transact.allocate import alignment, removal_losses, searched_widths
+from transact.allocate import removal_losses, searched_widths
 from transact.compensate import NormalEquations, compensate_by_bias, compensate_on_dense_inputs, fit_projection
 from transact.criteria import LayerScores
-from transact.widths import Widths, uniform_widths, widths_after_shot, widths_by_name
+from transact.widths import Widths, alignment, uniform_widths, widths_after_shot, widths_by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
 WINDOWS = torch.randint(1, 97, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -153,7 +153,7 @@ def test_budgets_that_cannot_be_met_say_what_can():
         uniform_widths(dense.config, 0.05, kv_ratio=0.8)
     with pytest.raises(ValueError, match="out of reach: with heads"):
         uniform_widths(dense.config, 0.95, granularity="heads")
-    with pytest.raises(ValueError, match="mha-dim must be a multiple of 48 .* up to the model's 96, got 144"):
+    with pytest.raises(ValueError, match=r"mha-dim must be a multiple of 48 .* up to the model's 96, got 144"):
         widths_by_name(dense.config, mha_dim=144, granularity="heads")
 
 
@@ -292,5 +292,5 @@ def test_settings_that_exclude_each_other_are_refused(changes, named):
 
 def test_recipes_are_plain_data():
     assert json.loads(json.dumps(vars(PRESETS["best"])))["criterion"] == "predicted-loss"
-    with pytest.raises(ValueError, match="unknown preset 'bets', allowed: best, .*did you mean 'best'"):
+    with pytest.raises(ValueError, match=r"unknown preset 'bets', allowed: best, .*did you mean 'best'"):
         transact.recipe_by_name("bets")

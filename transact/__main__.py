@@ -52,7 +52,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Parse and run the subcommand's `run`; a ValueError is the user's and ends in one line and exit code 2."""
-    logging.basicConfig(format="%(message)s")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry, twice
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options = parser.parse_args(arguments)
@@ -114,6 +114,10 @@ def prune_command(options: argparse.Namespace) -> None:
     ratio = DEFAULT_RATIO if options.ratio is None else options.ratio
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", options.kv_ratio)
+    if options.samples < 1:
+        raise ValueError(f"at least one window is needed, got --samples {options.samples}")
+    if options.seq_len is not None and options.seq_len < 2:
+        raise ValueError(f"seq-len must be at least 2, got {options.seq_len}")
     recipe = chosen_recipe(options)
     out = check_destination(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)

@@ -10,6 +10,7 @@ from .criteria import LayerScores
 from .widths import (
     MODULES,
     Widths,
+    alignment,
     check_modules,
     check_ratio,
     dense_widths,
@@ -22,12 +23,6 @@ from .widths import (
 )
 
 TOLERANCE = 0.005  # of the fraction removed
-
-
-def alignment(config: PretrainedConfig) -> tuple[int, int]:
-    """Multiples of head and MLP widths: 8 and 64, less where a head has fewer than 64 or an MLP fewer than 1536."""
-    head, mlp = dense_widths(config)[0].v_head_dim, config.intermediate_size
-    return max(1, min(8, head // 8)), max(1, 2 ** min(6, (mlp // 24).bit_length() - 1))
 
 
 def removal_losses(scores: torch.Tensor) -> torch.Tensor:

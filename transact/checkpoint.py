@@ -15,15 +15,21 @@ from .plan import Plan
 def check_destination(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
     """`out` as a path. Raises ValueError where it exists, or, with `overwrite`, where it is no checkpoint of ours."""
     out = Path(out)
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ValueError(f"output {str(out)!r} exists and is not a directory")
-    if out.exists() and not overwrite:
-        raise ValueError(f"output directory {str(out)!r} exists; name another or pass --overwrite")
-    if out.exists() and any(out.iterdir()) and not (out / "pruning.json").exists():
-        raise ValueError(f"output directory {str(out)!r} holds no pruned checkpoint (pruning.json); it is not replaced")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"output directory {str(out)!r} cannot be made: {str(parent)!r} is not a writable directory")
+    try:
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise ValueError(f"output {str(out)!r} exists and is not a directory")
+        if out.exists() and not overwrite:
+            raise ValueError(f"output directory {str(out)!r} exists; name another or pass --overwrite")
+        if out.exists() and any(out.iterdir()) and not (out / "pruning.json").exists():
+            raise ValueError(
+                f"output directory {str(out)!r} holds no pruned checkpoint (pruning.json); it is not replaced"
+            )
+        if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise ValueError(f"output directory {str(out)!r} is where this command runs; it is not replaced")
+        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".partial-{out.name}-"))  # the only sure test
+    except OSError as error:
+        raise ValueError(f"output directory {str(out)!r} cannot be made: {error.strerror}") from error
     return out
 
 
@@ -51,7 +57,8 @@ def save_checkpoint(
         save_file(plan.tensors(), partial / "plan.safetensors", metadata={"format": "pt"})
         (partial / "pruning.json").write_text(json.dumps(pruning, indent=2) + "\n", encoding="utf-8")
         partial.chmod(0o755)
-        (partial / "model.safetensors").chmod(0o644) if (partial / "model.safetensors").exists() else None
+        for file in partial.iterdir():  # some writers make files that only their owner can read
+            file.chmod(0o644)
         replaced = None
         if out.exists():
             replaced = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".replaced-{out.name}-"))

@@ -234,9 +234,10 @@ def compensate_on_pruned_inputs(
 ) -> list[dict[str, float | None]]:
     """Refit `narrowed` layer by layer on what its own earlier layers now give; the ridges chosen, by layer.
 
-    The target of each projection is the residual stream of the `model` it was cut from, less that of the narrowed one
-    before the projection, so every layer also makes up for the errors of those before it. Both models advance block by
-    block (`LayerWalk`); see there for `device`.
+    The target of `o_proj` and `down_proj` is the residual stream of the `model` it was cut from, less that of the
+    narrowed one before the projection, so every layer also makes up for the errors of those before it; the other
+    projections read a linear guess of what the dense model's would read. Both models advance block by block
+    (`LayerWalk`); see there for `device`.
     """
     if bias:
         _ensure_bias(narrowed)
@@ -250,22 +251,58 @@ def compensate_on_pruned_inputs(
     target_walk, walk = LayerWalk(model, batches, device=device), LayerWalk(narrowed, batches, device=device)
     ridges = []
     for index, before in target_walk.blocks(desc="compensate", disable=None if progress else True):
-        middles = []
+        layer = narrowed.model.layers[index]
+        attention, mlp = layer.self_attn, layer.mlp
+        entering, middles = list(target_walk.hidden), []
         handle = before.post_attention_layernorm.register_forward_pre_hook(
             lambda module, inputs, into=middles: into.append(inputs[0])
         )
         for batch in range(len(batches)):
             target_walk.advance(index, before, batch)
         handle.remove()
-        layer = narrowed.model.layers[index]
+        chosen = {}
         with on_device(layer, device):
-            attention = _refit(
-                layer.self_attn.o_proj, _attention_inputs(walk, index, layer), walk, middles, held_out, bias
+            readers = (attention.q_proj, attention.k_proj, attention.v_proj)
+            norms = layer.input_layernorm, before.input_layernorm
+            chosen["qkv_proj"] = _restore_inputs(readers, norms, walk.hidden, entering, held_out)
+            inputs = _attention_inputs(walk, index, layer)
+            chosen["o_proj"] = _refit(attention.o_proj, inputs, walk, middles, held_out, bias)
+            norms = layer.post_attention_layernorm, before.post_attention_layernorm
+            chosen["gate_up_proj"] = _restore_inputs(
+                (mlp.gate_proj, mlp.up_proj), norms, walk.hidden, middles, held_out
             )
-            mlp = _refit(layer.mlp.down_proj, _mlp_inputs(walk, layer), walk, target_walk.hidden, held_out, bias)
-        ridges.append({"o_proj": attention, "down_proj": mlp})
+            chosen["down_proj"] = _refit(
+                mlp.down_proj, _mlp_inputs(walk, layer), walk, target_walk.hidden, held_out, bias
+            )
+        ridges.append(chosen)
     narrowed.train(was_training)
     return ridges
+
+
+def _restore_inputs(
+    readers: Sequence[nn.Linear],
+    norms: tuple[nn.Module, nn.Module],
+    hidden: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    held_out: Sequence[int],
+) -> float | None:
+    """Let projections read the best linear guess of the dense model's normalised residual stream; the ridge chosen.
+
+    The map (D, D) that takes the narrowed model's normalised stream nearest to the dense model's is multiplied into
+    the weights of all `readers` (their biases stay).
+    """
+    weight = readers[0].weight
+    identity = torch.eye(weight.shape[1], device=weight.device)
+    equations = [NormalEquations.empty(*identity.shape, weight.device) for _ in range(2)]
+    for batch, (mine, dense) in enumerate(zip(hidden, targets, strict=True)):
+        rows, wanted = norms[0](mine.to(weight.device)), norms[1](dense.to(weight.device))
+        ones = torch.ones(rows.shape[0] * rows.shape[1], 1, device=weight.device)
+        equations[held_out[batch]].add(rows.flatten(0, 1), wanted.flatten(0, 1), ones)
+    fit = fit_projection(identity, *equations)
+    if fit.ridge is not None:
+        for reader in readers:
+            reader.weight.copy_(reader.weight.double() @ fit.weight)
+    return fit.ridge
 
 
 def _attention_inputs(walk: LayerWalk, index: int, layer: nn.Module):

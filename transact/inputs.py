@@ -5,6 +5,7 @@ installation carries (docstrings of the pinned libraries, the interpreter's own 
 """
 
 import ast
+import difflib
 import hashlib
 import importlib.util
 import os
@@ -74,10 +75,19 @@ def load_model(
     source = _source(name)
     read_config(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES.get(dtype, "auto"))
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, ignore_mismatched_sizes=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # torn files raise whatever their parser raises
-        raise ValueError(f"model {str(name)!r} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"model {str(name)!r} cannot be read: {_in_one_line(error)}") from error
+    for what in ("missing_keys", "mismatched_keys"):  # transformers fills them with random numbers
+        if loading[what]:
+            first = sorted(key if isinstance(key, str) else key[0] for key in loading[what])[0]
+            state = what.removesuffix("_keys").replace("mismatched", "of the wrong shape")
+            raise ValueError(
+                f"model {str(name)!r} cannot be read: {first} is {state} ({len(loading[what])} such weights)"
+            )
     return model.to(device).eval(), tokenizer
 
 
@@ -94,7 +104,9 @@ def read_config(name: str | os.PathLike) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(_source(name))
     except Exception as error:  # not there, torn, or refused by its own validation
         allowed = f"allowed: {EMBEDDED_MODEL}, a checkpoint directory, or a Hugging Face id that can be reached"
-        raise ValueError(f"no model {str(name)!r} ({_first_line(error)}); {allowed}") from error
+        if difflib.get_close_matches(str(name), [EMBEDDED_MODEL]):
+            allowed += f"; did you mean {EMBEDDED_MODEL!r}?"
+        raise ValueError(f"no model {str(name)!r} ({_in_one_line(error)}); {allowed}") from error
     if config.model_type not in MODEL_TYPES:
         raise ValueError(f"model {str(name)!r} is of type {config.model_type!r}, allowed: {', '.join(MODEL_TYPES)}")
     return config
@@ -105,16 +117,20 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device {device!r} cannot be used ({_first_line(error)}); allowed: auto, cpu, cuda"
+            f"device {device!r} cannot be used ({_in_one_line(error)}); allowed: auto, cpu, cuda"
         ) from error
     return torch.device(device)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+def _in_one_line(error: Exception) -> str:
+    """The error's message without line ends, cut where it gets long."""
+    message = " ".join((str(error) or type(error).__name__).split())
+    return message if len(message) <= 300 else f"{message[:300]} ..."
 
 
 @dataclass(frozen=True)
@@ -143,9 +159,11 @@ def load_text(name: str, *, split: str = "calibration") -> Text:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text {name!r} cannot be read as UTF-8: {_first_line(error)}") from error
+        raise ValueError(f"text {name!r} cannot be read as UTF-8: {_in_one_line(error)}") from error
     if not content.strip():
         raise ValueError(f"text {name!r} is empty")
+    if "\0" in content:
+        raise ValueError(f"text {name!r} is binary: it holds NUL characters")
     return Text(path.name, content)
 
 
@@ -205,7 +223,7 @@ def _hub_rows(*arguments, **options):
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # no package, no network, a renamed set: all mean the same to the user
         raise ValueError(
-            f"data set {arguments[0]!r} cannot be loaded ({_first_line(error)}); "
+            f"data set {arguments[0]!r} cannot be loaded ({_in_one_line(error)}); "
             "it needs the package datasets and the hub: name a text file or 'embedded' instead"
         ) from error
 

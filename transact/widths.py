@@ -129,6 +129,12 @@ def widths_by_name(
     return (narrower(dense, mha_dim, mlp_dim, group, granularity),) * config.num_hidden_layers
 
 
+def alignment(config: PretrainedConfig) -> tuple[int, int]:
+    """Multiples of head and MLP widths: 8 and 64, less where a head has fewer than 64 or an MLP fewer than 1536."""
+    head, mlp = dense_widths(config)[0].v_head_dim, config.intermediate_size
+    return max(1, min(8, head // 8)), max(1, 2 ** min(6, (mlp // 24).bit_length() - 1))
+
+
 def uniform_widths(
     config: PretrainedConfig,
     ratio: float,
@@ -136,8 +142,8 @@ def uniform_widths(
     kv_ratio: float | None = None,
     granularity: str = "dims",
     modules: Sequence[str] = MODULES,
-    head_multiple: int = 8,
-    mlp_multiple: int = 64,
+    head_multiple: int | None = None,
+    mlp_multiple: int | None = None,
     tolerance: float = 0.005,
 ) -> tuple[Widths, ...]:
     """Widths that remove `ratio` of the decoder layers' linear parameters, the same share of every module.
@@ -148,12 +154,14 @@ def uniform_widths(
 
     Head widths are rounded to `head_multiple`. The last of `modules` takes up what that gives or takes: MLP widths are
     multiples of `mlp_multiple`, and where the remainder does not divide evenly some layers, spread over the depth, get
-    one multiple more. In a model too small to come within `tolerance` of the ratio with these multiples, they are
+    one multiple more. Left out, both are what `alignment` says. In a model too small to come within `tolerance` of the ratio with these multiples, they are
     halved until it does. Raises ValueError for a ratio outside [0, 1) or beyond reach.
     """
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
     check_modules(config, modules, granularity)
+    head_multiple = alignment(config)[0] if head_multiple is None else head_multiple
+    mlp_multiple = alignment(config)[1] if mlp_multiple is None else mlp_multiple
     for name, multiple in (("head_multiple", head_multiple), ("mlp_multiple", mlp_multiple)):
         if multiple < 1:
             raise ValueError(f"{name} must be at least 1, got {multiple}")
@@ -161,8 +169,8 @@ def uniform_widths(
         return dense_widths(config)
     # head widths give way last: they are what attention kernels want aligned
     nearest = None
-    settings = itertools.product(_halvings(head_multiple, 2), _halvings(mlp_multiple, 1), (round, math.ceil))
-    for heads, mlp, rounding in settings:
+    settings = itertools.product((round, math.ceil), _halvings(head_multiple, 2), _halvings(mlp_multiple, 1))
+    for rounding, heads, mlp in settings:
         rounding = math.floor if kv_ratio else rounding
         widths = _rounded_widths(config, ratio, kv_ratio or 0.0, granularity, modules, heads, mlp, rounding)
         off = abs(fraction_removed(config, widths) - ratio)
