@@ -154,8 +154,10 @@ def uniform_widths(
 
     Head widths are rounded to `head_multiple`. The last of `modules` takes up what that gives or takes: MLP widths are
     multiples of `mlp_multiple`, and where the remainder does not divide evenly some layers, spread over the depth, get
-    one multiple more. Left out, both are what `alignment` says. In a model too small to come within `tolerance` of the ratio with these multiples, they are
-    halved until it does. Raises ValueError for a ratio outside [0, 1) or beyond reach.
+    one multiple more. Left out, both multiples are what `alignment` says; in a model too small to come within
+    `tolerance` of the ratio with them, they are halved until it does.
+
+    Raises ValueError for a ratio outside [0, 1) or beyond reach.
     """
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
