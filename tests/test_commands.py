@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +124,17 @@ def test_bench_memory(prune, tmp_path, capsys):
         (["--mha-dim", "54"], "multiple of 12"),
         (["--mha-dim", "108"], "up to the model's 96, got 108"),
         (["--criterion", "activatoin"], "did you mean 'activation'?"),
+        (["--preset", "bets"], "did you mean 'best'?"),
+        (["--kv-ratio", "1"], "kv-ratio is the fraction removed and must lie in [0, 1), got 1.0"),
+        (["--kv-ratio", "0.8", "--ratio", "0.05"], "cannot be met together"),
+        (["--kv-ratio", "0.5", "--mlp-dim", "8"], "give one of them"),
+        (["--modules", "mlp,ears"], "must name some of qk, vo, mlp, got mlp, ears"),
+        (["--granularity", "heads", "--mha-dim", "144"], "up to the model's 96, got 144"),
+        (["--granularity", "limbs"], "allowed: dims, heads, both"),
+        (["--allocation", "searched", "--preset", "flap"], "needs a criterion that predicts losses"),
+        (["--shots", "0"], "shots must be at least 1"),
+        (["--criterion", "magnitude", "--samples", "0"], "at least one window"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
         (
             ["--calibration", "no-such.txt"],
             "no text 'no-such.txt', allowed: embedded, wikitext2, ptb, c4, or a text file",
@@ -157,6 +169,8 @@ def test_texts_that_are_none(prune, tmp_path, capsys):
     assert_refused(lambda: prune("--calibration", str(tmp_path / "empty.txt")), "is empty", capsys)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     assert_refused(lambda: prune("--calibration", str(tmp_path / "binary.txt")), "cannot be read as UTF-8", capsys)
+    (tmp_path / "zeros.txt").write_bytes(bytes(5000))
+    assert_refused(lambda: prune("--calibration", str(tmp_path / "zeros.txt")), "NUL characters", capsys)
     assert_refused(lambda: prune("--calibration", str(tmp_path)), "no text", capsys)
 
 
@@ -177,6 +191,15 @@ def test_models_that_are_none(prune, tiny_directory, tmp_path, capsys, monkeypat
     (infinite / "model.safetensors").write_bytes((tiny_directory / "model.safetensors").read_bytes()[:5000])
     assert_refused(lambda: prune(model=infinite), "cannot be read", capsys)
 
+    missing = shutil.copytree(tiny_directory, tmp_path / "missing")
+    weights = load_file(missing / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, missing / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(lambda: prune(model=missing), "model.layers.1.mlp.up_proj.weight is missing", capsys)
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 48)
+    save_file(weights, missing / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(lambda: prune(model=missing), "up_proj.weight is of the wrong shape", capsys)
+
     assert prune(out=tmp_path / "pruned") == 0
     capsys.readouterr()
     assert_refused(lambda: prune(model=tmp_path / "pruned"), "pruned already", capsys)
@@ -190,6 +213,45 @@ def test_output_that_exists_is_left_alone(prune, tmp_path, capsys):
     assert_refused(prune, "exists; name another or pass --overwrite", capsys)
     assert_refused(lambda: prune("--overwrite"), "holds no pruned checkpoint", capsys)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter"]
+
+
+def test_output_that_cannot_be_made_is_refused_before_any_work(prune, tmp_path, capsys, monkeypatch):
+    assert_refused(lambda: prune(out=tmp_path / ("x" * 300)), "cannot be made: File name too long", capsys)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pruning.json").write_text("{}")
+    assert_refused(lambda: prune("--overwrite", out="."), "is where this command runs", capsys)
+
+
+def test_everyone_can_read_a_checkpoint(prune, tmp_path):
+    assert prune("--ratio", "0.3") == 0
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("preset", transact.PRESETS)
+def test_presets_by_command(prune, tmp_path, preset):
+    assert prune("--preset", preset, "--ratio", "0.3", "--layerwise") == 0
+    pruning = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert pruning["fraction_removed"] == pytest.approx(0.3, abs=0.0055)
+    assert pruning["recipe"]["criterion"] == transact.PRESETS[preset].criterion
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+
+
+def test_best_is_the_default_and_a_criterion_alone_is_the_papers(prune, tmp_path):
+    assert prune(out=tmp_path / "default") == 0
+    assert prune("--criterion", "wanda", out=tmp_path / "wanda") == 0
+    recipes = [json.loads((tmp_path / name / "pruning.json").read_text())["recipe"] for name in ("default", "wanda")]
+    assert [recipe["allocation"] for recipe in recipes] == ["searched", "uniform"]
+    assert [recipe["criterion"] for recipe in recipes] == ["predicted-loss", "wanda"]
+
+
+def test_readme_and_help_name_every_preset_and_criterion(capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
+    for name in (*transact.PRESETS, *transact.CRITERIA):
+        assert f"| `{name}`" in readme
+        assert name in shown or name in shown.replace("- ", "-")
 
 
 def test_hub_that_cannot_be_reached_is_one_line(prune, capsys, monkeypatch):
