@@ -25,11 +25,10 @@ SHAPE = {
 SEQ_LEN = 256
 
 
-@pytest.fixture(scope="module", params=["float32", "fast"])
-def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
-    dtype = fast_dtype("auto") if request.param == "fast" else request.param
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(resolve_device("auto"), DTYPES[dtype]).eval()
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(resolve_device("auto"), DTYPES[fast_dtype("auto")]).eval()
 
 
 def windows(samples: int) -> torch.Tensor:
@@ -44,46 +43,48 @@ def seconds(run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-RECIPES = {
-    "transact": transact.PRESETS["transact"],
-    "best, dense inputs": replace(transact.PRESETS["best"], compensation="dense"),
-    "best": transact.PRESETS["best"],
-}
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_prune_against_the_bare_forward_pass(benchmark, model, recipe, capsys):
-    text = windows(64)
+def time_against_the_bare_forward_pass(benchmark, model, recipe, text, capsys, *, rounds: int, warmup_rounds: int):
+    """Time calibrating, scoring, planning, pruning and compensating, each round after a bare forward pass."""
     device = model.device
+    ratios, forward_seconds = [], []
 
     @torch.no_grad()
     def bare_forward():
         for batch in text.split(8):
             model.model(input_ids=batch.to(device), use_cache=False)
 
-    ratios, forward_seconds = [], []
-
-    def prune():
-        """Calibrate, score, plan, prune and compensate."""
-        transact.prune(model, text, recipe=RECIPES[recipe], ratio=0.2)
-
     def forward_first():
         forward_seconds.append(seconds(bare_forward, device))
 
     def timed_prune():
-        ratios.append(seconds(prune, device) / forward_seconds[-1])
+        ratios.append(
+            seconds(lambda: transact.prune(model, text, recipe=recipe, ratio=0.2), device) / forward_seconds[-1]
+        )
 
-    benchmark.pedantic(timed_prune, setup=forward_first, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(timed_prune, setup=forward_first, rounds=rounds, warmup_rounds=warmup_rounds)
     benchmark.extra_info |= {
-        "ratio": statistics.median(ratios[1:]),
-        "ratios": ratios[1:],
-        "bare_forward_s": statistics.median(forward_seconds[1:]),
+        "ratio": statistics.median(ratios[warmup_rounds:]),
+        "ratios": ratios[warmup_rounds:],
+        "bare_forward_s": statistics.median(forward_seconds[warmup_rounds:]),
+        "tokens": text.numel(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
     }
     with capsys.disabled():
-        print(f"\n{recipe}: prune / bare forward, {model.dtype}, {device.type}: {benchmark.extra_info['ratio']:.3f}",
-              end=" ")  # fmt: skip
+        print(f"\n{text.numel()} tokens, {model.dtype}, {device.type}: prune / bare forward = "
+              f"{benchmark.extra_info['ratio']:.3f} (median of {rounds})", end=" ")  # fmt: skip
+
+
+def test_transact_against_the_bare_forward_pass(benchmark, model, capsys):
+    recipe = transact.PRESETS["transact"]
+    time_against_the_bare_forward_pass(benchmark, model, recipe, windows(32), capsys, rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("compensation", ["dense", "pruned"])
+def test_best_against_the_bare_forward_pass(benchmark, model, compensation, capsys):
+    """With statistics of the dense model throughout, and as the preset is, refitting on the pruned model's inputs."""
+    recipe = replace(transact.PRESETS["best"], compensation=compensation)
+    time_against_the_bare_forward_pass(benchmark, model, recipe, windows(64), capsys, rounds=1, warmup_rounds=0)
 
 
 @pytest.mark.parametrize("samples", [8, 32])

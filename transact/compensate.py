@@ -38,7 +38,8 @@ class NormalEquations:
 
         `kept` holds indices (n,), or is a map (N, n) from all inputs to the kept ones.
         """
-        weight, products, total = weight.double(), moments.products.double(), moments.sum.double()
+        weight = weight.double()
+        products, total = moments.products.to(weight), moments.sum.to(weight)  # statistics may lie elsewhere
         if kept.ndim == 1:
             rows = products[kept]
             return cls(rows[:, kept], rows @ weight.T, total[kept], weight @ total, moments.tokens)
@@ -215,7 +216,7 @@ def compensate_by_bias(
             (layer.self_attn.o_proj, before.self_attn.o_proj, stats.attention_output_sum.flatten(), attention),
             (layer.mlp.down_proj, before.mlp.down_proj, stats.mlp_sum, kept.mlp_dims),
         ):
-            mean = total / stats.tokens
+            mean = (total / stats.tokens).to(old.weight.device)
             kept_mean = mean[into] if into.ndim == 1 else into.to(mean).T @ mean
             lost = old.weight.double() @ mean - linear.weight.double() @ kept_mean
             linear.bias += lost.to(linear.bias)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 
+import accelerate
 import torch
 from torch import nn
 from transformers import PretrainedConfig
@@ -133,6 +134,9 @@ def apply_plan(model: nn.Module, plan: Plan, *, rope: str = "pairs") -> TransAct
     narrowed.tie_weights()
     narrowed.generation_config = copy.deepcopy(model.generation_config)
     narrowed.requires_grad_(True)
+    device_map = getattr(model, "hf_device_map", None) or {}
+    if len(set(device_map.values())) > 1:  # over several devices: hidden states must be handed on as in the model
+        accelerate.dispatch_model(narrowed, device_map)
     return narrowed.train(model.training)
 
 
