@@ -171,7 +171,10 @@ def uniform_widths(
         return dense_widths(config)
     # head widths give way last: they are what attention kernels want aligned
     nearest = None
-    settings = itertools.product((round, math.ceil), _halvings(head_multiple, 2), _halvings(mlp_multiple, 1))
+    roundings = (
+        (math.ceil, round) if granularity == "heads" else (round, math.ceil)
+    )  # the paper's: heads are rounded up
+    settings = itertools.product(roundings, _halvings(head_multiple, 2), _halvings(mlp_multiple, 1))
     for rounding, heads, mlp in settings:
         rounding = math.floor if kv_ratio else rounding
         widths = _rounded_widths(config, ratio, kv_ratio or 0.0, granularity, modules, heads, mlp, rounding)
