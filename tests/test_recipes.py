@@ -276,6 +276,7 @@ def test_block_by_block_prunes_as_the_whole_model_does():
         ({"allocation": "searched"}, "needs a criterion that predicts losses: predicted-loss"),
         ({"allocation": "searched", "criterion": "predicted-loss", "granularity": "heads"}, "granularity must be dims"),
         ({"allocation": "global"}, "granularity must be heads"),
+        ({"allocation": "global", "granularity": "heads"}, "its criterion is fluctuation"),
         ({"rope": "released", "modules": ("vo", "mlp")}, "the same width"),
         ({"rope": "released", "criterion": "predicted-loss"}, "changes their basis"),
         ({"rope": "rotten"}, "unknown rope 'rotten', allowed: pairs, released"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from .criteria import LayerScores
+from .criteria import LayerScores, standardised
 from .widths import (
     MODULES,
     Widths,
@@ -186,20 +186,15 @@ def _use_up(config: PretrainedConfig, choices: _Choices, picked: torch.Tensor, b
     return _as_widths(config, flat, widths_of(config))
 
 
-def _standardised(scores: torch.Tensor) -> torch.Tensor:
-    """Scores less their mean over the layer, over their standard deviation; float64."""
-    scores = scores.double()
-    return (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-30)
-
-
 def global_widths(
     config: PretrainedConfig, scores: Sequence[LayerScores], ratio: float, *, kv_ratio: float | None = None
 ) -> tuple[Widths, ...]:
     """FLAP's allocation: whole heads and MLP dimensions of all layers compete by scores standardised layer by layer.
 
-    A head's z-score is the mean of its dimensions'. The lowest go until `ratio` of the dense linear parameters is gone;
-    a layer keeps at least one head and one MLP dimension (An et al., AAAI 2024, "adaptive structure search"). Widths
-    are as they fall, not aligned.
+    Head scores are z-scores already (`Fluctuation`). The lowest go until `ratio` of the dense linear parameters is
+    gone; a layer keeps at least one head and one MLP dimension (An et al., AAAI 2024, "adaptive structure search").
+    Widths are as they fall, not aligned.
+
     Raises ValueError where the ratio is out of reach or a KV budget is asked for, which this allocation does not know.
     """
     check_ratio("ratio", ratio)
@@ -210,8 +205,8 @@ def global_widths(
     for index, (layer, widths) in enumerate(zip(scores, current, strict=True)):
         head_cost = config.hidden_size * (group + 1) * (widths.qk_head_dim + widths.v_head_dim)
         for scores_of_units, is_head, cost in (
-            (_standardised(layer.value_dims).mean(dim=1), True, head_cost),
-            (_standardised(layer.mlp_dims), False, 3 * config.hidden_size),
+            (layer.kv_heads, True, head_cost),
+            (standardised(layer.mlp_dims), False, 3 * config.hidden_size),
         ):
             units += [(score, index, is_head, cost) for score in scores_of_units.sort().values[:-1].tolist()]
     excess = linear_parameters(config, current) - (1 - ratio) * linear_parameters(config, dense_widths(config))

@@ -172,11 +172,18 @@ class Wanda:
         return LayerScores(pair_energy(statistics), values, mlp, kv_heads=values.mean(dim=1))
 
 
+def standardised(scores: torch.Tensor) -> torch.Tensor:
+    """Scores less their mean over the layer, over their standard deviation; float64."""
+    scores = scores.double()
+    return (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-30)
+
+
 @dataclass(frozen=True)
 class Fluctuation:
     """the largest variance of the activation x squared norm of the column that reads it (FLAP's)
 
-    An et al., AAAI 2024: what is constant can be replaced by a bias. A head's score is the mean over its dimensions.
+    An et al., AAAI 2024: what is constant can be replaced by a bias. A head's score is the mean z-score of the
+    dimensions of its query heads among those of the layer.
     """
 
     needs = frozenset({STATISTICS})
@@ -186,9 +193,10 @@ class Fluctuation:
         tokens = statistics.tokens
         variance = statistics.attention_output / tokens - (statistics.attention_output_sum / tokens).square()
         mlp_variance = statistics.mlp / tokens - (statistics.mlp_sum / tokens).square()
-        values = _by_kv_head(variance * output_norms.square(), statistics)
+        values = variance * output_norms.square()
+        heads = _by_kv_head(standardised(values), statistics).mean(dim=1) / (len(values) // len(statistics.key))
         return LayerScores(
-            pair_energy(statistics), values, mlp_variance * down_norms.square(), kv_heads=values.mean(dim=1)
+            pair_energy(statistics), _by_kv_head(values, statistics), mlp_variance * down_norms.square(), kv_heads=heads
         )
 
 

@@ -82,6 +82,8 @@ class Recipe:
             raise ValueError("allocation 'searched' narrows heads: granularity must be dims")
         if self.allocation == "global" and (self.granularity != "heads" or set(self.modules) != set(MODULES)):
             raise ValueError("allocation 'global' drops whole heads and MLP dimensions: granularity must be heads")
+        if self.allocation == "global" and self.criterion != "fluctuation":
+            raise ValueError("allocation 'global' compares z-scores across layers: its criterion is fluctuation")
         if self.rope == "released" and (set(self.modules) != set(MODULES) or self.allocation == "searched"):
             raise ValueError("rope 'released' gives q, k, v and o the same width: all modules, and not searched")
         if self.rope == "released" and getattr(criterion, "value_basis", False):
