@@ -92,7 +92,7 @@ def markdown_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
 
 def plot_perplexity(frame: pd.DataFrame) -> Figure:
     """Perplexity (logarithmic) against the fraction removed, one line for each method, error bars of one error."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     dense = frame[frame["method"] == "dense"]
     pruned = frame[frame["method"] != "dense"]
@@ -111,7 +111,7 @@ def plot_perplexity(frame: pd.DataFrame) -> Figure:
     windows = f"{first['evaluation_windows']} windows of {first['evaluation_seq_len']} tokens"
     axes.set_title(f"{first['model']}, {windows} of {first['evaluation_text']}, {first['dtype']}", fontsize=10)
     if len(pruned):
-        axes.legend(title="method", frameon=False)
+        figure.legend(title="method", frameon=False, loc="outside right upper")
     return figure
 
 
