@@ -132,7 +132,7 @@ def activation(width: int, tokens: int = 500) -> torch.Tensor:
 
 
 def refit_loss(readers, moments, kept) -> float:
-    """What dropping all but `kept` costs after the best refit, by the formula (METHODS 1)."""
+    """What dropping all but `kept` costs after the best refit, by the formula."""
     inside = moments[:, kept] @ torch.linalg.solve(moments[kept][:, kept], moments[kept])
     return (readers @ (moments - inside) @ readers.T).trace().item()
 

@@ -45,7 +45,7 @@ def test_linear_parameters_are_the_models():
 
 
 def test_paper_table():
-    """Parameters and KV elements of TransAct-1.3B and of the released default (PAPER.md's table, from the paper)."""
+    """Parameters and KV elements of TransAct-1.3B and of the released default (the paper's figures)."""
     for mha_dim, mlp_dim, total, kv_elements in ((768, 1536, 1.27e9, 49_152), (2048, 3072, 2.54e9, 131_072)):
         widths = transact.widths_by_name(LLAMA2_7B, mha_dim=mha_dim, mlp_dim=mlp_dim)
         parameters = linear_parameters(LLAMA2_7B, widths) + 32 * 2 * 4096 + 4096 + 2 * 32_000 * 4096

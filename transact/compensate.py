@@ -89,7 +89,7 @@ def fit_projection(
 
     Minimises E|y - W x|^2 + r sum_i E[x_i^2] |W_i - prior_i|^2 for each ridge r, so that none depends on the scale of
     an input, takes the r whose error on `held_out` is least, and keeps the prior where none improves on it there; the
-    chosen r is then fitted on all tokens (METHODS 1). With `bias` x and y are centred, and the bias meets the means.
+    chosen r is then fitted on all tokens. With `bias` x and y are centred, and the bias meets the means.
     """
     prior = prior.double()
     ridge, weight = None, prior
@@ -174,7 +174,7 @@ def compensate_on_dense_inputs(
     """Refit `narrowed` in closed form by statistics of the `model` it was cut from with `plan`; the ridges chosen.
 
     Every projection is to give what it gave, from what was kept of the same inputs: x x^T is C[S, S] and x y^T is
-    C[S, :] W^T, with second moments C of all inputs (METHODS 1). Raises ValueError where there are none.
+    C[S, :] W^T, with second moments C of all inputs. Raises ValueError where there are none.
     """
     if any(layer.mlp_moments is None for layer in statistics):
         raise ValueError("least squares need second moments: calibrate(..., second_moments=True)")
@@ -205,7 +205,7 @@ def compensate_on_dense_inputs(
 def compensate_by_bias(
     narrowed: nn.Module, model: nn.Module, plan: Plan, statistics: Sequence[LayerStatistics]
 ) -> None:
-    """Add to the biases of `o_proj` and `down_proj` what the dropped inputs gave on average (FLAP; METHODS 4)."""
+    """Add to the biases of `o_proj` and `down_proj` what the dropped inputs gave on average (FLAP)."""
     _ensure_bias(narrowed)
     for layer, before, kept, stats in zip(
         narrowed.model.layers, model.model.layers, plan.layers, statistics, strict=True

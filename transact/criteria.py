@@ -52,7 +52,7 @@ class LayerScores:
 
 
 def head_scores(value_dims: torch.Tensor) -> torch.Tensor:
-    """Scores of whole heads from those of their dimensions, (heads, V) -> (heads,) (PAPER, "Importance")."""
+    """Scores of whole heads from those of their dimensions, (heads, V) -> (heads,) (the paper, "Importance")."""
     return value_dims.mean(dim=1) + 10 / value_dims.shape[1] * value_dims.max(dim=1).values
 
 
@@ -99,8 +99,8 @@ class Activation:
 class Taylor:
     """the largest sum of |gradient x weight| over its rows and columns (the paper's rival; LLM-Pruner)
 
-    The gradients' absolute values are summed over calibration batches (PAPER, "Rival"). A key-value head's score sums
-    everything that goes with it.
+    The gradients' absolute values are summed over calibration batches. A key-value head's score sums everything
+    that goes with it.
     """
 
     needs = frozenset({STATISTICS, WEIGHT_GRADIENTS})
@@ -248,7 +248,7 @@ class ObsPruning:
     A score is the predicted loss of removing this dimension and all that go before it. With `weighted`, errors of a
     module's output count as the language-model loss minds them (nats a token, by gradients; pairs by the gradient of a
     gate), so scores of all layers and modules compare; else as squared errors, pairs by `pair_energy`. With
-    `value_basis` values are dropped along the axes that cost least, not along the dense model's (METHODS 1, 2 and 3).
+    `value_basis` values are dropped along the axes that cost least, not along the dense model's.
     Each dimension's second moment is raised by the fraction dimensions / tokens: on other text the kept dimensions make
     up for less than they seem to on the calibration tokens, the more so the fewer tokens there were.
     """
@@ -356,7 +356,7 @@ def cheapest_basis(readers: torch.Tensor, moments: torch.Tensor) -> tuple[ValueB
 
     `readers` (K, m, V), `moments` (K, V, V). With C = L L^T and the eigenvectors U of L^T readers^T readers L, dropping
     the axis u costs its eigenvalue: the optimal oblique projection is L U_r U_r^T L^-1 (Eckart and Young, in the
-    metric of C; METHODS 2).
+    metric of C).
     """
     identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
     # only against singularity: the projection is exact whatever the floor

@@ -74,7 +74,7 @@ def narrower(current: Widths, mha_dim: int, mlp_dim: int, group: int, granularit
     """The paper's widths of one layer whose attention output is to be `mha_dim` and whose MLP `mlp_dim` wide.
 
     Whole heads: ceil(mha_dim / head width) of them; dimensions: mha_dim // heads of each, rounded up to even; both:
-    heads first (PAPER, "Importance"). With grouped queries a whole key-value head goes with its group.
+    heads first (the paper, "Importance"). With grouped queries a whole key-value head goes with its group.
     """
     kv_heads, width = current.kv_heads, current.v_head_dim
     if granularity != "dims":
@@ -91,7 +91,7 @@ def _even(width: int) -> int:
 
 
 def next_shot(current: int, target: int, shots_left: int) -> int:
-    """A width after the next of `shots_left` shots (PAPER, "Iterative schedule")."""
+    """A width after the next of `shots_left` shots (the paper, "Iterative schedule")."""
     return current - (current - target) // shots_left
 
 
