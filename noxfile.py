@@ -42,6 +42,13 @@ def ablations(session: nox.Session) -> None:
 
 
 @nox.session
+def regression(session: nox.Session) -> None:
+    """Prune the embedded model and compare with the baseline kept here; `-- --bless` writes a new one."""
+    install(session)
+    session.run("python", "-m", "bench", "regression", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Speed and memory of the pruning pipeline against the bare forward pass."""
     install(session)

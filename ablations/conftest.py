@@ -7,16 +7,22 @@ import pytest
 from bench.records import Record, append_record, read_records
 from bench.workbench import Workbench, method_of
 from reports.report import write_report
+from transact.inputs import TEXTS
 
 
 def pytest_addoption(parser: pytest.Parser):
     group = parser.getgroup("ablations")
     group.addoption("--model", default="smollm2-135m", help="embedded model, checkpoint directory or hub id")
-    group.addoption("--calibration", default="embedded", help="text: embedded, wikitext2, ptb, c4 or a file")
+    group.addoption("--calibration", default="embedded", help=f"text: {', '.join(TEXTS)} or a file")
     group.addoption("--samples", type=int, default=64, help="calibration windows")
-    group.addoption("--evaluation", default="embedded", help="text: embedded, wikitext2, ptb, c4 or a file")
+    group.addoption("--evaluation", default="embedded", help=f"text: {', '.join(TEXTS)} or a file")
     group.addoption("--windows", type=int, default=48, help="evaluation windows")
     group.addoption("--seq-len", type=int, default=256, help="tokens of a window")
+    group.addoption("--windowing", default="blocks", help="blocks, or rolling as lm-eval's")
+    group.addoption("--bos", action="store_true", help="begin each block with a BOS token")
+    group.addoption("--tasks", default="probes", help="tasks of ablate_capability, separated by commas; name@25: shots")
+    group.addoption("--tasks-path", type=Path, help="a folder of lm-eval task files")
+    group.addoption("--limit", type=int, default=50, help="the first N items of each task; 0: all")
     group.addoption("--seed", type=int, default=0, help="of the calibration windows and the random criterion")
     group.addoption("--device", default="auto", help="auto, cpu, cuda ...")
     group.addoption("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float16")
@@ -35,12 +41,30 @@ def workbench(request: pytest.FixtureRequest) -> Workbench:
             evaluation=option("evaluation"),
             windows=option("windows"),
             evaluation_seq_len=option("seq_len"),
+            evaluation_windowing=option("windowing"),
+            evaluation_bos=option("bos"),
+            tasks=option("tasks").split(","),
+            tasks_path=option("tasks_path"),
+            task_limit=option("limit") or None,
             seed=option("seed"),
             dtype=option("dtype"),
             device=option("device"),
         )
     except ValueError as error:
         pytest.exit(f"ablations: error: {error}", returncode=2)
+
+
+@pytest.fixture(scope="session")
+def with_tasks(workbench: Workbench):
+    """A function that has a case measured on the tasks as well."""
+
+    def extended(case):
+        try:
+            return workbench.with_tasks(case)
+        except ValueError as error:
+            pytest.exit(f"ablations: error: {error}", returncode=2)
+
+    return extended
 
 
 @pytest.fixture(scope="session")

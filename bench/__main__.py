@@ -5,23 +5,28 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from transact.__main__ import OneLineParser, add_model_options, run_command
-from transact.inputs import TEXTS, cut_windows, load_model, load_text, tokenise
+from transact.inputs import TEXTS, load_model, load_text
 
+from . import regression
 from .memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
-from .perplexity import measure_perplexity
+from .perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
 
 
 def perplexity_command(options: argparse.Namespace) -> None:
     text = load_text(options.text, split="evaluation")
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
-    windows = cut_windows(tokenise(text, tokenizer), length=options.seq_len, count=options.windows)
-    result = dataclasses.asdict(measure_perplexity(model, tokenizer, windows, progress=True))
+    windows = evaluation_windows(
+        text, tokenizer, length=options.seq_len, count=options.windows, windowing=options.windowing, bos=options.bos
+    )
+    result = dataclasses.asdict(measure_perplexity(model, windows, progress=True))
     del result["losses"]
     print(json.dumps({
-        "model": options.model, "text": text.name, "sha256": text.sha256, "windows": len(windows),
-        "seq_len": options.seq_len, "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
+        "model": options.model, "text": text.name, "sha256": text.sha256, "windows": len(windows.ids),
+        "seq_len": options.seq_len, "windowing": options.windowing, "bos": options.bos,
+        "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
         **result,
     }))  # fmt: skip
 
@@ -35,6 +40,50 @@ def memory_command(options: argparse.Namespace) -> None:
     }))  # fmt: skip
 
 
+def zero_shot_command(options: argparse.Namespace) -> None:
+    from .zero_shot import evaluate_tasks, resolve_tasks  # lm-eval takes seconds to import
+
+    tasks = resolve_tasks(options.tasks.split(","), options.tasks_path)
+    model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
+    results = evaluate_tasks(model, tokenizer, tasks, limit=options.limit, progress=True)
+    for name, result in results.items():
+        for metric, value in result.metrics.items():
+            error = result.standard_errors[metric]
+            spread = f" +- {error:.4f}" if error is not None else ""
+            print(f"{name:24} {metric:24} {value:.4f}{spread}  ({result.items} items, {result.shots} shots, "
+                  f"version {result.version:g})")  # fmt: skip
+    plain = {name: dataclasses.asdict(result) for name, result in results.items()}
+    for result in plain.values():
+        del result["scores"]
+    print(json.dumps({
+        "model": options.model, "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
+        "tasks": plain,
+    }))  # fmt: skip
+
+
+def probes_command(options: argparse.Namespace) -> None:
+    from .probes import PROBES, write_probes
+
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_probes(options.out, seed=options.seed)
+    except OSError as error:
+        raise ValueError(f"probes cannot be written to {str(options.out)!r}: {error.strerror}") from error
+    print(f"wrote {len(PROBES)} tasks to {options.out}; lm_eval --include_path {options.out} --tasks probes")
+
+
+def regression_command(options: argparse.Namespace) -> int:
+    if options.bless:
+        regression.check_clean_tree(options.baseline)
+        regression.write_baseline(options.baseline, regression.measure_cells(device=options.device))
+        print(f"wrote {options.baseline}: review and commit it")
+        return 0
+    baseline = regression.read_baseline(options.baseline)
+    verdicts = regression.compare(baseline, regression.measure_cells(device=options.device))
+    print(regression.table(verdicts))
+    return int(any(verdict.complaint for verdict in verdicts))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -43,16 +92,36 @@ def build_parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--text", default="embedded", help=f"{', '.join(TEXTS)} or a text file (embedded)")
     perplexity.add_argument("--seq-len", type=int, default=256, help="tokens of a window (256)")
     perplexity.add_argument("--windows", type=int, help="the first N windows (all of the text)")
+    windowing = "blocks: windows by themselves; rolling: every token once, as lm-eval (blocks)"
+    perplexity.add_argument("--windowing", default="blocks", choices=WINDOWINGS, help=windowing)
+    perplexity.add_argument("--bos", action="store_true", help="begin each block with a BOS token")
     memory = commands.add_parser("memory", help="parameters, weight bytes, KV bytes per token, peak memory")
     memory.set_defaults(run=memory_command)
-    for command in (perplexity, memory):
+    zero_shot = commands.add_parser("zero-shot", help="zero-shot and few-shot tasks by lm-eval")
+    zero_shot.set_defaults(run=zero_shot_command)
+    zero_shot.add_argument("--tasks", default="probes", help="tasks separated by commas: probes, paper, names; "
+                           "name@25 for 25 shots (probes)")  # fmt: skip
+    zero_shot.add_argument("--tasks-path", type=Path, help="a folder of lm-eval task files (*.yaml)")
+    zero_shot.add_argument("--limit", type=int, help="the first N items of each task (all)")
+    for command in (perplexity, memory, zero_shot):
         command.add_argument("model", help="smollm2-135m (embedded), a checkpoint directory or a Hugging Face id")
         add_model_options(command)
+    probes = commands.add_parser("probes", help="write the bundled probes as lm-eval tasks, for other clients")
+    probes.set_defaults(run=probes_command)
+    probes.add_argument("out", type=Path, help="directory to write")
+    probes.add_argument("--seed", type=int, default=0, help="that the items are drawn with (0)")
+    check = commands.add_parser("regression", help="compare with the baseline; exit code 1 where something moved")
+    check.set_defaults(run=regression_command)
+    check.add_argument("--bless", action="store_true", help="write a new baseline instead (on a clean tree)")
+    check.add_argument(
+        "--baseline", type=Path, default=regression.BASELINE, help="baseline file (reports/baseline.json)"
+    )
+    check.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code is 0, or 2 for a mistake of the user's."""
+    """Run the command line; the exit code is 0, 1 for a regression, or 2 for a mistake of the user's."""
     return run_command(build_parser(), arguments)
 
 

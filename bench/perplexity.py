@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte over non-overlapping windows, summed in float64."""
+"""Perplexity and bits per byte of a text, every token predicted at most once, summed in float64."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,31 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+
+from transact.inputs import Text, cut_windows, tokenise
+
+WINDOWINGS = ("blocks", "rolling")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Rows of token ids (count, length): in each all but the first are predicted; of the last, only its `in_last` last.
+
+    `bytes` are the UTF-8 bytes that the predicted tokens stand for.
+    """
+
+    ids: torch.Tensor
+    in_last: int
+    bytes: int
+
+    @classmethod
+    def of_blocks(cls, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> "Windows":
+        """Rows (count, length) that stand by themselves: of each all but the first token are predicted."""
+        return cls(ids, ids.shape[1] - 1, _bytes(tokenizer, ids[:, 1:]))
+
+    @property
+    def predicted(self) -> int:
+        return (len(self.ids) - 1) * (self.ids.shape[1] - 1) + self.in_last
 
 
 @dataclass(frozen=True)
@@ -27,44 +52,102 @@ class Perplexity:
     losses: tuple[float, ...]
 
 
+def evaluation_windows(
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    count: int | None = None,
+    windowing: str = "blocks",
+    bos: bool = False,
+) -> Windows:
+    """Windows of a text to measure perplexity on; the first `count`, or all.
+
+    "blocks": windows of `length` tokens that do not overlap, each by itself; its first token is only read, or, with
+    `bos`, comes after a BOS token and is predicted too. "rolling": as lm-eval's `loglikelihood_rolling`, in windows of
+    `length` predictions every token of the text is predicted once, the first after the BOS token (EOS where the
+    tokeniser has none), and every later window reads the token before it.
+
+    Raises ValueError where the text is too short or the tokeniser has no token to begin with.
+    """
+    if windowing not in WINDOWINGS:
+        raise ValueError(f"unknown windowing {windowing!r}, allowed: {', '.join(WINDOWINGS)}")
+    tokens = tokenise(text, tokenizer)
+    if windowing == "blocks":
+        ids = cut_windows(tokens, length=length, count=count)
+        if bos:
+            ids = torch.cat((torch.full((len(ids), 1), _first_token(tokenizer, "BOS")), ids), dim=1)
+        return Windows.of_blocks(ids, tokenizer)
+    if bos:
+        raise ValueError("bos is for windowing blocks: rolling windows begin with one, and read the token before them")
+    if length < 2 or len(tokens) == 0:
+        raise ValueError(
+            f"rolling windows need text and a seq-len of at least 2, got {len(tokens)} tokens and {length}"
+        )
+    length = min(length, len(tokens))
+    available = -(-len(tokens) // length)
+    if count is not None and not 1 <= count <= available:
+        raise ValueError(f"the text has {available} windows of {length} tokens, {count} asked for")
+    if count is None or count == available:
+        text_bytes = len(text.content.encode())
+    else:
+        tokens = tokens[: count * length]
+        text_bytes = _bytes(tokenizer, tokens[None])
+    stream = torch.cat((torch.tensor([_first_token(tokenizer, "BOS or EOS")]), tokens))
+    rows = stream.unfold(0, length + 1, length)
+    in_last = len(tokens) % length or length
+    if in_last < length:  # as lm-eval's: the last window is as long as the others and reads more
+        rows = torch.cat((rows, stream[None, -(length + 1) :]))
+    return Windows(rows, in_last, text_bytes)
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase, wanted: str) -> int:
+    token = tokenizer.bos_token_id
+    if token is None and "EOS" in wanted:
+        token = tokenizer.eos_token_id
+    if token is None:
+        raise ValueError(f"the tokeniser has no {wanted} token to begin a window with")
+    return token
+
+
+def _bytes(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> int:
+    return sum(len(piece.encode()) for piece in tokenizer.batch_decode(ids))
+
+
 @torch.no_grad()
 def measure_perplexity(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: torch.Tensor,
-    *,
-    tokens_per_batch: int = 2048,
-    progress: bool = False,
+    model: nn.Module, windows: Windows, *, tokens_per_batch: int = 2048, progress: bool = False
 ) -> Perplexity:
-    """Perplexity over `windows` (count, length): each is scored by itself, without BOS, from its second token on.
+    """Perplexity over windows of a text.
 
     Raises ValueError where a loss is not finite, or where a window is longer than the model's context.
     """
-    count, length = windows.shape
+    count, length = len(windows.ids), windows.ids.shape[1] - 1
     if length > model.config.max_position_embeddings:
         raise ValueError(
-            f"seq-len {length} is longer than the model's context of {model.config.max_position_embeddings}"
+            f"windows read {length} tokens, longer than the model's context of {model.config.max_position_embeddings}"
         )
     model.eval()
-    batches = windows.split(max(1, tokens_per_batch // length))
-    nats = []
+    batches = windows.ids.split(max(1, tokens_per_batch // length))
+    losses = []
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None if progress else True):
         batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        nats.append(losses.view(len(batch), -1).double().sum(dim=1).cpu())
-    per_window = torch.cat(nats) / (length - 1)
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float()
+        each = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        losses.append(each.view(len(batch), -1).double().cpu())
+    each = torch.cat(losses)
+    nats, tokens = each.sum(dim=1), torch.full((count,), length)
+    nats[-1], tokens[-1] = each[-1, -windows.in_last :].sum(), windows.in_last
+    per_window = nats / tokens
     if not per_window.isfinite().all():
         raise ValueError(f"the loss of window {int((~per_window.isfinite()).nonzero()[0])} is not finite")
-    loss = per_window.mean().item()
-    predicted = count * (length - 1)
-    text_bytes = sum(len(piece.encode()) for piece in tokenizer.batch_decode(windows[:, 1:]))
+    loss = nats.sum().item() / windows.predicted
     return Perplexity(
         perplexity=math.exp(loss),
-        bits_per_byte=loss * predicted / math.log(2) / text_bytes,
+        bits_per_byte=nats.sum().item() / math.log(2) / windows.bytes,
         loss=loss,
         standard_error=per_window.std().item() / math.sqrt(count) if count > 1 else math.nan,
-        tokens=predicted,
-        bytes=text_bytes,
+        tokens=windows.predicted,
+        bytes=windows.bytes,
         losses=tuple(per_window.tolist()),
     )

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
 class Case:
     """Everything that decides a result and nothing else. `criterion` is "dense" for the unpruned model.
 
-    From `granularity` to `shots` these are the fields of a recipe, `modules` joined by "+".
+    From `granularity` to `shots` these are the fields of a recipe, `modules` joined by "+"; so are `tasks`, each with
+    its shots where they are not the task's own (`name@shots`), and measured on the first `task_limit` items.
     """
 
     model: str
@@ -41,6 +42,10 @@ class Case:
     evaluation_sha256: str
     evaluation_windows: int
     evaluation_seq_len: int
+    evaluation_windowing: str
+    evaluation_bos: bool
+    tasks: str
+    task_limit: int | None
     dtype: str
     device: str
     code: str
@@ -50,7 +55,9 @@ class Case:
 class Record:
     """A case and what was measured: metrics with units in their names, standard errors, environment, status.
 
-    `method` is what tables call the recipe: the preset's name, or the criterion's.
+    `method` is what tables call the recipe: the preset's name, or the criterion's. `losses` are those of each window
+    in nats. `tasks` holds by name what `bench.zero_shot.TaskResult` does: version, shots, items and their hash, each
+    metric with its standard error, and the scores of all items.
     """
 
     case: Case
@@ -62,6 +69,7 @@ class Record:
     error: str | None = None
     losses: tuple[float, ...] = ()
     widths: tuple[Mapping[str, int], ...] = ()
+    tasks: Mapping[str, Mapping] = field(default_factory=dict)
     schema: int = field(default=SCHEMA)
 
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from transact.inputs import resolve_device
 
 from .environment import code_hash, environment
 from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
-from .perplexity import measure_perplexity
+from .perplexity import evaluation_windows, measure_perplexity
 from .records import Case, Record
 
 
@@ -73,6 +74,11 @@ class Workbench:
         evaluation: str = "embedded",
         windows: int = 48,
         evaluation_seq_len: int = 256,
+        evaluation_windowing: str = "blocks",
+        evaluation_bos: bool = False,
+        tasks: Sequence[str] = (),
+        tasks_path: Path | None = None,
+        task_limit: int | None = None,
         seed: int = 0,
         dtype: str = "auto",
         device: str = "auto",
@@ -89,9 +95,11 @@ class Workbench:
         self.calibration_windows = transact.cut_windows(
             transact.tokenise(calibration_text, self.tokenizer), length=calibration_seq_len, count=samples, seed=seed
         )
-        self.evaluation_windows = transact.cut_windows(
-            transact.tokenise(evaluation_text, self.tokenizer), length=evaluation_seq_len, count=windows
-        )
+        self.evaluation_windows = evaluation_windows(
+            evaluation_text, self.tokenizer, length=evaluation_seq_len, count=windows, windowing=evaluation_windowing,
+            bos=evaluation_bos,
+        )  # fmt: skip
+        self.task_names, self.tasks_path, self.task_limit = tuple(tasks), tasks_path, task_limit
         self.dense_case = Case(
             model=Path(model).name,
             model_hash=model_hash(self.dense),
@@ -107,6 +115,10 @@ class Workbench:
             evaluation_sha256=evaluation_text.sha256,
             evaluation_windows=windows,
             evaluation_seq_len=evaluation_seq_len,
+            evaluation_windowing=evaluation_windowing,
+            evaluation_bos=evaluation_bos,
+            tasks="",
+            task_limit=None,
             dtype=dtype,
             device=self.dense.device.type,
             code=code_hash(),
@@ -127,6 +139,17 @@ class Workbench:
         if recipe.criterion == "random":
             text = {**text, "seed": self.calibrated_fields["seed"]}
         return replace(self.dense_case, **recipe_fields(recipe), ratio=ratio, kv_ratio=kv_ratio, **text)
+
+    def with_tasks(self, case: Case) -> Case:
+        """The same case with the workbench's tasks measured as well."""
+        return replace(case, tasks="+".join(self.tasks), task_limit=self.task_limit)
+
+    @cached_property
+    def tasks(self) -> dict[str, object]:
+        """The tasks that the workbench was made with, loaded on first use."""
+        from .zero_shot import resolve_tasks  # lm-eval takes seconds to import
+
+        return resolve_tasks(self.task_names, self.tasks_path)
 
     def statistics(self, recipe: transact.Recipe) -> tuple[transact.Statistics, float]:
         """Statistics with all that the recipe needs, made once, and the seconds that took."""
@@ -164,8 +187,15 @@ class Workbench:
     def measure_model(self, model: nn.Module, case: Case, seconds: Mapping[str, float]) -> Record:
         """The record of a model: quality on the evaluation text, and sizes. Peak memory counts the dense model too."""
         start = time.perf_counter()
-        quality = measure_perplexity(model, self.tokenizer, self.evaluation_windows, progress=True)
+        quality = measure_perplexity(model, self.evaluation_windows, progress=True)
         seconds = {**seconds, "perplexity_s": time.perf_counter() - start}
+        tasks = {}
+        if case.tasks:
+            from .zero_shot import evaluate_tasks
+
+            start = time.perf_counter()
+            tasks = evaluate_tasks(model, self.tokenizer, self.tasks, limit=case.task_limit, progress=True)
+            seconds["tasks_s"] = time.perf_counter() - start
         widths = transact.widths_of(model.config)
         metrics = {
             "perplexity": quality.perplexity,
@@ -193,4 +223,5 @@ class Workbench:
             environment=self.environment(),
             losses=quality.losses,
             widths=tuple(asdict(layer) for layer in widths),
+            tasks={name: asdict(result) for name, result in tasks.items()},
         )

@@ -19,7 +19,7 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama("gqa").save_pretrained(directory)
     tokenizer = Tokenizer(models.WordLevel({"[unk]": 0} | {f"w{i}": i for i in range(1, 97)}, unk_token="[unk]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[unk]").save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[unk]", eos_token="w96").save_pretrained(directory)
     return directory
 
 

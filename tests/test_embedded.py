@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import transact
-from bench.perplexity import measure_perplexity
+from bench.perplexity import Windows, measure_perplexity
 from tests.test_measures import independent_loss
 
 
@@ -44,7 +44,7 @@ def windows(embedded):
 def test_dense_perplexity_is_what_a_loop_gives(embedded, windows):
     model, tokenizer = embedded
     few = windows[:2].to(model.device)
-    result = measure_perplexity(model, tokenizer, few)
+    result = measure_perplexity(model, Windows.of_blocks(few, tokenizer))
     assert result.loss == pytest.approx(independent_loss(model, few), rel=1e-5)
     assert math.isclose(result.perplexity, math.exp(result.loss))
 
@@ -54,12 +54,13 @@ def test_activation_beats_magnitude_and_random_by_far(embedded, windows):
     model, tokenizer = embedded
     text = transact.tokenise(transact.load_text("embedded"), tokenizer)
     calibration = transact.cut_windows(text, length=128, count=64, seed=0)
-    dense = measure_perplexity(model, tokenizer, windows).perplexity
+    evaluation = Windows.of_blocks(windows, tokenizer)
+    dense = measure_perplexity(model, evaluation).perplexity
     times_dense = {}
     for criterion in ("activation", "magnitude", "random"):
         recipe = transact.Recipe(criterion=criterion)
         narrowed = transact.prune(model, calibration, ratio=0.2, recipe=recipe).model
-        times_dense[criterion] = measure_perplexity(narrowed, tokenizer, windows).perplexity / dense
+        times_dense[criterion] = measure_perplexity(narrowed, evaluation).perplexity / dense
     assert times_dense["activation"] < 2
     assert min(times_dense["magnitude"], times_dense["random"]) > 100
 

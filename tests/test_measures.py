@@ -7,7 +7,7 @@ import torch
 
 import transact
 from bench.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
-from bench.perplexity import measure_perplexity
+from bench.perplexity import Windows, evaluation_windows, measure_perplexity
 from tests.tiny import random_plan, tiny_llama
 
 
@@ -27,7 +27,7 @@ def test_perplexity_is_what_a_loop_gives(tiny_directory, tiny_text):
     model, tokenizer = transact.load_model(tiny_directory, device="cpu")
     tokens = transact.tokenise(transact.load_text(str(tiny_text)), tokenizer)
     windows = transact.cut_windows(tokens, length=30, count=7)
-    result = measure_perplexity(model, tokenizer, windows, tokens_per_batch=64)
+    result = measure_perplexity(model, Windows.of_blocks(windows, tokenizer), tokens_per_batch=64)
     expected = independent_loss(model, windows)
     assert result.loss == pytest.approx(expected, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
@@ -42,12 +42,42 @@ def test_perplexity_is_what_a_loop_gives(tiny_directory, tiny_text):
 
 def test_perplexity_refuses_what_it_cannot_measure(tiny_directory):
     model, tokenizer = transact.load_model(tiny_directory, device="cpu")
-    with pytest.raises(ValueError, match="longer than the model's context of 128"):
-        measure_perplexity(model, tokenizer, torch.ones(1, 129, dtype=torch.int64))
+    with pytest.raises(ValueError, match="read 129 tokens, longer than the model's context of 128"):
+        measure_perplexity(model, Windows.of_blocks(torch.ones(1, 130, dtype=torch.int64), tokenizer))
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match="window 0 is not finite"):
-        measure_perplexity(model, tokenizer, torch.ones(1, 12, dtype=torch.int64))
+        measure_perplexity(model, Windows.of_blocks(torch.ones(1, 12, dtype=torch.int64), tokenizer))
+
+
+def test_rolling_windows_predict_every_token_once(tiny_directory, tmp_path):
+    _, tokenizer = transact.load_model(tiny_directory, device="cpu")
+    (tmp_path / "text").write_text(" ".join(f"w{i}" for i in range(1, 24)))
+    text = transact.load_text(str(tmp_path / "text"))
+    windows = evaluation_windows(text, tokenizer, length=10, windowing="rolling")
+    assert windows.ids[:, 0].tolist() == [96, 10, 13]  # EOS, then the token before; the last one reads more
+    assert windows.ids[:, 1:].tolist() == [[*range(1, 11)], [*range(11, 21)], [*range(14, 24)]]
+    assert (windows.in_last, windows.predicted) == (3, 23)
+    assert windows.bytes == len(text.content)
+    short = evaluation_windows(text, tokenizer, length=100, windowing="rolling")
+    assert (short.ids.shape, short.predicted) == ((1, 24), 23)
+    few = evaluation_windows(text, tokenizer, length=10, windowing="rolling", count=2)
+    assert (few.predicted, few.bytes) == (20, len(" ".join(f"w{i}" for i in range(1, 21))))
+
+
+def test_bos_begins_every_block(tiny_directory, tiny_text):
+    _, tokenizer = transact.load_model(tiny_directory, device="cpu")
+    text = transact.load_text(str(tiny_text))
+    with pytest.raises(ValueError, match="no BOS token"):
+        evaluation_windows(text, tokenizer, length=10, bos=True)
+    tokenizer.bos_token = "w96"
+    windows = evaluation_windows(text, tokenizer, length=10, count=4, bos=True)
+    plain = evaluation_windows(text, tokenizer, length=10, count=4)
+    assert (windows.ids[:, 0] == 96).all()
+    assert torch.equal(windows.ids[:, 1:], plain.ids)
+    assert (windows.predicted, plain.predicted) == (40, 36)
+    with pytest.raises(ValueError, match="bos is for windowing blocks"):
+        evaluation_windows(text, tokenizer, length=10, windowing="rolling", bos=True)
 
 
 @pytest.mark.parametrize("variant", ["mha", "gqa", "mqa"])

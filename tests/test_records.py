@@ -1,6 +1,7 @@
 """Records: nothing is lost, nothing is repeated, a torn line stops nobody."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,9 @@ CASE = Case(
     allocation="uniform", compensation="none", output_bias=False, rope="pairs", shots=1, ratio=0.2, kv_ratio=None,
     seed=0, calibration_text="words",
     calibration_sha256="a" * 64, calibration_samples=2, calibration_seq_len=8, evaluation_text="words",
-    evaluation_sha256="b" * 64, evaluation_windows=3, evaluation_seq_len=8, dtype="float32", device="cpu", code="c",
+    evaluation_sha256="b" * 64, evaluation_windows=3, evaluation_seq_len=8,
+    evaluation_windowing="blocks", evaluation_bos=False, tasks="", task_limit=None, dtype="float32", device="cpu",
+    code="c",
 )  # fmt: skip
 
 
@@ -29,7 +32,8 @@ def record(criterion: str = "activation", ratio: float = 0.2, perplexity: float 
     }  # fmt: skip
     environment = {"device": "cpu", "torch": "2", "transformers": "5", "transact": "0"}
     case = replace(CASE, criterion=criterion, ratio=ratio, **changes)
-    return Record(case, criterion, metrics, {"perplexity": 1.0}, environment)
+    losses = tuple(math.log(perplexity) + change for change in (-0.1, 0.0, 0.1))
+    return Record(case, criterion, metrics, {"perplexity": 1.0}, environment, losses=losses)
 
 
 def test_round_trip(tmp_path):
@@ -93,7 +97,8 @@ def test_report_compares_only_what_is_comparable(tmp_path):
     assert "900.00" in table
     assert " 1.50 " in table  # activation over dense
     assert " 2.00 " not in table
-    assert [file.name for file in files] == ["perplexity.md", "perplexity.csv", "perplexity.png", "perplexity.svg"]
+    kinds = {"perplexity": ("md", "csv", "png", "svg"), "differences": ("md", "csv")}
+    assert [file.name for file in files] == [f"{stem}.{kind}" for stem, suffixes in kinds.items() for kind in suffixes]
     assert all(file.stat().st_size > 0 for file in files)
     rows = (tmp_path / "perplexity.csv").read_text().splitlines()
     assert len(rows) == 4
@@ -138,7 +143,7 @@ def test_ablations_measure_only_what_has_no_record(tmp_path, tiny_directory, tin
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout
     records, _ = read_records(tmp_path / "records.jsonl")
-    assert len(records) == (4 if "-k" in arguments else 18)
+    assert len(records) == (4 if "-k" in arguments else 22)
     assert len({one.case for one in records}) == len(records)
     before = (tmp_path / "records.jsonl").read_bytes()
     second = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -59,7 +59,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where, **how: print(f"warning: {message}", file=sys.stderr)
-            options.run(options)
+            code = options.run(options)
     except ValueError as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -73,7 +73,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -317,8 +317,7 @@ def mean_moments(moments: tuple[Moments, Moments]) -> torch.Tensor:
 def inverse_with_ridge(moments: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     """(C + diag(ridge))^-1 for a positive semi-definite (n, n) C and a (n,) ridge, in their dtype."""
     floor = 1e-9 * moments.diagonal().mean() + torch.finfo(moments.dtype).tiny
-    identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    return torch.linalg.solve(moments + torch.diag(ridge.clamp(min=floor)), identity)
+    return torch.cholesky_inverse(torch.linalg.cholesky(moments + torch.diag(ridge.clamp(min=floor))))
 
 
 def greedy_losses(readers: torch.Tensor, moments: torch.Tensor, tokens: int, *, steps: int = 48) -> torch.Tensor:

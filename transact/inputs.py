@@ -80,7 +80,7 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # torn files raise whatever their parser raises
-        raise ValueError(f"model {str(name)!r} cannot be read: {_in_one_line(error)}") from error
+        raise ValueError(f"model {str(name)!r} cannot be read: {in_one_line(error)}") from error
     for what in ("missing_keys", "mismatched_keys"):  # transformers fills them with random numbers
         if loading[what]:
             first = sorted(key if isinstance(key, str) else key[0] for key in loading[what])[0]
@@ -106,7 +106,7 @@ def read_config(name: str | os.PathLike) -> PretrainedConfig:
         allowed = f"allowed: {EMBEDDED_MODEL}, a checkpoint directory, or a Hugging Face id that can be reached"
         if difflib.get_close_matches(str(name), [EMBEDDED_MODEL]):
             allowed += f"; did you mean {EMBEDDED_MODEL!r}?"
-        raise ValueError(f"no model {str(name)!r} ({_in_one_line(error)}); {allowed}") from error
+        raise ValueError(f"no model {str(name)!r} ({in_one_line(error)}); {allowed}") from error
     if config.model_type not in MODEL_TYPES:
         raise ValueError(f"model {str(name)!r} is of type {config.model_type!r}, allowed: {', '.join(MODEL_TYPES)}")
     return config
@@ -122,12 +122,12 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device {device!r} cannot be used ({_in_one_line(error)}); allowed: auto, cpu, cuda"
+            f"device {device!r} cannot be used ({in_one_line(error)}); allowed: auto, cpu, cuda"
         ) from error
     return torch.device(device)
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """The error's message without line ends, cut where it gets long."""
     message = " ".join((str(error) or type(error).__name__).split())
     return message if len(message) <= 300 else f"{message[:300]} ..."
@@ -159,7 +159,7 @@ def load_text(name: str, *, split: str = "calibration") -> Text:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text {name!r} cannot be read as UTF-8: {_in_one_line(error)}") from error
+        raise ValueError(f"text {name!r} cannot be read as UTF-8: {in_one_line(error)}") from error
     if not content.strip():
         raise ValueError(f"text {name!r} is empty")
     if "\0" in content:
@@ -168,16 +168,24 @@ def load_text(name: str, *, split: str = "calibration") -> Text:
 
 
 def _embedded_text(split: str) -> str:
-    """Documentation of modules that the two splits do not share, pieces in an order that mixes them."""
+    """Documentation of modules that the two splits do not share; the interpreter's own topics are in one of them."""
     if split == "calibration":
-        pieces = _docstrings("numpy") | _docstrings("pandas")
-    else:
-        from pydoc_data.topics import topics
+        return _docstrings_text(split)
+    from pydoc_data.topics import topics
 
-        pieces = _docstrings("matplotlib") | set(topics.values())
+    return _mixed(_docstrings("matplotlib") | set(topics.values()))
+
+
+def _docstrings_text(split: str) -> str:
+    """The same without the interpreter's topics: no Python version changes it."""
+    if split == "calibration":
+        return _mixed(_docstrings("numpy") | _docstrings("pandas"))
+    return _mixed(_docstrings("matplotlib"))
+
+
+def _mixed(pieces: set[str]) -> str:
     # in the order of their hashes: a few windows see many modules, and every machine sees the same
-    ordered = sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode()).digest())
-    return "\n\n".join(ordered)
+    return "\n\n".join(sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode()).digest()))
 
 
 def _docstrings(package: str, shortest: int = 200) -> set[str]:
@@ -223,12 +231,14 @@ def _hub_rows(*arguments, **options):
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # no package, no network, a renamed set: all mean the same to the user
         raise ValueError(
-            f"data set {arguments[0]!r} cannot be loaded ({_in_one_line(error)}); "
+            f"data set {arguments[0]!r} cannot be loaded ({in_one_line(error)}); "
             "it needs the package datasets and the hub: name a text file or 'embedded' instead"
         ) from error
 
 
-TEXTS: dict[str, Callable[[str], str]] = {"embedded": _embedded_text, "wikitext2": _wikitext2, "ptb": _ptb, "c4": _c4}
+TEXTS: dict[str, Callable[[str], str]] = {
+    "embedded": _embedded_text, "docstrings": _docstrings_text, "wikitext2": _wikitext2, "ptb": _ptb, "c4": _c4,
+}  # fmt: skip
 
 
 def tokenise(text: Text, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -1,0 +1,161 @@
+"""Has pruning become worse, or better, than the baseline that is kept in the repository?
+
+A baseline is a text file to be reviewed: perplexity, parameters and the loss of each window, by preset and ratio, on
+the embedded model and on text that every installation of the pinned packages has.
+"""
+
+import json
+import math
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transact import PRESETS
+
+from .records import Record
+from .significance import paired_difference
+from .workbench import Workbench
+
+BASELINE = Path(__file__).parents[1] / "reports" / "baseline.json"
+CELLS = (("best", 0.2), ("best", 0.5), ("transact", 0.3), ("transact-released", 0.3), ("flap", 0.3), ("wanda-sp", 0.3))
+SETTINGS = {"calibration": "docstrings", "samples": 32, "evaluation": "docstrings", "windows": 24, "dtype": "float32"}
+LEAST_TOLERANCE = 0.01  # of perplexity
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One cell against the baseline: `change` and `tolerance` are fractions of perplexity."""
+
+    cell: str
+    perplexity_before: float
+    perplexity: float
+    change: float
+    tolerance: float
+    parameters_before: int
+    parameters: int
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong, or nothing."""
+        if self.parameters != self.parameters_before:
+            return f"parameters were {self.parameters_before:,}"
+        if abs(self.change) <= self.tolerance:
+            return ""
+        return "worse" if self.change > 0 else "better: bless it"
+
+
+def measure_cells(
+    model: str = "smollm2-135m",
+    *,
+    cells: Sequence[tuple[str, float]] = CELLS,
+    settings: Mapping = SETTINGS,
+    device: str = "auto",
+) -> list[Record]:
+    """Records of the dense model and of every cell, a preset and a ratio."""
+    bench = Workbench(model, **settings, device=device)
+    cases = [bench.dense_case, *(bench.case(PRESETS[preset], ratio) for preset, ratio in cells)]
+    return [bench.measure(case) for case in cases]
+
+
+def baseline_of(records: Sequence[Record]) -> dict:
+    """What a baseline file holds of the records."""
+    case = next((record.case for record in records if record.case.calibration_sha256), records[0].case)
+    kept = ("model", "model_hash", "calibration_text", "calibration_sha256", "calibration_samples", "evaluation_text",
+            "evaluation_sha256", "evaluation_windows", "evaluation_seq_len", "dtype")  # fmt: skip
+    return {
+        **{name: getattr(case, name) for name in kept},
+        "environment": records[0].environment,
+        "cells": {
+            _cell(record): {
+                "perplexity": record.metrics["perplexity"],
+                "parameters": record.metrics["parameters"],
+                "losses": list(record.losses),
+            }
+            for record in records
+        },
+    }
+
+
+def _cell(record: Record) -> str:
+    return record.method if record.method == "dense" else f"{record.method} {record.case.ratio:g}"
+
+
+def compare(baseline: Mapping, records: Sequence[Record]) -> list[Verdict]:
+    """A verdict on every cell of the baseline.
+
+    Perplexity may move by 3 standard errors of the paired differences of the windows' losses, or by 1 %, whichever is
+    more. Raises ValueError where model, text or cells are not the baseline's.
+    """
+    now = baseline_of(records)
+    for name, value in now.items():
+        if name not in ("cells", "environment") and baseline.get(name) != value:
+            raise ValueError(
+                f"this run cannot be compared with the baseline: {name.replace('_', ' ')} is {value}, "
+                f"the baseline has {baseline.get(name)} (packages as pinned in constraints.txt?)"
+            )
+    if baseline["cells"].keys() != now["cells"].keys():
+        raise ValueError(f"the baseline has the cells {', '.join(baseline['cells'])}; run: {', '.join(now['cells'])}")
+    verdicts = []
+    for name, cell in now["cells"].items():
+        before = baseline["cells"][name]
+        difference = paired_difference(cell["losses"], before["losses"])
+        error = math.expm1(min(3 * difference.standard_error, 50)) if len(cell["losses"]) > 1 else 0.0
+        verdicts.append(
+            Verdict(
+                cell=name,
+                perplexity_before=before["perplexity"],
+                perplexity=cell["perplexity"],
+                change=math.expm1(min(difference.mean, 50)),
+                tolerance=max(error, LEAST_TOLERANCE),
+                parameters_before=before["parameters"],
+                parameters=cell["parameters"],
+            )
+        )
+    return verdicts
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """The verdicts as lines of text."""
+    lines = [f"{'cell':24} {'baseline':>10} {'now':>10} {'change':>9} {'tolerance':>9}  verdict"]
+    for v in verdicts:
+        lines.append(
+            f"{v.cell:24} {v.perplexity_before:10.3f} {v.perplexity:10.3f} {v.change:+9.2%} {v.tolerance:9.2%}  "
+            f"{v.complaint or 'as before'}"
+        )
+    return "\n".join(lines)
+
+
+def read_baseline(path: Path) -> dict:
+    """Raises ValueError where there is none or it cannot be read."""
+    try:
+        baseline = json.loads(path.read_text(encoding="utf-8"))
+        for cell in baseline["cells"].values():
+            cell["perplexity"], cell["parameters"], cell["losses"][0]
+        return baseline
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no baseline {str(path)!r}; --bless writes one") from error
+    except (OSError, ValueError, TypeError, KeyError, LookupError, AttributeError) as error:
+        raise ValueError(f"baseline {str(path)!r} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def write_baseline(path: Path, records: Sequence[Record]) -> None:
+    """One line for each cell, so that a review shows what moved; all or nothing."""
+    baseline = baseline_of(records)
+    cells = ",\n".join(f"    {json.dumps(name)}: {json.dumps(cell)}" for name, cell in baseline.pop("cells").items())
+    head = json.dumps(baseline, indent=2).removesuffix("\n}")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(f'{head},\n  "cells": {{\n{cells}\n  }}\n}}\n', encoding="utf-8")
+    partial.replace(path)
+
+
+def check_clean_tree(path: Path) -> None:
+    """Raise ValueError unless `path` lies in a git working tree in which nothing else is changed."""
+    command = ["git", "-C", str(path.parent), "status", "--porcelain", "--", ":/", f":(exclude){path.name}"]
+    try:
+        status = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"a baseline is blessed in a git working tree, {str(path.parent)!r} is none") from error
+    if status:
+        changed = status.split()[1]
+        raise ValueError(f"the tree has changes that are not committed ({changed} ...): commit them, then bless")

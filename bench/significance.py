@@ -1,0 +1,78 @@
+"""Is a difference more than chance? Paired bootstrap over windows of text or items of a task.
+
+Never imports torch: reports are made from records alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .records import Record
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences, its bootstrap interval at 95 %, and its standard error."""
+
+    mean: float
+    low: float
+    high: float
+    standard_error: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the interval holds zero."""
+        return self.low <= 0 <= self.high
+
+
+def paired_difference(scores: Sequence[float], reference: Sequence[float], *, seed: int = 0) -> Difference:
+    """`scores` less `reference`, pair by pair, both (n,).
+
+    The interval is the percentile bootstrap's (Efron and Tibshirani 1993) over 2,000 resamples of the pairs, with a
+    seed of its own, so the same records give the same figures. Raises ValueError where the two cannot be paired.
+    """
+    if len(scores) != len(reference) or not len(scores):
+        raise ValueError(f"{len(scores)} and {len(reference)} scores cannot be paired")
+    differences = np.asarray(scores, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    count, generator = len(differences), np.random.default_rng(seed)
+    drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)  # how often each pair is drawn
+    means = drawn @ differences / count
+    low, high = np.percentile(means, (2.5, 97.5))
+    error = differences.std(ddof=1) / count**0.5 if count > 1 else np.nan
+    return Difference(float(differences.mean()), float(low), float(high), float(error))
+
+
+def check_comparable(record: Record, other: Record) -> None:
+    """Raise ValueError, naming the first thing that differs, where figures of two records cannot be compared."""
+    names = ("model_hash", "evaluation_sha256", "evaluation_windows", "evaluation_seq_len", "evaluation_windowing",
+             "evaluation_bos", "dtype", "device")  # fmt: skip
+    for name in names:
+        mine, theirs = getattr(record.case, name), getattr(other.case, name)
+        if mine != theirs:
+            what = f"{name.replace('_', ' ')} {mine} and {theirs}"
+            raise ValueError(f"records of {record.method!r} and {other.method!r} cannot be compared: {what}")
+    for task in record.tasks.keys() & other.tasks.keys():
+        for name in ("version", "shots", "sha256"):
+            mine, theirs = record.tasks[task][name], other.tasks[task][name]
+            if mine != theirs:
+                raise ValueError(
+                    f"records of {record.method!r} and {other.method!r} cannot be compared: "
+                    f"{name} {mine} and {theirs} of task {task!r}"
+                )
+
+
+def differences(record: Record, reference: Record) -> dict[str, Difference]:
+    """`record` less `reference`: "loss_nats", and "task metric" for every metric that has a score for each item.
+
+    Raises ValueError as `check_comparable` does.
+    """
+    check_comparable(record, reference)
+    found = {"loss_nats": paired_difference(record.losses, reference.losses)}
+    for task, result in record.tasks.items():
+        if task in reference.tasks:
+            for metric, scores in result["scores"].items():
+                found[f"{task} {metric}"] = paired_difference(scores, reference.tasks[task]["scores"][metric])
+    return found

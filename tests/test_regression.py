@@ -1,0 +1,163 @@
+"""The regression check: passes on the same code, fails on injected faults, refuses what is not comparable."""
+
+import json
+import re
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import regression
+from bench.__main__ import main
+from bench.regression import compare, measure_cells, read_baseline, write_baseline
+from tests.test_records import record
+from transact.criteria import Activation
+
+SETTINGS = {"calibration": "docstrings", "samples": 4, "evaluation": "docstrings", "windows": 6,
+            "calibration_seq_len": 128, "evaluation_seq_len": 128, "dtype": "float32"}  # fmt: skip
+CELLS = (("transact", 0.2),)
+
+
+def some_records():
+    dense = record("dense", 0.0, 20.0, calibration_sha256=None)
+    return [dense, record("activation", 0.2, 30.0), record("random", 0.2, 90.0)]
+
+
+def moved(one, nats: float, spread: float = 0.0):
+    losses = tuple(loss + nats + sign * spread for loss, sign in zip(one.losses, (-1, 0, 1), strict=True))
+    return replace(one, losses=losses)
+
+
+def verdicts_after(change, tmp_path):
+    path = tmp_path / "baseline.json"
+    write_baseline(path, some_records())
+    dense, first, second = some_records()
+    return compare(read_baseline(path), [dense, change(first), second])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaints"),
+    [
+        (lambda one: one, ["", "", ""]),
+        (lambda one: moved(one, 0.009), ["", "", ""]),
+        (lambda one: moved(one, 0.011), ["", "worse", ""]),
+        (lambda one: moved(one, -0.011), ["", "better: bless it", ""]),
+        (lambda one: moved(one, 0.05, spread=0.1), ["", "", ""]),  # three standard errors are 0.17
+        (lambda one: moved(one, 0.25, spread=0.1), ["", "worse", ""]),
+        (lambda one: replace(one, metrics={**one.metrics, "parameters": 999}), ["", "parameters were 1,000", ""]),
+    ],
+)
+def test_verdicts(change, complaints, tmp_path):
+    assert [verdict.complaint for verdict in verdicts_after(change, tmp_path)] == complaints
+
+
+def test_a_baseline_can_be_reviewed(tmp_path):
+    write_baseline(tmp_path / "baseline.json", some_records())
+    lines = (tmp_path / "baseline.json").read_text().splitlines()
+    assert sum('"losses"' in line for line in lines) == 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "baseline.json"]
+
+
+@pytest.mark.parametrize("changes", [{"evaluation_sha256": "f" * 64}, {"model_hash": "1" * 16}])
+def test_other_text_or_model_is_refused(changes, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be compared with the baseline: .* the baseline has"):
+        verdicts_after(lambda one: replace(one, case=replace(one.case, **changes)), tmp_path)
+
+
+def test_other_cells_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"the baseline has the cells dense, activation 0\.2, random 0\.2; run: "):
+        verdicts_after(lambda one: replace(one, case=replace(one.case, ratio=0.4)), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"cells": {"dense": {}}}', '{"cells": 3}'])
+def test_a_baseline_that_is_torn_is_named(content, tmp_path, capsys):
+    (tmp_path / "baseline.json").write_text(content)
+    assert main(["regression", "--baseline", str(tmp_path / "baseline.json")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be read" in error
+    assert error.count("\n") == 1
+    assert main(["regression", "--baseline", str(tmp_path / "none.json")]) == 2
+    assert "--bless writes one" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The command with made-up measurements."""
+    monkeypatch.setattr(regression, "measure_cells", lambda **options: some_records())
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_bless_wants_a_clean_tree(quick, tmp_path, capsys):
+    path = tmp_path / "reports" / "baseline.json"
+    path.parent.mkdir()
+    arguments = ["regression", "--baseline", str(path)]
+    assert main([*arguments, "--bless"]) == 2
+    assert "git working tree" in capsys.readouterr().err
+    git(tmp_path, "init", "-q")
+    (tmp_path / "code.py").write_text("")
+    assert main([*arguments, "--bless"]) == 2
+    assert "not committed (code.py ...)" in capsys.readouterr().err
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "all")
+    assert main([*arguments, "--bless"]) == 0
+    assert main([*arguments, "--bless"]) == 0  # the baseline itself may be new
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("as before") == 3
+    path.write_text(re.sub(r'"parameters": \d+', '"parameters": 7', path.read_text()))
+    assert main(arguments) == 1
+    assert "parameters were 7" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def blessed(embedded, tmp_path_factory):
+    path = tmp_path_factory.mktemp("baseline") / "baseline.json"
+    write_baseline(path, measure_cells(cells=CELLS, settings=SETTINGS, device="cpu"))
+    return read_baseline(path)
+
+
+@pytest.mark.slow
+def test_the_same_code_gives_the_same_digits(blessed):
+    records = measure_cells(cells=CELLS, settings=SETTINGS, device="cpu")
+    again = json.loads(json.dumps(regression.baseline_of(records)))
+    assert again["cells"] == blessed["cells"]
+
+
+def keep_the_least_important(monkeypatch):
+    score = Activation.score
+
+    def negated(self, layer, index, statistics):
+        scores = score(self, layer, index, statistics)
+        return replace(scores, mlp_dims=-scores.mlp_dims)
+
+    monkeypatch.setattr(Activation, "score", negated)
+
+
+def shift_one_rope_pair(monkeypatch):
+    """In every head of the narrowed model one kept pair turns at its neighbour's frequency."""
+    import transact.recipe as module
+
+    apply_plan = module.apply_plan
+
+    def shifted(dense, plan, **options):
+        narrowed = apply_plan(dense, plan, **options)
+        with torch.no_grad():
+            for name, buffer in narrowed.named_buffers():
+                if name.endswith("rope_pairs"):
+                    buffer[..., 0] += 1
+        return narrowed
+
+    monkeypatch.setattr(module, "apply_plan", shifted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [keep_the_least_important, shift_one_rope_pair])
+def test_faults_in_the_core_are_found(fault, blessed, monkeypatch):
+    fault(monkeypatch)
+    dense, pruned = compare(blessed, measure_cells(cells=CELLS, settings=SETTINGS, device="cpu"))
+    assert dense.complaint == ""
+    assert pruned.complaint == "worse"
