@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser):
     group.addoption("--bos", action="store_true", help="begin each block with a BOS token")
     group.addoption("--tasks", default="probes", help="tasks of ablate_capability, separated by commas; name@25: shots")
     group.addoption("--tasks-path", type=Path, help="a folder of lm-eval task files")
-    group.addoption("--limit", type=int, default=50, help="the first N items of each task; 0: all")
+    group.addoption("--limit", type=int, default=80, help="the first N items of each task; 0: all")
     group.addoption("--seed", type=int, default=0, help="of the calibration windows and the random criterion")
     group.addoption("--device", default="auto", help="auto, cpu, cuda ...")
     group.addoption("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float16")

@@ -8,7 +8,7 @@ import transact
 from tests.tiny import scores_of, tiny_llama
 from transact.calibration import held_out_split
 from transact.criteria import cheapest_basis, greedy_losses, head_scores, mean_moments, value_moments
-from transact.gradients import loss_gradients
+from transact.gradients import OUTPUTS_EVERY, loss_gradients
 from transact.plan import select
 from transact.widths import dense_widths
 
@@ -40,7 +40,7 @@ def test_output_gradients_are_those_of_the_whole_model(model):
                 seen[key] = output
 
             handles.append(module.register_forward_hook(keep))
-    windows = WINDOWS[::4]
+    windows = WINDOWS[::OUTPUTS_EVERY]
     summed_loss(model, windows).backward()
     for handle in handles:
         handle.remove()

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .gradients import LayerGradients, loss_gradients
 from .walk import LayerWalk, kv_heads_of
 
+SQUARE = 512  # products of activations are summed in squares of this side, a third of which symmetry saves
 HELD_OUT_EVERY = 8  # of so many windows one is kept aside, to choose the ridge of the least squares on
 
 
@@ -25,6 +26,26 @@ class Moments:
     products: torch.Tensor
     sum: torch.Tensor
     tokens: int
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device) -> "Moments":
+        return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device), 0)
+
+    def add(self, rows: torch.Tensor, total: torch.Tensor) -> None:
+        """Add tokens, rows (T, n) with the sum `total` (n,); of the products only blocks on and above the diagonal."""
+        rows = rows.float()
+        for start in range(0, len(self.products), SQUARE):
+            stop = start + SQUARE
+            self.products[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        self.sum += total
+        self.tokens += len(rows)
+
+    def mirrored(self) -> "Moments":
+        """Itself, with the products below the diagonal filled in."""
+        for start in range(0, len(self.products), SQUARE):
+            stop = start + SQUARE
+            self.products[stop:, start:stop] = self.products[start:stop, stop:].T
+        return self
 
 
 @dataclass(frozen=True)
@@ -98,18 +119,12 @@ class _Collector:
     def _add_input(self, name: str, activation: torch.Tensor) -> None:
         rows = activation.reshape(-1, activation.shape[-1])
         self._add(name, sum_of_squares(rows))
-        self._add(f"{name} sum", rows.sum(dim=0, dtype=torch.float32).double())
-        if not self.second_moments:
-            return
-        rows = rows.float()
-        moments = self.moments[name][self.held_out]
-        if moments is None:
-            width = rows.shape[1]
-            moments = Moments(rows.new_zeros(width, width), rows.new_zeros(width), 0)
-            self.moments[name][self.held_out] = moments
-        moments.products.addmm_(rows.T, rows)
-        moments.sum += rows.sum(dim=0)
-        moments.tokens += len(rows)
+        total = rows.sum(dim=0, dtype=torch.float32)
+        self._add(f"{name} sum", total.double())
+        if self.second_moments:
+            if self.moments[name][self.held_out] is None:
+                self.moments[name][self.held_out] = Moments.empty(rows.shape[1], rows.device)
+            self.moments[name][self.held_out].add(rows, total)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -134,8 +149,8 @@ class _Collector:
         moments = {}
         for name, (fitted, held_out) in self.moments.items():
             if fitted is not None:
-                nothing = Moments(torch.zeros_like(fitted.products), torch.zeros_like(fitted.sum), 0)
-                moments[name] = fitted, held_out or nothing
+                held_out = held_out or Moments.empty(len(fitted.sum), fitted.sum.device)
+                moments[name] = fitted.mirrored(), held_out.mirrored()
         kv_heads = kv_heads_of(self.layer)
         return LayerStatistics(
             tokens=tokens,

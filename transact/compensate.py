@@ -15,6 +15,7 @@ from .plan import LayerPlan, Plan
 from .walk import LayerWalk, on_device
 
 RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3)  # of each input's second moment
+SKETCH = 64
 
 
 @dataclass
@@ -38,11 +39,12 @@ class NormalEquations:
 
         `kept` holds indices (n,), or is a map (N, n) from all inputs to the kept ones.
         """
-        weight = weight.double()
+        weight = weight.float()
         products, total = moments.products.to(weight), moments.sum.to(weight)  # statistics may lie elsewhere
         if kept.ndim == 1:
             rows = products[kept]
             return cls(rows[:, kept], rows @ weight.T, total[kept], weight @ total, moments.tokens)
+        kept = kept.to(weight)
         rows = kept.T @ products
         return cls(rows @ kept, rows @ weight.T, kept.T @ total, weight @ total, moments.tokens)
 
@@ -58,11 +60,16 @@ class NormalEquations:
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
         return NormalEquations(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
 
-    def means(self, centred: bool) -> tuple[torch.Tensor, ...]:
-        """Per unit of weight, float64: x x^T, x y^T, x and y; the first two about the means where `centred`."""
+    def means(self, centred: bool, sketch: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Per unit of weight, float64: x x^T, x y^T, x and y; the first two about the means where `centred`.
+
+        With a `sketch` (k, D) y stands for its product with it.
+        """
         inputs, cross, x, y = (
             value.double() / self.weight for value in (self.inputs, self.cross, self.input_sum, self.target_sum)
         )
+        if sketch is not None:
+            cross, y = cross @ sketch.T, sketch @ y
         if centred:
             inputs, cross = inputs - torch.outer(x, x), cross - torch.outer(x, y)
         return inputs, cross, x, y
@@ -95,9 +102,11 @@ def fit_projection(
     prior = prior.double()
     ridge, weight = None, prior
     if held_out.weight:
-        inputs, cross, *_ = held_out.means(bias)
-        least = _error(prior, inputs, cross)
-        solution = _ridge_solution(prior, fitted.means(bias))
+        sketch = _sketch(len(prior)).to(prior)  # to choose among decades a few random sums of the outputs are enough
+        sketched = sketch @ prior
+        inputs, cross = (part.float() for part in held_out.means(bias, sketch)[:2])
+        least = _error(sketched.float(), inputs, cross)
+        solution = _ridge_solution(sketched.float(), [part.float() for part in fitted.means(bias, sketch)])
         for candidate in ridges:
             error = _error(solution(candidate), inputs, cross)
             if error < least:
@@ -108,6 +117,13 @@ def fit_projection(
     if ridge is not None:
         weight = _ridge_solution(prior, means)(ridge)
     return Fit(weight, means[3] - weight @ means[2] if bias else None, ridge)
+
+
+def _sketch(outputs: int) -> torch.Tensor:
+    """Random sums (64, D) of the outputs that keep squared norms on average; the outputs where they are fewer."""
+    if outputs <= SKETCH:
+        return torch.eye(outputs)
+    return torch.randn(SKETCH, outputs, generator=torch.Generator().manual_seed(0)) / SKETCH**0.5
 
 
 def _ridge_solution(prior: torch.Tensor, means: tuple[torch.Tensor, ...]) -> Callable[[float], torch.Tensor]:

@@ -311,7 +311,7 @@ def value_moments(statistics: LayerStatistics) -> torch.Tensor:
 def mean_moments(moments: tuple[Moments, Moments]) -> torch.Tensor:
     """Second moments a token, of fitted and held-out tokens: (n, n) float64."""
     fitted, held_out = moments
-    return (fitted.products.double() + held_out.products.double()) / (fitted.tokens + held_out.tokens)
+    return (fitted.products + held_out.products).double().div_(fitted.tokens + held_out.tokens)
 
 
 def inverse_with_ridge(moments: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
@@ -329,18 +329,19 @@ def greedy_losses(readers: torch.Tensor, moments: torch.Tensor, tokens: int, *, 
     readers and C^-1 are down-dated by that block: structured OBS (Hassibi and Stork 1993; SlimGPT, 2024).
     """
     ridge = len(moments) / tokens * moments.diagonal()
-    inverse, readers = inverse_with_ridge(moments, ridge), readers.clone()
+    # float32 from here on: the ridge keeps the inverse well conditioned, and the down-dates are bound by memory
+    inverse, readers = inverse_with_ridge(moments, ridge).float(), readers.float()
     losses = torch.zeros_like(moments[0])
     is_gone = torch.zeros_like(losses, dtype=torch.bool)
-    block, spent, tiny = max(1, len(moments) // steps), 0.0, torch.finfo(moments.dtype).tiny
+    block, spent, tiny = max(1, len(moments) // steps), 0.0, torch.finfo(inverse.dtype).tiny
     for start in range(0, len(moments), block):
         saliency = (readers.square().sum(dim=0) / inverse.diagonal().clamp(min=tiny)).masked_fill_(is_gone, torch.inf)
         ordered, order = saliency.sort(stable=True)
         gone = order[: min(block, len(moments) - start)]
         own, rows = inverse[gone[:, None], gone], inverse[gone]
         theirs = readers[:, gone]
-        loss = (theirs.T * torch.linalg.solve(own, theirs.T)).sum()
-        shares = ordered[: len(gone)].cumsum(dim=0)
+        loss = (theirs.T * torch.linalg.solve(own, theirs.T)).sum(dtype=torch.float64)
+        shares = ordered[: len(gone)].double().cumsum(dim=0)
         losses[gone] = spent + loss * shares / shares[-1].clamp(min=tiny)
         spent = spent + loss
         update = torch.linalg.solve(own, rows)  # (block, n)

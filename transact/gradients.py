@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .walk import LayerWalk, kv_heads_of, on_device
 
-OUTPUTS_EVERY = 4  # every fourth window is enough for second moments of D-vectors
+OUTPUTS_EVERY = 8  # every eighth window is enough for second moments of D-vectors
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
