@@ -15,8 +15,9 @@ import torch
 import transformers
 
 from . import __version__
-from .checkpoint import check_destination, save_checkpoint
+from .checkpoint import all_or_nothing, check_destination, check_export_destination, save_checkpoint
 from .criteria import CRITERIA
+from .export import GGUF_TYPES, plain_llama, write_gguf
 from .inputs import (
     DTYPES,
     EMBEDDED_MODEL,
@@ -93,6 +94,10 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
         changes["modules"] = tuple(changes["modules"].split(","))
     if options.output_bias:
         changes["output_bias"] = True
+    if options.plain:
+        if options.allocation not in (None, "plain"):
+            raise ValueError(f"--plain is --allocation plain, not {options.allocation}: give one of them")
+        changes["allocation"] = "plain"
     plain = {"criterion", "rope", "granularity"} & changes.keys()
     recipe = replace(recipe_by_name(options.preset or ("transact" if plain else "best")), **changes)
     recipe.check()
@@ -192,6 +197,25 @@ def prune_command(options: argparse.Namespace) -> None:
     )
 
 
+def export_command(options: argparse.Namespace) -> None:
+    out = check_export_destination(options.out, options.format, overwrite=options.overwrite)
+    model, tokenizer = load_model(options.directory, device="cpu")
+    plain = plain_llama(model, pad=options.pad)
+    pruned, size = fraction_removed(model.config, widths_of(model.config)), plain.num_parameters()
+    extra = size - model.num_parameters()
+    with all_or_nothing(out) as partial:
+        if options.format == "gguf":
+            write_gguf(partial, plain, tokenizer, kind=options.type)
+        else:
+            plain.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    print(
+        f"{out}: {size:,} parameters ({pruned:.1%} of the linear ones removed"
+        f"{f', {extra:,} zeros added' if extra > 0 else ''}), {plain.config.num_attention_heads} heads of "
+        f"{plain.config.head_dim}, MLP {plain.config.intermediate_size}"
+    )
+
+
 def inspect_command(options: argparse.Namespace) -> None:
     config = read_config(options.directory)
     with torch.device("meta"):
@@ -254,6 +278,9 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--allocation", help=f"how widths are found: {', '.join(ALLOCATIONS)}")
     prune.add_argument("--compensation", help=f"what makes up for the loss: {', '.join(COMPENSATIONS)}")
     prune.add_argument("--output-bias", action="store_true", help="least squares with an intercept")
+    prune.add_argument(
+        "--plain", action="store_true", help="one head and MLP width and one set of RoPE pairs, for `transact export`"
+    )
     prune.add_argument("--rope", help=f"what queries and keys keep: {', '.join(ROPES)}")
     prune.add_argument("--shots", type=int, help="prunings, with statistics taken afresh at each (1)")
     prune.add_argument("--calibration", default="embedded", help=f"{', '.join(TEXTS)} or a text file (embedded)")
@@ -265,6 +292,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--overwrite", action="store_true", help="replace a pruned checkpoint at OUT")
     add_model_options(prune)
+
+    export = command("export", export_command, "write a pruned checkpoint for tools that know only plain Llamas")
+    export.add_argument("directory", help="a pruned checkpoint directory")
+    export.add_argument("out", help="what to write: a directory (llama) or a file (gguf); must not exist")
+    export.add_argument("--format", choices=["llama", "gguf"], default="llama",
+                        help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp (llama)")  # fmt: skip
+    export.add_argument("--type", choices=[*GGUF_TYPES], default="f16", help="of matrices in a GGUF file (f16)")
+    export.add_argument("--pad", action="store_true", help="pad with zeros up to the widest layer, whatever it costs")
+    export.add_argument("--overwrite", action="store_true", help="replace what was exported to OUT")
 
     inspect = command("inspect", inspect_command, "print widths, parameters and KV bytes per token of a checkpoint")
     inspect.add_argument("directory", help="a checkpoint directory, pruned or dense")

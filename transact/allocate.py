@@ -1,12 +1,12 @@
 """Allocation: which layer and module gives up how much, under a parameter budget and a KV-cache budget at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
-from .criteria import LayerScores, standardised
+from .criteria import LayerScores, accumulate, standardised
 from .widths import (
     MODULES,
     Widths,
@@ -15,6 +15,7 @@ from .widths import (
     check_ratio,
     dense_widths,
     fraction_removed,
+    has_query_key_norm,
     kv_elements_per_token,
     kv_fraction_removed,
     linear_parameters,
@@ -184,6 +185,65 @@ def _use_up(config: PretrainedConfig, choices: _Choices, picked: torch.Tensor, b
         spent += best[2]
     flat = [int(choices.widths[row, choice]) for row, choice in enumerate(picked)]
     return _as_widths(config, flat, widths_of(config))
+
+
+def shared_pairs(scores: Sequence[LayerScores]) -> list[LayerScores]:
+    """Cumulative scores with the same RoPE pairs for all layers and heads: those that all of them together mind least.
+
+    Every head gets the mean over all heads of what removing a pair by itself costs, made cumulative again.
+    """
+    rows = torch.cat([layer.rope_pairs for layer in scores])
+    ordered, order = rows.sort(dim=-1, stable=True)
+    own = torch.empty_like(rows).scatter_(-1, order, ordered.diff(dim=-1, prepend=torch.zeros_like(ordered[:, :1])))
+    shared = accumulate(own.mean(dim=0, keepdim=True))
+    return [replace(layer, rope_pairs=shared.expand(len(layer.rope_pairs), -1)) for layer in scores]
+
+
+def plain_widths(
+    config: PretrainedConfig, scores: Sequence[LayerScores], ratio: float, *, kv_ratio: float | None = None
+) -> tuple[Widths, ...]:
+    """One head width and one MLP width for all layers, so that a plain Llama can hold them; the cheapest such two.
+
+    Scores are cumulative, as for `searched_widths`, with pairs that are shared (`shared_pairs`). Head widths are
+    aligned; the MLP width is the nearest to the budget, a multiple that is fine enough for it.
+
+    Raises ValueError where no two widths meet the budgets.
+    """
+    check_ratio("ratio", ratio)
+    check_ratio("kv-ratio", kv_ratio)
+    check_modules(config, MODULES, "dims")
+    dense, (head_multiple, mlp_multiple) = dense_widths(config)[0], alignment(config)
+    total = linear_parameters(config, dense_widths(config))
+    per_mlp_dim = 3 * config.hidden_size * config.num_hidden_layers
+    while mlp_multiple > 1 and mlp_multiple * per_mlp_dim > 2 * TOLERANCE * total:
+        mlp_multiple //= 2
+    tolerance = max(TOLERANCE, mlp_multiple * per_mlp_dim / total / 2)  # the most that rounding moves it by
+    head_losses = sum(removal_losses(layer.value_dims) for layer in scores)
+    head_losses = head_losses + sum(removal_losses(layer.rope_pairs).repeat_interleave(2)[:-1] for layer in scores)
+    mlp_losses = sum(removal_losses(layer.mlp_dims) for layer in scores)
+    best = None
+    step, narrowest = max(2, head_multiple), None
+    for head in [*range(step, dense.v_head_dim, step), dense.v_head_dim]:
+        if has_query_key_norm(config) and head < dense.v_head_dim:
+            continue
+        attention = linear_parameters(config, [Widths(dense.kv_heads, head, head, 0)] * config.num_hidden_layers)
+        mlp = round(((1 - ratio) * total - attention) / per_mlp_dim / mlp_multiple) * mlp_multiple
+        widths = Widths(dense.kv_heads, head, head, min(dense.mlp, max(mlp, mlp_multiple)))
+        every = (widths,) * config.num_hidden_layers
+        removed, kv_removed = fraction_removed(config, every), kv_fraction_removed(config, every)
+        narrowest = narrowest or (removed, kv_removed)
+        if abs(removed - ratio) > tolerance + 1e-9 or kv_removed < (kv_ratio or 0) - 1e-9:
+            continue
+        loss = (head_losses[head] + mlp_losses[widths.mlp]).item()
+        if best is None or loss < best[0]:
+            best = loss, every
+    if best is None:
+        also = f" together with kv-ratio {kv_ratio}" if kv_ratio else ""
+        raise ValueError(
+            f"ratio {ratio} is out of reach{also} with one head width and one MLP width for all layers: the narrowest "
+            f"heads remove {narrowest[0]:.3f} (KV {narrowest[1]:.3f})"
+        )
+    return best[1]
 
 
 def global_widths(

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -48,26 +50,44 @@ def save_checkpoint(
     directory. Raises ValueError where `check_destination` does.
     """
     out = check_destination(out, overwrite=overwrite)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".partial-{out.name}-"))
-    try:
+    with all_or_nothing(out) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         save_file(plan.tensors(), partial / "plan.safetensors", metadata={"format": "pt"})
         (partial / "pruning.json").write_text(json.dumps(pruning, indent=2) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        for file in partial.iterdir():  # some writers make files that only their owner can read
-            file.chmod(0o644)
-        replaced = None
+    return out
+
+
+@contextmanager
+def all_or_nothing(out: Path) -> Iterator[Path]:
+    """A path beside `out` to write a directory or file to; it takes `out`'s place when all went well."""
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".partial-{out.name}-"))
+    partial = holder / out.name
+    try:
+        yield partial
+        for file in (partial, *partial.glob("*")):  # some writers make files that only their owner can read
+            file.chmod(0o755 if file.is_dir() else 0o644)
         if out.exists():
-            replaced = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".replaced-{out.name}-"))
-            out.rename(replaced / out.name)
+            out.rename(holder / f"replaced-{out.name}")
         partial.rename(out)
-        if replaced:
-            shutil.rmtree(replaced)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def check_export_destination(out: str | os.PathLike, format: str, *, overwrite: bool = False) -> Path:
+    """`out` as a path. Raises ValueError where it exists; with `overwrite`, where it is nothing that we exported."""
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        is_ours = out.is_file() and out.suffix == ".gguf" if format == "gguf" else (out / "config.json").is_file()
+        if not overwrite or not is_ours or out.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise ValueError(f"output {str(out)!r} exists; name another{'' if overwrite else ' or pass --overwrite'}")
+    try:
+        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".partial-{out.name}-"))
+    except OSError as error:
+        raise ValueError(f"output {str(out)!r} cannot be made: {error.strerror}") from error
     return out
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .allocate import global_widths, searched_widths
+from .allocate import global_widths, plain_widths, searched_widths, shared_pairs
 from .calibration import Statistics, iterate_statistics
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import (
@@ -37,7 +37,7 @@ from .widths import (
     widths_of,
 )
 
-ALLOCATIONS = ("uniform", "searched", "global")
+ALLOCATIONS = ("uniform", "searched", "plain", "global")
 COMPENSATIONS = ("none", "bias", "dense", "pruned")
 ROPES = ("pairs", "released")
 
@@ -48,9 +48,11 @@ class Recipe:
 
     `criterion` is a name of `CRITERIA`. `granularity`: what attention loses, "dims" inside heads, whole key-value
     "heads", or "both". `modules`: what may be narrowed. `allocation`: "uniform" widths, "searched" (each layer's QK,
-    VO and MLP lose where it costs least; wants a criterion that predicts losses) or "global" (FLAP's: heads and MLP
-    dimensions of all layers compete). `compensation`: "none", "bias" (the mean of what was dropped), least squares on
-    the "dense" model's inputs, or on the "pruned" ones, layer by layer; `output_bias` adds an intercept to these.
+    VO and MLP lose where it costs least; wants a criterion that predicts losses), "plain" (the same with one head
+    width, one MLP width and one set of RoPE pairs for all layers, which a plain Llama can hold) or "global" (FLAP's:
+    heads and MLP dimensions of all layers compete). `compensation`: "none", "bias" (the mean of what was dropped),
+    least squares on the "dense" model's inputs, or on the "pruned" ones, layer by layer; `output_bias` adds an
+    intercept to these.
     `rope`: whole "pairs" at their own frequencies, or "released", what the paper's authors do. `shots`: prunings,
     with statistics taken afresh at each.
     """
@@ -76,15 +78,20 @@ class Recipe:
         if self.shots < 1:
             raise ValueError(f"shots must be at least 1, got {self.shots}")
         predicts = [name for name, one in CRITERIA.items() if isinstance(one, ObsPruning) and one.weighted]
-        if self.allocation == "searched" and not (isinstance(criterion, ObsPruning) and criterion.weighted):
-            raise ValueError(f"allocation 'searched' needs a criterion that predicts losses: {', '.join(predicts)}")
-        if self.allocation == "searched" and self.granularity != "dims":
-            raise ValueError("allocation 'searched' narrows heads: granularity must be dims")
+        by_loss = self.allocation in ("searched", "plain")
+        if by_loss and not (isinstance(criterion, ObsPruning) and criterion.weighted):
+            raise ValueError(
+                f"allocation {self.allocation!r} needs a criterion that predicts losses: {', '.join(predicts)}"
+            )
+        if by_loss and self.granularity != "dims":
+            raise ValueError(f"allocation {self.allocation!r} narrows heads: granularity must be dims")
+        if self.allocation == "plain" and (set(self.modules) != set(MODULES) or self.shots > 1):
+            raise ValueError("allocation 'plain' weighs qk, vo and mlp against each other: all modules, in one shot")
         if self.allocation == "global" and (self.granularity != "heads" or set(self.modules) != set(MODULES)):
             raise ValueError("allocation 'global' drops whole heads and MLP dimensions: granularity must be heads")
         if self.allocation == "global" and self.criterion != "fluctuation":
             raise ValueError("allocation 'global' compares z-scores across layers: its criterion is fluctuation")
-        if self.rope == "released" and (set(self.modules) != set(MODULES) or self.allocation == "searched"):
+        if self.rope == "released" and (set(self.modules) != set(MODULES) or by_loss):
             raise ValueError("rope 'released' gives q, k, v and o the same width: all modules, and not searched")
         if self.rope == "released" and getattr(criterion, "value_basis", False):
             raise ValueError(f"rope 'released' keeps dimensions of the model: {self.criterion} changes their basis")
@@ -171,6 +178,8 @@ def prune(
     for shots_left in range(recipe.shots, 0, -1):
         with _stage(result.seconds, "calibrate and score"):
             scores, layers = _scores(result.model, windows, recipe, criterion, statistics, device, progress)
+            if recipe.allocation == "plain":
+                scores = shared_pairs(scores)
         with _stage(result.seconds, "plan"):
             target = widths or _target_widths(recipe, result.model, dense, scores, ratio, kv_ratio)
             current = widths_of(result.model.config)
@@ -227,6 +236,8 @@ def _target_widths(
 ) -> tuple[Widths, ...]:
     if recipe.allocation == "searched":
         return searched_widths(model.config, scores, ratio, kv_ratio=kv_ratio, modules=recipe.modules)
+    if recipe.allocation == "plain":
+        return plain_widths(model.config, scores, ratio, kv_ratio=kv_ratio)
     if recipe.allocation == "global":
         return global_widths(model.config, scores, ratio, kv_ratio=kv_ratio)
     return uniform_widths(
