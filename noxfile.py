@@ -56,6 +56,15 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def engines(session: nox.Session) -> None:
+    """Export a pruned model and run it in llama.cpp (built from source: minutes) beside transformers."""
+    install(session)
+    if session.virtualenv.venv_backend != "none":
+        session.install("llama-cpp-python==0.3.36")
+    session.run("python", "-m", "bench", "engines", *session.posargs)
+
+
+@nox.session
 def report(session: nox.Session) -> None:
     """Tables and pictures of the records in `results`, measuring nothing."""
     install(session)

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transact.__main__ import OneLineParser, add_model_options, run_command
-from transact.inputs import TEXTS, load_model, load_text
+from transact.inputs import TEXTS, load_model, load_text, resolve_device
 
 from . import regression
 from .memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
 from .perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
+from .shapes import SHAPES
+from .speed import GRIDS, MODES
 
 
 def perplexity_command(options: argparse.Namespace) -> None:
@@ -84,6 +86,69 @@ def regression_command(options: argparse.Namespace) -> int:
     return int(any(verdict.complaint for verdict in verdicts))
 
 
+def speed_command(options: argparse.Namespace) -> None:
+    from reports.speed import read_speed, write_speed_report
+
+    from .speed import append_speed, fitting, run_grid
+
+    if options.memory_gib:
+        for row in fitting(options.models, options.memory_gib, context=options.context):
+            print(json.dumps(row))
+        return
+    path = options.results / "speed.jsonl"
+    if resolve_device(options.device).type != "cuda":
+        print("no GPU is used: the CPU's own figures follow, CUDA graphs are plain compilation", file=sys.stderr)
+    try:
+        for record in run_grid(
+            options.models, lengths=GRIDS[options.grid], batches=options.batches, modes=options.modes,
+            dtype=options.dtype, device=options.device, repeats=options.repeats,
+        ):  # fmt: skip
+            append_speed(path, record)
+    except OSError as error:
+        raise ValueError(f"results {str(options.results)!r} cannot be written: {error.strerror}") from error
+    frame, complaints = read_speed(path)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    table, files = write_speed_report(frame, options.results)
+    print(table)
+    for file in files:
+        print(f"wrote {file}")
+
+
+def engines_command(options: argparse.Namespace) -> None:
+    from reports.speed import write_engines_report
+
+    from .engines import compare_engines
+    from .environment import environment
+
+    rows = compare_engines(ratio=options.ratio)
+    where = environment(resolve_device("cpu"))
+    note = (
+        f"{where['device']}, {where['threads']} threads; float32 in transformers {where['transformers']}; greedy "
+        "continuations of the embedded evaluation text; `same_tokens`: as the pruned model's in transformers, each "
+        "continuation counted up to its first difference."
+    )
+    table, files = write_engines_report(rows, note, options.results)
+    print(table)
+    for file in files:
+        print(f"wrote {file}")
+
+
+def numbers(text: str) -> list[int]:
+    """Whole positive numbers separated by commas."""
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"numbers of at least 1, separated by commas, got {text!r}")
+    return values
+
+
+def modes(text: str) -> list[str]:
+    chosen = text.split(",")
+    if unknown := [mode for mode in chosen if mode not in MODES]:
+        raise argparse.ArgumentTypeError(f"unknown mode {unknown[0]!r}, allowed: {', '.join(MODES)}")
+    return chosen
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -110,6 +175,23 @@ def build_parser() -> argparse.ArgumentParser:
     probes.set_defaults(run=probes_command)
     probes.add_argument("out", type=Path, help="directory to write")
     probes.add_argument("--seed", type=int, default=0, help="that the items are drawn with (0)")
+    speed = commands.add_parser("speed", help="latency, throughput and memory of shapes or checkpoints")
+    speed.set_defaults(run=speed_command)
+    speed.add_argument(
+        "models", nargs="+", help=f"shapes ({', '.join(SHAPES)}) or checkpoint directories".replace("%", "%%")
+    )
+    speed.add_argument("--grid", default="quick", choices=GRIDS, help="lengths: the paper's, or a few (quick)")
+    speed.add_argument("--batches", type=numbers, default=[1], help="with commas (1)")
+    speed.add_argument("--modes", type=modes, default=["eager"], help=f"of {', '.join(MODES)}, with commas (eager)")
+    speed.add_argument("--repeats", type=int, default=5, help="runs of a cell, of which the median counts (5)")
+    speed.add_argument("--memory-gib", type=float, help="measure nothing: say what fits in so much memory, in 16 bits")
+    speed.add_argument("--context", type=int, default=4096, help="tokens, for the largest batch that fits (4096)")
+    add_model_options(speed)
+    engines = commands.add_parser("engines", help="the exported model in llama.cpp beside transformers")
+    engines.set_defaults(run=engines_command)
+    engines.add_argument("--ratio", type=float, default=0.3, help="fraction removed of the pruned one (0.3)")
+    for command in (speed, engines):
+        command.add_argument("--results", type=Path, default=Path("results"), help="directory to write (results)")
     check = commands.add_parser("regression", help="compare with the baseline; exit code 1 where something moved")
     check.set_defaults(run=regression_command)
     check.add_argument("--bless", action="store_true", help="write a new baseline instead (on a clean tree)")

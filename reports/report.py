@@ -20,7 +20,11 @@ TABLE_FORMATS = {
     "fraction_removed": "{:.3f}", "kv_fraction_removed": "{:.3f}",
     "perplexity": "{:,.2f}", "perplexity_standard_error": "{:,.2f}",
     "times_dense": "{:,.2f}", "perplexity_times": "{:,.3f}", "value": "{:.3f}", "standard_error": "{:.3f}",
-    "chance": "{:.2f}", "version": "{:g}", "bits_per_byte": "{:.3f}", "parameters": "{:,.0f}", "weight_mib": "{:.1f}",
+    "chance": "{:.2f}", "version": "{:g}", "latency_s": "{:.3f}", "prefill_s": "{:.3f}", "decode_s": "{:.3f}",
+    "decode_tokens_per_s": "{:,.1f}", "prefill_roofline_fraction": "{:.2f}", "decode_roofline_fraction": "{:.2f}",
+    "warm_up_s": "{:.1f}", "kv_bytes_per_token": "{:,.0f}", "tokens_per_s": "{:.1f}", "file_mib": "{:.0f}",
+    "same_tokens": "{:.3f}",
+     "bits_per_byte": "{:.3f}", "parameters": "{:,.0f}", "weight_mib": "{:.1f}",
     "prune_s": "{:.2f}", "perplexity_s": "{:.1f}", "peak_memory_mib": "{:,.0f}",
 }  # fmt: skip
 # Okabe and Ito's colour-blind-safe colours; markers and dashes tell the lines apart in print
@@ -240,17 +244,17 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
     frame, note = records_frame(same), _provenance(newest)
     table = markdown_table(frame, COLUMNS[1:14])
     directory.mkdir(parents=True, exist_ok=True)
-    files = _write_table(directory / "perplexity", "Perplexity against the fraction removed", note, frame, COLUMNS)
-    files += _write_figure(directory / "perplexity", plot_perplexity(frame))
+    files = write_table(directory / "perplexity", "Perplexity against the fraction removed", note, frame, COLUMNS)
+    files += write_figure(directory / "perplexity", plot_perplexity(frame))
     pairs = pairs_frame(same)
     if len(pairs):
-        files += _write_table(directory / "differences", "Which method is better, and is it chance?",
+        files += write_table(directory / "differences", "Which method is better, and is it chance?",
                               f"{note} {NOISE}", pairs, list(pairs))  # fmt: skip
     tasks = tasks_frame(same)
     if len(tasks):
-        files += _write_table(directory / "tasks", "What a pruned model loses", f"{note} {NOISE}", tasks, list(tasks))
+        files += write_table(directory / "tasks", "What a pruned model loses", f"{note} {NOISE}", tasks, list(tasks))
         if (tasks["metric"] == "acc").any():
-            files += _write_figure(directory / "tasks", plot_tasks(tasks))
+            files += write_figure(directory / "tasks", plot_tasks(tasks))
         shown = ["task", "items", "method", "ratio", "value", "standard_error", "over_dense"]
         table += "\n\n" + markdown_table(tasks[tasks["metric"] == "acc"], shown)
     return table, files
@@ -259,14 +263,16 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
 NOISE = "Differences with paired bootstrap intervals at 95 %; ≈: within noise."
 
 
-def _write_table(stem: Path, title: str, note: str, frame: pd.DataFrame, columns: Sequence[str]) -> list[Path]:
+def write_table(stem: Path, title: str, note: str, frame: pd.DataFrame, columns: Sequence[str]) -> list[Path]:
+    """The columns as a Markdown table under its title and note, and as CSV; returns the files."""
     files = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
     files[0].write_text(f"# {title}\n\n{note}\n\n{markdown_table(frame, columns)}\n", encoding="utf-8")
     frame[list(columns)].to_csv(files[1], index=False)
     return files
 
 
-def _write_figure(stem: Path, figure: Figure) -> list[Path]:
+def write_figure(stem: Path, figure: Figure) -> list[Path]:
+    """The figure as PNG and SVG; returns the files."""
     files = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     for file in files:
         with matplotlib.rc_context({"svg.hashsalt": "transact"}):  # the same records give the same file

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from .widths import Widths, fraction_removed, widths_of
 
 MOST_PADDING = 0.01  # of the dense linear parameters that padding may bring back without being asked for
+Q8_BLOCK = 32
 GGUF_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # by llama.cpp's numbers of file types
 PRE_TOKENIZERS = {  # llama.cpp's names for how text is split, by what only that tokeniser's JSON holds
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
@@ -162,15 +163,12 @@ def _rope_parameters(model: nn.Module, padded: Widths, pairs: list[int]) -> dict
 def write_gguf(path: Path, plain: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, kind: str = "f16") -> None:
     """Write a plain Llama as a GGUF file that llama.cpp runs; matrices in `kind`, norms in float32.
 
-    Raises ValueError for an unknown kind, matrices that it cannot hold, or a tokeniser of another make than byte-level
-    BPE.
+    Rows that "q8_0" cannot cut into blocks of 32 stay "f16". Raises ValueError for an unknown kind or a tokeniser of
+    another make than byte-level BPE.
     """
     if kind not in GGUF_TYPES:
         raise ValueError(f"unknown GGUF type {kind!r}, allowed: {', '.join(GGUF_TYPES)}")
     config = plain.config
-    if kind == "q8_0" and (bad := [n for n in (config.hidden_size, config.intermediate_size,
-                                               config.num_attention_heads * config.head_dim) if n % 32]):  # fmt: skip
-        raise ValueError(f"q8_0 wants widths that are multiples of 32, this model has {bad[0]}: take f16")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(config.name_or_path or "pruned")
     writer.add_file_type(GGUF_TYPES[kind])
@@ -196,9 +194,10 @@ def write_gguf(path: Path, plain: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
         array = tensor.detach().float().cpu().numpy()
         if tensor.ndim == 1 or kind == "f32":
             writer.add_tensor(name, array)
-        else:
-            as_type = gguf.GGMLQuantizationType[kind.upper()]
-            writer.add_tensor(name, gguf.quants.quantize(array, as_type), raw_dtype=as_type)
+            continue
+        fits = kind != "q8_0" or array.shape[1] % Q8_BLOCK == 0
+        as_type = gguf.GGMLQuantizationType[kind.upper() if fits else "F16"]
+        writer.add_tensor(name, gguf.quants.quantize(array, as_type), raw_dtype=as_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,0 +1,240 @@
+"""Latency, throughput and memory of generation, prefill and decode apart, at a fixed number of tokens."""
+
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PretrainedConfig, StaticCache
+
+from transact.inputs import DTYPES, load_model, read_config, resolve_device
+
+from .costs import (
+    Costs,
+    Roofline,
+    decode_costs,
+    largest_batch,
+    longest_context,
+    measure_roofline,
+    memory_needed,
+    prefill_costs,
+    seconds_of,
+)
+from .environment import environment
+from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
+from .shapes import SHAPES, random_model, shape_by_name
+from .workbench import fast_dtype
+
+SCHEMA = 1
+MODES = ("eager", "static", "graphs")
+# (prefix, decoded) tokens: the paper's figure, and one that two CPU cores finish
+GRIDS = {
+    "paper": ((64, 64), (128, 64), (256, 64), (512, 64), (960, 64), (256, 128), (256, 256), (256, 512), (256, 768)),
+    "quick": ((64, 16), (256, 16), (960, 16)),
+}
+
+
+@dataclass(frozen=True)
+class SpeedCase:
+    """Everything that decides a speed. `mode`: "eager" with a growing cache, "static" with one of fixed size, "graphs"
+    the same compiled (CUDA graphs on a GPU)."""
+
+    model: str
+    prefix: int
+    decode: int
+    batch: int
+    mode: str
+    dtype: str
+    device: str
+
+
+@torch.no_grad()
+def generate_timed(model: nn.Module, ids: torch.Tensor, decode: int, step, cache) -> tuple[float, float]:
+    """Seconds of the prefill of `ids` (batch, prefix), which gives the first token, and of `decode` tokens after it."""
+    device, following = model.device, []
+
+    def prefill():
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        following.append(output.logits[:, -1:].argmax(dim=-1))
+
+    def decode_all():
+        token = following[0]
+        for _ in range(decode):
+            token = step(token, cache)
+
+    return seconds_of(prefill, device), seconds_of(decode_all, device)
+
+
+def decode_step(model: nn.Module, mode: str):
+    """A function from a token (batch, 1) and the cache to the next token."""
+
+    def step(token: torch.Tensor, cache) -> torch.Tensor:
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        return output.logits[:, -1:].argmax(dim=-1)
+
+    if mode != "graphs":
+        return step
+    compiled = torch.compile(step, mode="reduce-overhead" if model.device.type == "cuda" else "default")
+
+    def marked(token: torch.Tensor, cache) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(token, cache).clone()  # the graph's own output is overwritten by the next step
+
+    return marked
+
+
+def measure_speed(model: nn.Module, case: SpeedCase, roofline: Roofline, *, repeats: int = 5, warm_up: int = 1) -> dict:
+    """Metrics and raw samples of a case: medians of `repeats` runs after `warm_up`, which is reported apart."""
+    ids = torch.randint(0, model.config.vocab_size, (case.batch, case.prefix), device=model.device)
+    step, length = decode_step(model, case.mode), case.prefix + case.decode + 1
+    static = None if case.mode == "eager" else StaticCache(config=model.config, max_cache_len=length)
+
+    def run() -> tuple[float, float]:
+        if static is None:
+            return generate_timed(model, ids, case.decode, step, DynamicCache(config=model.config))
+        if static.layers and static.layers[0].is_initialized:
+            static.reset()
+        return generate_timed(model, ids, case.decode, step, static)
+
+    reset_peak_memory(model.device)
+    start = time.perf_counter()
+    for _ in range(warm_up):
+        run()
+    warm_up_s = time.perf_counter() - start
+    samples = [run() for _ in range(repeats)]
+    prefill_s, decode_s = (statistics.median(column) for column in zip(*samples, strict=True))
+    size = model.dtype.itemsize
+    middle = decode_costs(model.config, context=case.prefix + case.decode // 2, batch=case.batch, element_size=size)
+    whole = Costs(middle.operations * case.decode, middle.bytes * case.decode)
+    prompt = prefill_costs(model.config, length=case.prefix, batch=case.batch, element_size=size)
+    return {
+        "metrics": {
+            "prefill_s": prefill_s,
+            "decode_s": decode_s,
+            "latency_s": statistics.median(sum(pair) for pair in samples),
+            "decode_tokens_per_s": case.batch * case.decode / decode_s,
+            "prefill_tokens_per_s": case.batch * case.prefix / prefill_s,
+            "prefill_roofline_fraction": roofline.seconds(prompt) / prefill_s,
+            "decode_roofline_fraction": roofline.seconds(whole) / decode_s,
+            "decode_bytes_per_token": middle.bytes,
+            "decode_operations_per_token": middle.operations,
+            "prefill_bytes": prompt.bytes,
+            "prefill_operations": prompt.operations,
+            "warm_up_s": warm_up_s,
+            "weight_bytes": weight_bytes(model),
+            "kv_bytes_per_token": kv_bytes_per_token(model),
+            "peak_memory_mib": peak_memory_mib(model.device),
+            "copy_bytes_per_s": roofline.bytes_per_second,
+            "matrix_operations_per_s": roofline.operations_per_second,
+        },
+        "samples": {"prefill_s": [pair[0] for pair in samples], "decode_s": [pair[1] for pair in samples]},
+    }
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """The configuration of a shape by name or of a checkpoint directory. Raises ValueError for anything else."""
+    return read_config(name) if Path(name).is_dir() else shape_by_name(name)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of the device's memory, or of the host's that are free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_grid(
+    models: Sequence[str],
+    *,
+    lengths: Sequence[tuple[int, int]],
+    batches: Sequence[int] = (1,),
+    modes: Sequence[str] = ("eager",),
+    dtype: str = "auto",
+    device: str = "auto",
+    repeats: int = 5,
+) -> Iterator[dict]:
+    """A record of every cell, as it is measured; what does not fit becomes a record that says so, and the grid goes on.
+
+    A model that ran out of memory at a batch is not tried at larger ones of the same length.
+    """
+    where = resolve_device(device)
+    dtype = fast_dtype(device) if dtype == "auto" else dtype
+    roofline, memory = measure_roofline(where, DTYPES[dtype]), memory_of(where)
+    configs = {name: config_of(name) for name in models}
+    size = DTYPES[dtype].itemsize
+    cells = len(models) * len(lengths) * len(batches) * len(modes)
+    with tqdm(total=cells, desc="speed", unit="cell", disable=None) as bar:
+        for name, config in configs.items():
+            model, full = None, set()
+            for mode in modes:
+                for prefix, decode in lengths:
+                    for batch in sorted(batches):
+                        case = SpeedCase(Path(name).name, prefix, decode, batch, mode, dtype, where.type)
+                        record = {"schema": SCHEMA, "case": asdict(case), "environment": environment(where)}
+                        needed = memory_needed(config, context=prefix + decode, batch=batch, element_size=size)
+                        reason = None
+                        if prefix + decode > config.max_position_embeddings:
+                            reason = f"{prefix + decode} tokens are more than its context"
+                        elif needed > memory:
+                            reason = f"needs {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+                        elif (mode, prefix, decode) in full:
+                            reason = "a smaller batch ran out of memory"
+                        if reason:
+                            yield record | {"status": "skipped", "error": reason, "metrics": {}, "samples": {}}
+                            bar.update()
+                            continue
+                        try:
+                            if model is None:
+                                model = _model(name, config, dtype, where)
+                            yield record | {"status": "success"} | measure_speed(model, case, roofline, repeats=repeats)
+                        except torch.OutOfMemoryError as error:
+                            full.add((mode, prefix, decode))
+                            message = str(error).splitlines()[0]
+                            yield record | {"status": "out of memory", "error": message, "metrics": {}, "samples": {}}
+                            gc.collect()
+                            if where.type == "cuda":
+                                torch.cuda.empty_cache()
+                        bar.update()
+            del model
+            gc.collect()
+            torch.compiler.reset()
+            if where.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _model(name: str, config: PretrainedConfig, dtype: str, device: torch.device) -> nn.Module:
+    if name in SHAPES and not Path(name).is_dir():
+        return random_model(config, dtype=dtype, device=device)
+    return load_model(name, dtype=dtype, device=str(device))[0]
+
+
+def fitting(models: Sequence[str], memory_gib: float, *, context: int = 4096, element_size: int = 2) -> list[dict]:
+    """For each model: weights, KV bytes a token, and what fits in a memory of this size, computed."""
+    rows, memory = [], int(memory_gib * 2**30)
+    for name in models:
+        config = config_of(name)
+        whole = memory_needed(config, context=0, batch=1, element_size=element_size)
+        each = memory_needed(config, context=1, batch=1, element_size=element_size) - whole
+        rows.append({
+            "model": Path(name).name, "memory_gib": memory_gib, "weight_bytes": whole, "kv_bytes_per_token": each,
+            "longest_context": longest_context(config, memory, element_size=element_size),
+            "largest_batch": largest_batch(config, memory, context=context, element_size=element_size),
+            "batch_context": context,
+        })  # fmt: skip
+    return rows
+
+
+def append_speed(path: Path, record: dict) -> None:
+    """Append one line, flushed to the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,201 @@
+"""Costs against counting, the grid against bad cells, and the report; nothing here depends on how fast a machine is."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import transact
+from bench import speed
+from bench.__main__ import main
+from bench.costs import (
+    Costs,
+    Roofline,
+    decode_costs,
+    largest_batch,
+    longest_context,
+    memory_needed,
+    prefill_costs,
+    weight_elements,
+)
+from bench.memory import kv_bytes_per_token
+from bench.shapes import SHAPES, random_model, shape_by_name
+from bench.speed import SpeedCase, decode_step, fitting, generate_timed, run_grid
+from reports.speed import read_speed, write_engines_report, write_speed_report
+from tests.tiny import random_plan, tiny_llama
+from transact.widths import kv_elements_per_token, widths_of
+
+
+def narrow_model(variant: str = "gqa"):
+    dense = tiny_llama(variant)
+    return transact.apply_plan(dense, random_plan(dense.config, seed=3, drop_heads=True))
+
+
+@pytest.mark.parametrize("variant", ["mha", "gqa", "tied"])
+def test_operations_are_what_a_counter_counts(variant):
+    model, length = narrow_model(variant), 20
+    model.set_attn_implementation("eager")
+    ids = torch.zeros(2, length, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    config, group = model.config, model.config.num_attention_heads // model.config.num_key_value_heads
+    ours = prefill_costs(config, length=length, batch=2, element_size=4).operations
+    # eager computes the full square, of which causal attention needs half; and rotary frequencies, length x pairs
+    other_half = 2 * 2 * length * group * kv_elements_per_token(widths_of(config)) * length / 2
+    assert ours + other_half == pytest.approx(counter.get_total_flops(), rel=0.01)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    decoded = decode_costs(config, context=length + 1, batch=2, element_size=4)
+    assert decoded.operations == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("variant", ["mha", "gqa", "tied"])
+def test_bytes_are_those_of_the_weights_and_the_cache(variant):
+    model = narrow_model(variant)
+    embeddings = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.numel()
+    assert weight_elements(model.config, widths_of(model.config)) == model.num_parameters() - embeddings
+    one, two = (decode_costs(model.config, context=c, batch=3, element_size=4).bytes for c in (10, 11))
+    assert two - one == 3 * kv_bytes_per_token(model)
+    assert memory_needed(model.config, context=0, batch=1, element_size=4) == 4 * model.num_parameters()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_fits_fits_and_one_more_does_not(name):
+    config, memory = SHAPES[name], 24 * 2**30
+    context = longest_context(config, memory, element_size=2)
+    assert memory_needed(config, context=context, batch=1, element_size=2) <= 0.92 * memory
+    assert memory_needed(config, context=context + 1, batch=1, element_size=2) > 0.92 * memory
+    batch = largest_batch(config, memory, context=2048, element_size=2)
+    assert memory_needed(config, context=2048, batch=batch, element_size=2) <= 0.92 * memory
+    assert memory_needed(config, context=2048, batch=batch + 1, element_size=2) > 0.92 * memory
+    assert longest_context(config, 1, element_size=2) == 0
+
+
+def test_the_paper_s_shapes_cache_what_it_says():
+    kv = {name: kv_elements_per_token(widths_of(config)) for name, config in SHAPES.items()}
+    assert kv["transact-1.3b"] == kv["transact-1.3b-dims"]
+    assert kv["transact-1.3b"] / kv["llama2-7b"] == 0.1875
+    assert kv["transact-1.3b"] / kv["sheared-llama-1.3b"] == 0.5
+    with pytest.raises(ValueError, match="did you mean 'llama2-7b'"):
+        shape_by_name("llama2-7")
+
+
+def test_random_models_have_the_shape():
+    config = SHAPES["smollm2-135m-pruned"]
+    model = random_model(config, dtype="bfloat16", device=torch.device("cpu"))
+    assert model.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert kv_bytes_per_token(model) == 2 * kv_elements_per_token(widths_of(config))
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["eager", "static"])
+def test_timed_generation_is_greedy_generation(mode):
+    model, ids = narrow_model(), torch.arange(1, 13)[None]
+    tokens = []
+    step = decode_step(model, mode)
+
+    def spying(token, cache):
+        tokens.append(token.item())
+        return step(token, cache)
+
+    cache = speed.StaticCache(config=model.config, max_cache_len=30) if mode == "static" else speed.DynamicCache()
+    prefill_s, decode_s = generate_timed(model, ids, 9, spying, cache)
+    expected = model.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=None)[0, 12:]
+    assert tokens == expected.tolist()
+    assert min(prefill_s, decode_s) > 0
+
+
+def test_the_roof_is_the_slower_of_two():
+    roof = Roofline(bytes_per_second=10.0, operations_per_second=100.0)
+    assert roof.seconds(Costs(operations=1000, bytes=10)) == 10
+    assert roof.seconds(Costs(operations=10, bytes=50)) == 5
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_directory):
+    model, tokenizer = transact.load_model(tiny_directory, device="cpu")
+    plan = random_plan(model.config)
+    transact.save_checkpoint(tmp_path / "pruned", transact.apply_plan(model, plan), plan, {}, tokenizer=tokenizer)
+    return tmp_path / "pruned"
+
+
+def test_a_grid_goes_on_after_what_does_not_fit(checkpoint, tiny_directory, monkeypatch, tmp_path):
+    measure, memory = speed.measure_speed, speed.memory_of
+
+    def out_of_memory(model, case: SpeedCase, *arguments, **options):
+        if case.batch == 2 and case.prefix == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+        return measure(model, case, *arguments, **options)
+
+    monkeypatch.setattr(speed, "measure_speed", out_of_memory)
+    options = {"lengths": ((8, 2), (16, 2), (127, 2)), "batches": (1, 2, 4), "dtype": "float32", "device": "cpu"}
+    records = list(run_grid([str(tiny_directory), str(checkpoint)], repeats=2, **options))
+    status = [(r["case"]["prefix"], r["case"]["batch"], r["status"]) for r in records[:9]]
+    assert status == [
+        (8, 1, "success"), (8, 2, "out of memory"), (8, 4, "skipped"), (16, 1, "success"), (16, 2, "success"),
+        (16, 4, "success"), (127, 1, "skipped"), (127, 2, "skipped"), (127, 4, "skipped"),
+    ]  # fmt: skip
+    assert records[1]["error"] == "CUDA out of memory. Tried to allocate 1 GiB"
+    assert records[2]["error"] == "a smaller batch ran out of memory"
+    assert records[6]["error"] == "129 tokens are more than its context"
+    assert len(records) == 18
+    assert len(records[0]["samples"]["decode_s"]) == 2
+    monkeypatch.setattr(speed, "memory_of", lambda device: 1000)
+    assert {r["status"] for r in run_grid([str(tiny_directory)], **options)} == {"skipped"}
+    assert memory(torch.device("cpu")) > 2**20
+
+
+def test_speed_command_draws_and_appends(checkpoint, tmp_path, capsys):
+    arguments = ["speed", str(checkpoint), "--batches", "1,2", "--device", "cpu", "--repeats", "1"]
+    assert main([*arguments, "--results", str(tmp_path / "r")]) == 0  # 256 and 960 tokens are beyond its context
+    captured = capsys.readouterr()
+    assert "no GPU is used" in captured.err
+    names = {path.name for path in (tmp_path / "r").iterdir()}
+    assert {"speed.jsonl", "speed.md", "latency.png", "memory.svg", "roofline.png", "throughput.png"} <= names
+    with (tmp_path / "r" / "speed.jsonl").open("a") as file:
+        file.write('{"torn')
+        file.write("\n" + json.dumps({"schema": 99}) + "\n")
+    frame, complaints = read_speed(tmp_path / "r" / "speed.jsonl")
+    assert len(frame) == 6
+    assert [("torn" in complaint, "schema 99" in complaint) for complaint in complaints] == [(True, False),
+                                                                                           (False, True)]  # fmt: skip
+    table, _ = write_speed_report(frame[frame["status"] == "skipped"].reset_index(), tmp_path / "s")
+    assert "skipped" in (tmp_path / "s" / "speed.md").read_text()
+    assert "pruned" in table
+
+
+def test_what_fits_is_computed_without_measuring(capsys):
+    assert main(["speed", "llama2-7b", "transact-1.3b", "--memory-gib", "16"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0]["kv_bytes_per_token"] == 2 * 32 * 2 * 4096
+    assert rows == fitting(["llama2-7b", "transact-1.3b"], 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["llama3-7b"], "unknown shape 'llama3-7b', allowed: llama2-7b"),
+        (["llama2-7b", "--batches", "0"], "at least 1"),
+        (["llama2-7b", "--modes", "warp"], "unknown mode 'warp', allowed: eager, static, graphs"),
+        (["llama2-7b", "--grid", "huge"], "invalid choice"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, named, capsys):
+    try:
+        code = main(["speed", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert named in error[-1]
+
+
+def test_engines_report(tmp_path):
+    rows = [{"model": "dense", "engine": "llama.cpp f32", "tokens_per_s": 10.0, "file_mib": 5.0, "same_tokens": 1.0}]
+    table, files = write_engines_report(rows, "note", tmp_path)
+    assert "| 1.000 " in table.splitlines()[2] or "1.000" in table
+    assert [file.name for file in files] == ["engines.md", "engines.csv"]
+    assert replace(SpeedCase("m", 1, 1, 1, "eager", "float32", "cpu"), batch=2).batch == 2
