@@ -71,11 +71,15 @@ class TransActAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
 
         # The dense tables (batch, length, head_dim) hold each pair's angle twice, once in either half.
-        pairs = self.rope_pairs.repeat(1, 2)
-        cos, sin = (table[..., pairs].transpose(1, 2) for table in position_embeddings)
+        if self.qk_head_dim == self.config.head_dim:  # every pair is there, in the dense order
+            cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+        else:
+            pairs = self.rope_pairs.repeat(1, 2)
+            cos, sin = (table[..., pairs].transpose(1, 2) for table in position_embeddings)
         key = key * cos + rotate_half(key) * sin
-        cos, sin = (table.repeat_interleave(self.num_key_value_groups, dim=1) for table in (cos, sin))
-        query = query * cos + rotate_half(query) * sin
+        query = query.unflatten(1, (self.kv_heads, self.num_key_value_groups))
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        query = (query * cos + rotate_half(query) * sin).flatten(1, 2)
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
