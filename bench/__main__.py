@@ -13,8 +13,14 @@ from transact.inputs import TEXTS, load_model, load_text, resolve_device
 from . import regression
 from .memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
 from .perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
+from .records import finite
 from .shapes import SHAPES
 from .speed import GRIDS, MODES
+
+
+def print_json(value: dict) -> None:
+    """One line of strict JSON: what is no number is null."""
+    print(json.dumps(finite(value), allow_nan=False))
 
 
 def perplexity_command(options: argparse.Namespace) -> None:
@@ -25,12 +31,12 @@ def perplexity_command(options: argparse.Namespace) -> None:
     )
     result = dataclasses.asdict(measure_perplexity(model, windows, progress=True))
     del result["losses"]
-    print(json.dumps({
+    print_json({
         "model": options.model, "text": text.name, "sha256": text.sha256, "windows": len(windows.ids),
         "seq_len": options.seq_len, "windowing": options.windowing, "bos": options.bos,
         "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
         **result,
-    }))  # fmt: skip
+    })  # fmt: skip
 
 
 def memory_command(options: argparse.Namespace) -> None:
@@ -43,17 +49,18 @@ def memory_command(options: argparse.Namespace) -> None:
 
 
 def zero_shot_command(options: argparse.Namespace) -> None:
-    from .zero_shot import evaluate_tasks, resolve_tasks  # lm-eval takes seconds to import
+    from .zero_shot import iterate_results, resolve_tasks  # lm-eval takes seconds to import
 
     tasks = resolve_tasks(options.tasks.split(","), options.tasks_path)
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
-    results = evaluate_tasks(model, tokenizer, tasks, limit=options.limit, progress=True)
-    for name, result in results.items():
+    results = {}
+    for name, result in iterate_results(model, tokenizer, tasks, limit=options.limit, progress=True):
+        results[name] = result
         for metric, value in result.metrics.items():
             error = result.standard_errors[metric]
             spread = f" +- {error:.4f}" if error is not None else ""
             print(f"{name:24} {metric:24} {value:.4f}{spread}  ({result.items} items, {result.shots} shots, "
-                  f"version {result.version:g})")  # fmt: skip
+                  f"version {result.version:g})", flush=True)  # fmt: skip
     plain = {name: dataclasses.asdict(result) for name, result in results.items()}
     for result in plain.values():
         del result["scores"]
@@ -81,7 +88,7 @@ def regression_command(options: argparse.Namespace) -> int:
         print(f"wrote {options.baseline}: review and commit it")
         return 0
     baseline = regression.read_baseline(options.baseline)
-    verdicts = regression.compare(baseline, regression.measure_cells(device=options.device))
+    verdicts = regression.compare(baseline, regression.measure_cells(device=options.device, baseline=baseline))
     print(regression.table(verdicts))
     return int(any(verdict.complaint for verdict in verdicts))
 

@@ -46,8 +46,9 @@ def transformers_tokens(model: nn.Module, prompts: torch.Tensor) -> tuple[list[l
 def llama_cpp_tokens(path: Path, prompts: torch.Tensor) -> tuple[list[list[int]], float]:
     """The same in llama.cpp, by a GGUF file, from the same token ids."""
     llama_cpp = import_llama_cpp()
+    exact = {"type_k": 0, "type_v": 0} if path.stem == "f32" else {}  # a cache in float32 too, not in its usual float16
     engine = llama_cpp.Llama(
-        str(path), n_ctx=512, n_threads=torch.get_num_threads(), n_gpu_layers=0, verbose=False, seed=0
+        str(path), n_ctx=512, n_threads=torch.get_num_threads(), n_gpu_layers=0, verbose=False, seed=0, **exact
     )
     continuations, speeds = [], []
     for prompt in prompts.tolist():

@@ -86,7 +86,9 @@ def evaluation_windows(
         )
     length = min(length, len(tokens))
     available = -(-len(tokens) // length)
-    if count is not None and not 1 <= count <= available:
+    if count is not None and count < 1:
+        raise ValueError(f"at least one window is needed, got {count}")
+    if count is not None and count > available:
         raise ValueError(f"the text has {available} windows of {length} tokens, {count} asked for")
     if count is None or count == available:
         text_bytes = len(text.content.encode())

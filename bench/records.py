@@ -75,7 +75,7 @@ class Record:
 
 def append_record(path: str | os.PathLike, record: Record) -> None:
     """Append one line, flushed to the disk. A torn last line, left by a killed run, is first cut off by a line end."""
-    line = json.dumps(_finite(asdict(record)), allow_nan=False) + "\n"
+    line = json.dumps(finite(asdict(record)), allow_nan=False) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
@@ -91,14 +91,14 @@ def _ends_with_newline(file) -> bool:
     return file.read(1) == b"\n"
 
 
-def _finite(value):
+def finite(value):
     """JSON has no NaN: a figure that is not a number is null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
@@ -115,6 +115,9 @@ def read_records(path: str | os.PathLike) -> tuple[list[Record], list[str]]:
             fields = json.loads(line)
             if fields["schema"] != SCHEMA:
                 complaints.append(f"{path}:{number}: schema {fields['schema']}, this version reads {SCHEMA}")
+                continue
+            if fields["status"] == "success" and not isinstance(fields["metrics"]["perplexity"], float | int):
+                complaints.append(f"{path}:{number}: its perplexity is no number, passed over")
                 continue
             fields["case"] = Case(**fields["case"])
             records.append(Record(**fields))

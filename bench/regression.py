@@ -13,14 +13,14 @@ from pathlib import Path
 
 from transact import PRESETS
 
-from .records import Record
+from .records import Case, Record
 from .significance import paired_difference
-from .workbench import Workbench
+from .workbench import Workbench, method_of
 
 BASELINE = Path(__file__).parents[1] / "reports" / "baseline.json"
 CELLS = (("best", 0.2), ("best", 0.5), ("transact", 0.3), ("transact-released", 0.3), ("flap", 0.3), ("wanda-sp", 0.3))
 SETTINGS = {"calibration": "docstrings", "samples": 32, "evaluation": "docstrings", "windows": 24, "dtype": "float32"}
-LEAST_TOLERANCE = 0.01  # of perplexity
+LEAST_TOLERANCE, MOST_TOLERANCE = 0.01, 0.1  # of perplexity
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,47 @@ def measure_cells(
     cells: Sequence[tuple[str, float]] = CELLS,
     settings: Mapping = SETTINGS,
     device: str = "auto",
+    baseline: Mapping | None = None,
 ) -> list[Record]:
-    """Records of the dense model and of every cell, a preset and a ratio."""
+    """Records of the dense model and of every cell, a preset and a ratio.
+
+    Raises ValueError, before anything is measured, where a `baseline` is of another model, text or cells.
+    """
     bench = Workbench(model, **settings, device=device)
     cases = [bench.dense_case, *(bench.case(PRESETS[preset], ratio) for preset, ratio in cells)]
+    if baseline is not None:
+        check_comparable(baseline, cases)
     return [bench.measure(case) for case in cases]
+
+
+def _header(cases: Sequence[Case]) -> dict:
+    """What all cells share."""
+    case = next((case for case in cases if case.calibration_sha256), cases[0])
+    kept = ("model", "model_hash", "calibration_text", "calibration_sha256", "calibration_samples", "evaluation_text",
+            "evaluation_sha256", "evaluation_windows", "evaluation_seq_len", "dtype")  # fmt: skip
+    return {name: getattr(case, name) for name in kept}
+
+
+def check_comparable(baseline: Mapping, cases: Sequence[Case]) -> None:
+    """Raise ValueError where model, text or cells are not the baseline's."""
+    for name, value in _header(cases).items():
+        if baseline.get(name) != value:
+            raise ValueError(
+                f"this run cannot be compared with the baseline: {name.replace('_', ' ')} is {value}, "
+                f"the baseline has {baseline.get(name)} (packages as pinned in constraints.txt?)"
+            )
+    cells = [_cell(case) for case in cases]
+    if list(baseline["cells"]) != cells:
+        raise ValueError(f"the baseline has the cells {', '.join(baseline['cells'])}; run: {', '.join(cells)}")
 
 
 def baseline_of(records: Sequence[Record]) -> dict:
     """What a baseline file holds of the records."""
-    case = next((record.case for record in records if record.case.calibration_sha256), records[0].case)
-    kept = ("model", "model_hash", "calibration_text", "calibration_sha256", "calibration_samples", "evaluation_text",
-            "evaluation_sha256", "evaluation_windows", "evaluation_seq_len", "dtype")  # fmt: skip
     return {
-        **{name: getattr(case, name) for name in kept},
+        **_header([record.case for record in records]),
         "environment": records[0].environment,
         "cells": {
-            _cell(record): {
+            _cell(record.case): {
                 "perplexity": record.metrics["perplexity"],
                 "parameters": record.metrics["parameters"],
                 "losses": list(record.losses),
@@ -77,25 +101,19 @@ def baseline_of(records: Sequence[Record]) -> dict:
     }
 
 
-def _cell(record: Record) -> str:
-    return record.method if record.method == "dense" else f"{record.method} {record.case.ratio:g}"
+def _cell(case: Case) -> str:
+    method = method_of(case)
+    return method if method == "dense" else f"{method} {case.ratio:g}"
 
 
 def compare(baseline: Mapping, records: Sequence[Record]) -> list[Verdict]:
     """A verdict on every cell of the baseline.
 
     Perplexity may move by 3 standard errors of the paired differences of the windows' losses, or by 1 %, whichever is
-    more. Raises ValueError where model, text or cells are not the baseline's.
+    more, and never by more than 10 %. Raises ValueError as `check_comparable` does.
     """
+    check_comparable(baseline, [record.case for record in records])
     now = baseline_of(records)
-    for name, value in now.items():
-        if name not in ("cells", "environment") and baseline.get(name) != value:
-            raise ValueError(
-                f"this run cannot be compared with the baseline: {name.replace('_', ' ')} is {value}, "
-                f"the baseline has {baseline.get(name)} (packages as pinned in constraints.txt?)"
-            )
-    if baseline["cells"].keys() != now["cells"].keys():
-        raise ValueError(f"the baseline has the cells {', '.join(baseline['cells'])}; run: {', '.join(now['cells'])}")
     verdicts = []
     for name, cell in now["cells"].items():
         before = baseline["cells"][name]
@@ -107,7 +125,7 @@ def compare(baseline: Mapping, records: Sequence[Record]) -> list[Verdict]:
                 perplexity_before=before["perplexity"],
                 perplexity=cell["perplexity"],
                 change=math.expm1(min(difference.mean, 50)),
-                tolerance=max(error, LEAST_TOLERANCE),
+                tolerance=min(max(error, LEAST_TOLERANCE), MOST_TOLERANCE),
                 parameters_before=before["parameters"],
                 parameters=cell["parameters"],
             )
@@ -120,7 +138,8 @@ def table(verdicts: Sequence[Verdict]) -> str:
     lines = [f"{'cell':24} {'baseline':>10} {'now':>10} {'change':>9} {'tolerance':>9}  verdict"]
     for v in verdicts:
         lines.append(
-            f"{v.cell:24} {v.perplexity_before:10.3f} {v.perplexity:10.3f} {v.change:+9.2%} {v.tolerance:9.2%}  "
+            f"{v.cell:24} {v.perplexity_before:10.3f} {v.perplexity:10.3f} "
+            f"{f'{v.change:+9.2%}' if v.change < 10 else '  > +999%'} {v.tolerance:9.2%}  "
             f"{v.complaint or 'as before'}"
         )
     return "\n".join(lines)

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,13 +68,15 @@ class _CheckedModel(HFLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False):
         for request in requests:
-            self._check_length(len(self.tok_encode(request.args[0])) + 1, request.args)
+            # lm-eval cuts the prompt to make room for all that may be generated
+            new = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            self._check_length(len(self.tok_encode(request.args[0])) + new, request.args)
         return super().generate_until(requests, disable_tqdm or self.hide_progress)
 
     def _check_length(self, tokens: int, text: tuple | None) -> None:
         if tokens > self.max_length:
             raise ValueError(
-                f"the item {_shortened(text)} has {tokens} tokens, the model's context is {self.max_length}"
+                f"the item {_shortened(text)} takes {tokens} tokens, the model's context is {self.max_length}"
             )
 
 
@@ -91,11 +93,12 @@ def resolve_tasks(names: Sequence[str], tasks_path: Path | None = None) -> dict[
     is none of these. Raises ValueError, in one line, for a name that is not known (the nearest is named), a task file
     that cannot be read, or a data set that cannot be loaded.
     """
+    names = [name.strip() for name in names if name.strip()]
     if not names:
         raise ValueError(f"no tasks are named, allowed: {', '.join(PROFILES)}, or names of tasks")
     folders = [probes_directory()]
     if tasks_path is not None:
-        check_task_files(tasks_path)
+        check_task_files(tasks_path, taken=set(PROBES))
         folders.append(tasks_path)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
@@ -104,22 +107,25 @@ def resolve_tasks(names: Sequence[str], tasks_path: Path | None = None) -> dict[
         manager = TaskManager(include_path=[str(folder) for folder in folders])
     resolved = {}
     for entry in wanted:
-        name, _, shots = entry.partition("@")
-        if shots and not shots.isdecimal():
+        name, at, shots = entry.partition("@")
+        if at and not shots.isdecimal():
             raise ValueError(f"task {entry!r}: shots must be a whole number, as in arc_challenge@25")
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*manager.all_tasks, *PROFILES], n=3)
+            near = difflib.get_close_matches(name, {*manager.all_tasks, *PROFILES}, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"the bundled ones are {', '.join(PROBES)}"
             raise ValueError(f"unknown task {name!r}; {hint}")
         try:
             tasks = manager.load([name])["tasks"]
         except Exception as error:  # data sets and task files raise whatever they like
-            raise ValueError(
-                f"task {name!r} cannot be loaded ({in_one_line(error)}); data sets of the hub need the network: "
-                "without it name bundled probes, or --tasks-path with local data"
-            ) from error
+            is_local = (manager.task_index[name].cfg or {}).get("dataset_path") in ("json", "csv", "parquet", "text")
+            hint = "data sets of the hub need the network: without it name bundled probes or local tasks"
+            if is_local:
+                cause = error.__cause__ or error
+                hint = f"its data are local: are the files there, with an item a line? {in_one_line(cause)}"
+            raise ValueError(f"task {name!r} cannot be loaded ({in_one_line(error)}); {hint}") from error
         for task_name, task in tasks.items():
             if shots:
+                _check_shots(task, int(shots))
                 task.set_config("num_fewshot", int(shots))
             elif task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
@@ -128,8 +134,8 @@ def resolve_tasks(names: Sequence[str], tasks_path: Path | None = None) -> dict[
     return resolved
 
 
-def check_task_files(folder: Path) -> None:
-    """Raise ValueError unless `folder` holds task files, each readable as YAML with a name."""
+def check_task_files(folder: Path, *, taken: set[str] = frozenset()) -> None:
+    """Raise ValueError unless `folder` holds task files, each readable as YAML with a name that is not `taken`."""
     files = sorted(folder.rglob("*.yaml")) if folder.is_dir() else []
     if not files:
         raise ValueError(f"tasks-path {str(folder)!r} is no folder with task files (*.yaml)")
@@ -138,6 +144,7 @@ def check_task_files(folder: Path) -> None:
         """Reads lm-eval's `!function` tags as plain text: nothing is run here."""
 
     Loader.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
+    taken = set(taken)
     for file in files:
         try:
             config = yaml.load(file.read_text(encoding="utf-8"), Loader)  # a SafeLoader
@@ -145,6 +152,17 @@ def check_task_files(folder: Path) -> None:
             raise ValueError(f"task file {str(file)!r} cannot be read: {in_one_line(error)}") from error
         if not isinstance(config, dict) or not {"task", "group", "include", "class"} & config.keys():
             raise ValueError(f"task file {str(file)!r} is no task: it has neither 'task' nor 'group'")
+        if isinstance(name := config.get("task"), str):
+            if name in taken:
+                raise ValueError(f"task file {str(file)!r}: there is another task {name!r}, give it a name of its own")
+            taken.add(name)
+
+
+def _check_shots(task, shots: int) -> None:
+    examples = task.fewshot_docs() or ()
+    available = len(examples if hasattr(examples, "__len__") else list(examples))
+    if shots >= available:
+        raise ValueError(f"task {task.task_name!r} has {available} examples to show, {shots} shots asked for")
 
 
 def evaluate_tasks(
@@ -155,7 +173,19 @@ def evaluate_tasks(
     limit: int | None = None,
     progress: bool = False,
 ) -> dict[str, TaskResult]:
-    """Results of a model on tasks of `resolve_tasks`, by name; on the first `limit` items of each.
+    """Results of a model on tasks of `resolve_tasks`, by name, as `iterate_results` gives them one by one."""
+    return dict(iterate_results(model, tokenizer, tasks, limit=limit, progress=progress))
+
+
+def iterate_results(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, object],
+    *,
+    limit: int | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[str, TaskResult]]:
+    """Name and result of one task after the other, on the first `limit` items of each.
 
     Few-shot examples are drawn with lm-eval's own seeds. Raises ValueError, naming the task, where it has no items, an
     item does not fit the model's context, or a loss is not a number.
@@ -163,25 +193,28 @@ def evaluate_tasks(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     checked = _CheckedModel(model.eval(), tokenizer, progress=progress)
-    results = {}
     for name, task in tasks.items():
         try:
-            results[name] = _evaluate(checked, task, limit)
+            result = _evaluate(checked, task, limit)
         except Exception as error:  # a task file may do anything with its items
             raise ValueError(f"task {name!r}: {in_one_line(error)}") from error
-    return results
+        yield name, result
 
 
 def _evaluate(model: HFLM, task, limit: int | None) -> TaskResult:
     if not len(task.eval_docs):
         raise ValueError("it has no items")
+    for number, doc in enumerate(task.eval_docs if limit is None else list(task.eval_docs)[:limit]):
+        try:
+            task.doc_to_text(doc), task.doc_to_target(doc)
+            if task.OUTPUT_TYPE == "multiple_choice":
+                _check_answer(task, doc)
+        except Exception as error:  # templates may do anything with an item's columns
+            raise ValueError(f"item {number}: {in_one_line(error)}") from error
     name = task.task_name
     loaded = {"tasks": {name: task}, "groups": {}, "group_map": {}}
     outcome = evaluate(model, loaded, limit=limit, bootstrap_iters=0)
     figures, samples = outcome["results"][name], outcome["samples"][name]
-    if task.OUTPUT_TYPE == "multiple_choice":
-        for sample in samples:
-            _check_answer(sample["target"], task.doc_to_choice(sample["doc"]), sample["doc_id"])
     metrics, standard_errors, scores = {}, {}, {}
     for key, value in figures.items():
         metric, _, kind = key.partition(",")
@@ -210,9 +243,14 @@ def _evaluate(model: HFLM, task, limit: int | None) -> TaskResult:
     )
 
 
-def _check_answer(target, choices: Sequence[str], number: int) -> None:
+def _check_answer(task, doc: dict) -> None:
     """Raise ValueError unless the answer is a choice, or several, by index or text; lm-eval scores others as wrong."""
+    choices = task.doc_to_choice(doc)
+    # where contexts are the choices (WinoGrande), the answer is what `doc_to_text` gives
+    target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if not all(isinstance(choice, str) and choice for choice in choices):
+        raise ValueError(f"its choices must be texts, got {choices!r}")
     for answer in target if isinstance(target, list) else [target]:
         is_index = isinstance(answer, int) and 0 <= answer < len(choices)
         if not is_index and answer not in choices:
-            raise ValueError(f"item {number} has the answer {answer!r}, none of its {len(choices)} choices")
+            raise ValueError(f"its answer {answer!r} is none of its {len(choices)} choices")

@@ -166,13 +166,23 @@ def markdown_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
     )  # fmt: skip
 
 
+METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "magnitude", "random", "dense")
+
+
+def style_of(method: str, others: Sequence[str] = ()) -> tuple[str, str, str]:
+    """Colour, marker and dashes of a method, the same in every picture; `others` are those that METHODS lacks."""
+    known = [*METHODS, *sorted(set(others) - set(METHODS))]
+    return STYLES[known.index(method) % len(STYLES)]
+
+
 def plot_perplexity(frame: pd.DataFrame) -> Figure:
     """Perplexity (logarithmic) against the fraction removed, one line for each method, error bars of one error."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     dense = frame[frame["method"] == "dense"]
     pruned = frame[frame["method"] != "dense"]
-    for (method, group), (colour, marker, dashes) in zip(pruned.groupby("method"), _styles(), strict=False):
+    for method, group in pruned.groupby("method"):
+        colour, marker, dashes = style_of(method, frame["method"])
         points = pd.concat([dense, group]).sort_values("fraction_removed")
         axes.errorbar(points["fraction_removed"] * 100, points["perplexity"], yerr=points["perplexity_standard_error"],
                       label=method, color=colour, marker=marker, linestyle=dashes, capsize=3)  # fmt: skip
@@ -180,8 +190,13 @@ def plot_perplexity(frame: pd.DataFrame) -> Figure:
         axes.axhline(dense["perplexity"].iloc[0], color="0.5", linewidth=1, zorder=0)
         axes.annotate("dense", (axes.get_xlim()[1], dense["perplexity"].iloc[0]), color="0.4",
                       ha="right", va="bottom", xytext=(-3, 2), textcoords="offset points")  # fmt: skip
-    axes.set(yscale="log", xlabel="decoder linear parameters removed (%)", ylabel="perplexity (log scale)")
+    axes.set(yscale="log", xlabel="decoder linear parameters removed (%)",
+             ylabel="perplexity (log scale; bars: one standard error)")  # fmt: skip
     axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+    few_decades = frame["perplexity"].max() < 50 * frame["perplexity"].min()
+    axes.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 3, 5) if few_decades else range(2, 10)))
+    minor = matplotlib.ticker.StrMethodFormatter("{x:,.0f}") if few_decades else matplotlib.ticker.NullFormatter()
+    axes.yaxis.set_minor_formatter(minor)
     axes.grid(alpha=0.25, which="both")
     first = frame.iloc[0]
     windows = f"{first['evaluation_windows']} windows of {first['evaluation_seq_len']} tokens"
@@ -191,19 +206,15 @@ def plot_perplexity(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _styles():
-    while True:
-        yield from STYLES
-
-
-def plot_tasks(frame: pd.DataFrame) -> Figure:
+def plot_tasks(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy of every task, one marker for each method with a bar of one standard error; guessing as a grey tick."""
     frame = frame[frame["metric"] == "acc"]
     tasks = list(dict.fromkeys(frame["task"]))
     figure = Figure(figsize=(8, 1.4 + 0.42 * len(tasks)), layout="constrained")
     axes = figure.subplots()
     methods = list(dict.fromkeys(zip(frame["method"], frame["ratio"], strict=True)))
-    for number, ((method, ratio), (colour, marker, _)) in enumerate(zip(methods, _styles(), strict=False)):
+    for number, (method, ratio) in enumerate(methods):
+        colour, marker, _ = style_of(method, frame["method"])
         group = frame[(frame["method"] == method) & (frame["ratio"] == ratio)]
         offset = 0.5 * (number / max(1, len(methods) - 1) - 0.5)
         places = [tasks.index(task) + offset for task in group["task"]]
@@ -213,13 +224,14 @@ def plot_tasks(frame: pd.DataFrame) -> Figure:
     for place, task in enumerate(tasks):
         chance = frame[frame["task"] == task]["chance"].iloc[0]
         if pd.notna(chance):
-            axes.plot([chance, chance], [place - 0.35, place + 0.35], color="0.5", linewidth=1.5,
+            axes.plot([chance, chance], [place - 0.35, place + 0.35], color="0.5", linewidth=1.5, zorder=3,
                       label="guessing" if place == 0 else None)  # fmt: skip
     capabilities = frame.drop_duplicates("task").set_index("task")["capability"]
     labels = [f"{task} ({capabilities[task]})" if pd.notna(capabilities[task]) else task for task in tasks]
     axes.set_yticks(range(len(tasks)), labels)
     axes.invert_yaxis()
-    axes.set(xlabel="accuracy", xlim=(-0.02, 1.02))
+    axes.set(xlabel="accuracy (bars: one standard error)", xlim=(-0.02, 1.02))
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
     return figure
@@ -254,7 +266,11 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
     if len(tasks):
         files += write_table(directory / "tasks", "What a pruned model loses", f"{note} {NOISE}", tasks, list(tasks))
         if (tasks["metric"] == "acc").any():
-            files += write_figure(directory / "tasks", plot_tasks(tasks))
+            case = newest.case
+            title = f"{case.model}, {case.dtype}, calibrated on {case.calibration_text or 'nothing'}"
+            items = sorted(set(tasks["items"]))
+            several = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
+            files += write_figure(directory / "tasks", plot_tasks(tasks, f"{title}, {several} items a task"))
         shown = ["task", "items", "method", "ratio", "value", "standard_error", "over_dense"]
         table += "\n\n" + markdown_table(tasks[tasks["metric"] == "acc"], shown)
     return table, files

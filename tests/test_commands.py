@@ -104,6 +104,13 @@ def test_bench_perplexity_prints_json_last(tiny_directory, tiny_text, capsys):
     assert {"perplexity", "bits_per_byte", "sha256", "standard_error"} <= result.keys()
 
 
+def test_bench_perplexity_is_strict_json(tiny_directory, tiny_text, capsys):
+    arguments = ["--text", str(tiny_text), "--seq-len", "40", "--windows", "1", "--device", "cpu"]
+    assert bench_main(["perplexity", str(tiny_directory), *arguments]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(line, parse_constant=pytest.fail)["standard_error"] is None  # of one window there is none
+
+
 def test_bench_memory(prune, tmp_path, capsys):
     assert prune("--mha-dim", "48") == 0
     capsys.readouterr()

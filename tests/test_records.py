@@ -52,6 +52,14 @@ def test_not_a_number_becomes_null(tmp_path):
     assert json.loads((tmp_path / "r.jsonl").read_text())["metrics"]["perplexity"] is None
 
 
+def test_a_perplexity_that_is_no_number_does_not_replace_one_that_is(tmp_path):
+    append_record(tmp_path / "r.jsonl", record())
+    append_record(tmp_path / "r.jsonl", record(perplexity=float("nan")))
+    read, complaints = read_records(tmp_path / "r.jsonl")
+    assert [one.metrics["perplexity"] for one in read] == [30.0]
+    assert "r.jsonl:2: its perplexity is no number" in complaints[0]
+
+
 def test_torn_and_foreign_lines_are_passed_over(tmp_path):
     path = tmp_path / "r.jsonl"
     append_record(path, record())

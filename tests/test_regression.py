@@ -45,6 +45,8 @@ def verdicts_after(change, tmp_path):
         (lambda one: moved(one, -0.011), ["", "better: bless it", ""]),
         (lambda one: moved(one, 0.05, spread=0.1), ["", "", ""]),  # three standard errors are 0.17
         (lambda one: moved(one, 0.25, spread=0.1), ["", "worse", ""]),
+        (lambda one: moved(one, 0.12, spread=0.2), ["", "worse", ""]),  # never more than 10 %
+        (lambda one: moved(one, 9.0), ["", "worse", ""]),
         (lambda one: replace(one, metrics={**one.metrics, "parameters": 999}), ["", "parameters were 1,000", ""]),
     ],
 )
@@ -66,7 +68,7 @@ def test_other_text_or_model_is_refused(changes, tmp_path):
 
 
 def test_other_cells_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"the baseline has the cells dense, activation 0\.2, random 0\.2; run: "):
+    with pytest.raises(ValueError, match=r"the baseline has the cells dense, transact 0\.2, random 0\.2; run: "):
         verdicts_after(lambda one: replace(one, case=replace(one.case, ratio=0.4)), tmp_path)
 
 
@@ -79,6 +81,15 @@ def test_a_baseline_that_is_torn_is_named(content, tmp_path, capsys):
     assert error.count("\n") == 1
     assert main(["regression", "--baseline", str(tmp_path / "none.json")]) == 2
     assert "--bless writes one" in capsys.readouterr().err
+
+
+def test_a_foreign_baseline_is_refused_before_anything_is_measured(tiny_directory, tiny_text, monkeypatch):
+    monkeypatch.setattr("bench.workbench.Workbench.measure", lambda *arguments: pytest.fail("measured"))
+    settings = {"calibration": str(tiny_text), "evaluation": str(tiny_text), "samples": 2, "windows": 2,
+                "calibration_seq_len": 16, "evaluation_seq_len": 16}  # fmt: skip
+    baseline = json.loads(json.dumps(regression.baseline_of(some_records())))
+    with pytest.raises(ValueError, match=r"model hash is .*, the baseline has 0000"):
+        measure_cells(str(tiny_directory), cells=CELLS, settings=settings, baseline=baseline | {"model": "tiny"})
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 import transact
 from bench.__main__ import main as bench_main
@@ -141,6 +142,9 @@ def test_rolling_losses_agree_with_lm_eval(tiny, tiny_text):
     [
         (["probe_agrement"], "unknown task 'probe_agrement'; did you mean probe_agreement"),
         (["words@few"], "shots must be a whole number"),
+        (["words@"], "shots must be a whole number"),
+        (["words@24"], "'words' has 24 examples to show, 24 shots asked for"),
+        (["", " "], "no tasks are named"),
         (["nothing_like_it_at_all"], "unknown task"),
         ([], "no tasks are named"),
     ],
@@ -178,16 +182,64 @@ def test_a_folder_without_tasks_is_named(tmp_path):
 def test_items_that_cannot_be_measured_are_named(tiny, tasks_path):
     long = {"context": " ".join(["w1"] * 140), "choices": ["w2", "w3"], "gold": 0}
     write_task(tasks_path, "long", [*some_items(3), long])
-    with pytest.raises(ValueError, match=r"task 'long': the item 'w1 .*' has 140 tokens, the model's context is 128"):
+    with pytest.raises(ValueError, match=r"task 'long': the item 'w1 .*' takes 140 tokens, the model's context is 128"):
         evaluate_tasks(*tiny, resolve_tasks(["long"], tasks_path))
     write_task(tasks_path, "lacking", [{"context": "w1", "choices": ["w2", "w3"]}])
-    with pytest.raises(ValueError, match="task 'lacking': item 0 has the answer 'gold', none of its 2"):
+    with pytest.raises(ValueError, match="task 'lacking': item 0: its answer 'gold' is none of its 2"):
         evaluate_tasks(*tiny, resolve_tasks(["lacking"], tasks_path))
     write_task(tasks_path, "empty", [])
     with pytest.raises(ValueError, match="'empty' cannot be loaded"):
         resolve_tasks(["empty"], tasks_path)
     with pytest.raises(ValueError, match="limit must be at least 1"):
         evaluate_tasks(*tiny, {}, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("item", "named"),
+    [
+        ({"context": "w1", "choices": ["w2", "w3"], "gold": 7}, "its answer 7 is none of its 2 choices"),
+        ({"context": "w1", "choices": ["w2", ""], "gold": 0}, "its choices must be texts"),
+        ({"context": "w1", "choices": None, "gold": 0}, "item 1: "),
+        ({"context": "w1", "choices": ["w2", "w3"], "gold": None}, "item 1: "),
+    ],
+)
+def test_items_that_are_malformed_are_named(item, named, tiny, tasks_path):
+    write_task(tasks_path, "bad", [some_items(1)[0], item])
+    with pytest.raises(ValueError, match="task 'bad': item 1: ") as caught:
+        evaluate_tasks(*tiny, resolve_tasks(["bad"], tasks_path))
+    assert named in str(caught.value)
+
+
+def test_contexts_may_be_the_choices_as_in_winogrande(tiny, tasks_path):
+    items = [{"contexts": [f"w{i} w3", f"w{i} w4"], "gold": i % 2, "ending": "w7 w8"} for i in range(1, 9)]
+    write_task(tasks_path, "blanks", items, doc_to_text="{{gold}}", doc_to_choice="{{contexts}}",
+               doc_to_target="{{ending}}")  # fmt: skip
+    result = evaluate_tasks(*tiny, resolve_tasks(["blanks"], tasks_path))["blanks"]
+    expected = []
+    for item in items:
+        pair = [choice_losses(*tiny, {"context": c, "choices": [item["ending"]]})[0] for c in item["contexts"]]
+        expected.append(float(pair.index(max(pair)) == item["gold"]))
+    assert result.scores["acc"] == tuple(expected)
+
+
+def test_room_for_generation_is_asked_for(tiny, tasks_path):
+    items = [{"context": " ".join(["w1"] * 100), "answer": "w2"}]
+    changes = {"output_type": "generate_until", "doc_to_target": "{{answer}}", "doc_to_choice": None,
+               "generation_kwargs": {"until": ["w9"], "max_gen_toks": 8},
+               "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]}  # fmt: skip
+    write_task(tasks_path, "said", items, **changes)
+    result = evaluate_tasks(*tiny, resolve_tasks(["said"], tasks_path))["said"]
+    assert result.items == 1
+    changes["generation_kwargs"] = {"until": ["w9"], "max_gen_toks": 40}
+    write_task(tasks_path, "said", items, **changes)
+    with pytest.raises(ValueError, match="takes 140 tokens, the model's context is 128"):
+        evaluate_tasks(*tiny, resolve_tasks(["said"], tasks_path))
+
+
+def test_two_tasks_of_one_name_are_refused(tasks_path):
+    write_task(tasks_path, "probe_sums", some_items())
+    with pytest.raises(ValueError, match="there is another task 'probe_sums'"):
+        resolve_tasks(["probe_sums"], tasks_path)
 
 
 def test_losses_that_are_no_numbers_are_refused(tiny_directory, tasks_path):
@@ -224,7 +276,8 @@ def test_probes_are_made_from_the_seed(name):
 
 def test_probes_that_are_written_are_tasks(tmp_path, capsys):
     write_probes(tmp_path)
-    assert sorted(resolve_tasks(["probes"], tmp_path)) == sorted(PROBES)
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["probes"])["tasks"]
+    assert sorted(tasks) == sorted(PROBES) == sorted(resolve_tasks(["probes"]))
     assert bench_main(["probes", str(tmp_path / "new")]) == 0
     assert "lm_eval --include_path" in capsys.readouterr().out
     assert (tmp_path / "new" / "probe_sums.yaml").exists()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -68,6 +69,9 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
         hint = "; `transact prune --layerwise` keeps one block at a time on the device"
         print(f"{parser.prog}: error: {str(error).splitlines()[0]}{hint}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
