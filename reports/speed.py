@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from .report import STYLES, markdown_table, write_figure, write_table
 
@@ -89,10 +90,10 @@ def plot_latency(frame: pd.DataFrame, hardware: str) -> Figure:
 
 
 def plot_throughput(frame: pd.DataFrame, hardware: str) -> Figure:
-    """Decoded tokens a second of all sequences against the batch, at the longest lengths measured."""
+    """Decoded tokens a second of all sequences against the batch, at the longest of the lengths measured most."""
     longest = frame.assign(total=frame["prefix"] + frame["decode"])
-    several = longest.groupby("total")["batch"].nunique()
-    longest = longest[longest["total"] == several[several > 1].index.max()]
+    cells = longest["total"].value_counts()
+    longest = longest[longest["total"] == cells[cells == cells.max()].index.max()]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, group, (colour, marker, dashes) in _lines(longest):
@@ -101,6 +102,10 @@ def plot_throughput(frame: pd.DataFrame, hardware: str) -> Figure:
                   linestyle=dashes)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="sequences in the batch", ylabel="decoded tokens per second")
     axes.set_xscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.set_minor_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     first = longest.iloc[0]
     axes.set_title(f"Throughput, {first['prefix']}+{first['decode']} tokens, {first['dtype']}, {hardware}", fontsize=10)
     axes.grid(alpha=0.25, which="both")
