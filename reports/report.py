@@ -166,7 +166,7 @@ def markdown_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
     )  # fmt: skip
 
 
-METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "magnitude", "random", "dense")
+METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "dense", "magnitude", "random")
 
 
 def style_of(method: str, others: Sequence[str] = ()) -> tuple[str, str, str]:
@@ -270,7 +270,7 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
             title = f"{case.model}, {case.dtype}, calibrated on {case.calibration_text or 'nothing'}"
             items = sorted(set(tasks["items"]))
             several = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
-            files += write_figure(directory / "tasks", plot_tasks(tasks, f"{title}, {several} items a task"))
+            files += write_figure(directory / "tasks", plot_tasks(tasks, f"{title}\n{several} items a task"))
         shown = ["task", "items", "method", "ratio", "value", "standard_error", "over_dense"]
         table += "\n\n" + markdown_table(tasks[tasks["metric"] == "acc"], shown)
     return table, files
