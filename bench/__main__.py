@@ -98,11 +98,15 @@ def speed_command(options: argparse.Namespace) -> None:
 
     from .speed import append_speed, fitting, run_grid
 
-    if options.memory_gib:
+    if options.memory_gib is not None:
         for row in fitting(options.models, options.memory_gib, context=options.context):
             print(json.dumps(row))
         return
     path = options.results / "speed.jsonl"
+    try:
+        options.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"results {str(options.results)!r} cannot be made: {error.strerror}") from error
     if resolve_device(options.device).type != "cuda":
         print("no GPU is used: the CPU's own figures follow, CUDA graphs are plain compilation", file=sys.stderr)
     try:

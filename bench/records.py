@@ -74,8 +74,13 @@ class Record:
 
 
 def append_record(path: str | os.PathLike, record: Record) -> None:
+    """Append the record as one line of strict JSON; see `append_line`."""
+    append_line(path, json.dumps(finite(asdict(record)), allow_nan=False))
+
+
+def append_line(path: str | os.PathLike, line: str) -> None:
     """Append one line, flushed to the disk. A torn last line, left by a killed run, is first cut off by a line end."""
-    line = json.dumps(finite(asdict(record)), allow_nan=False) + "\n"
+    line += "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:

@@ -29,6 +29,7 @@ from .costs import (
 )
 from .environment import environment
 from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
+from .records import append_line
 from .shapes import SHAPES, random_model, shape_by_name
 from .workbench import fast_dtype
 
@@ -164,10 +165,15 @@ def run_grid(
 
     A model that ran out of memory at a batch is not tried at larger ones of the same length.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
     where = resolve_device(device)
     dtype = fast_dtype(device) if dtype == "auto" else dtype
-    roofline, memory = measure_roofline(where, DTYPES[dtype]), memory_of(where)
     configs = {name: config_of(name) for name in models}
+    names = [Path(name).name for name in models]
+    if len(set(names)) < len(names):
+        raise ValueError(f"models are told apart by their last names, two are called the same: {', '.join(names)}")
+    roofline, memory = measure_roofline(where, DTYPES[dtype]), memory_of(where)
     size = DTYPES[dtype].itemsize
     cells = len(models) * len(lengths) * len(batches) * len(modes)
     with tqdm(total=cells, desc="speed", unit="cell", disable=None) as bar:
@@ -217,6 +223,8 @@ def _model(name: str, config: PretrainedConfig, dtype: str, device: torch.device
 
 def fitting(models: Sequence[str], memory_gib: float, *, context: int = 4096, element_size: int = 2) -> list[dict]:
     """For each model: weights, KV bytes a token, and what fits in a memory of this size, computed."""
+    if memory_gib <= 0 or context < 1:
+        raise ValueError(f"memory and context must be positive, got {memory_gib} GiB and {context} tokens")
     rows, memory = [], int(memory_gib * 2**30)
     for name in models:
         config = config_of(name)
@@ -233,8 +241,4 @@ def fitting(models: Sequence[str], memory_gib: float, *, context: int = 4096, el
 
 def append_speed(path: Path, record: dict) -> None:
     """Append one line, flushed to the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(path, json.dumps(record))

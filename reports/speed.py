@@ -69,7 +69,7 @@ def _lines(frame: pd.DataFrame):
 
 def plot_latency(frame: pd.DataFrame, hardware: str) -> Figure:
     """Bars of prefill and decode seconds for each pair of lengths, as in the paper's figure."""
-    lengths = list(dict.fromkeys(zip(frame["prefix"], frame["decode"], strict=True)))
+    lengths = sorted(set(zip(frame["prefix"], frame["decode"], strict=True)), key=lambda pair: (sum(pair), pair))
     lines = list(_lines(frame))
     figure = Figure(figsize=(max(7, 1.1 * len(lengths) + 2), 4.5), layout="constrained")
     axes, width = figure.subplots(), 0.8 / len(lines)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import transact
 from tests.test_recipes import WINDOWS, logits
@@ -56,6 +56,17 @@ def test_any_plan_exports_with_padding(variant, seed):
     dense = tiny_llama(variant)
     narrowed = transact.apply_plan(dense, random_plan(dense.config, seed=seed, drop_heads=True))
     assert_the_same(plain_llama(narrowed, pad=True), narrowed)
+
+
+def test_heads_are_padded_to_a_number_that_llama_takes():
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2}
+    dense = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, max_position_embeddings=128)).eval()
+    whole = transact.dense_widths(dense.config)[0]
+    recipe = Recipe(criterion="magnitude", granularity="heads")
+    pruned = transact.prune(dense, recipe=recipe, widths=[replace(whole, kv_heads=3)] * 2)
+    plain = plain_llama(pruned.model, pad=True)
+    assert plain.config.num_attention_heads == 4  # three do not divide 64
+    assert_the_same(plain, pruned.model)
 
 
 def test_what_padding_would_undo_is_refused():
@@ -149,6 +160,9 @@ def test_export_command(tiny_directory, tiny_text, tmp_path, capsys):
     assert main(["export", source, out]) == 2
     assert "exists; name another or pass --overwrite" in capsys.readouterr().err
     assert main(["export", source, out, "--overwrite"]) == 0
+    assert main(["export", source, source, "--overwrite"]) == 2
+    assert "nothing that was exported: it is not replaced" in capsys.readouterr().err
+    assert (tmp_path / "pruned" / "plan.safetensors").exists()
     assert main(["export", source, str(tmp_path / "m.gguf"), "--format", "gguf"]) == 2
     assert "byte-level BPE" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "pruned"]

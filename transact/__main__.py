@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from . import __version__
-from .checkpoint import all_or_nothing, check_destination, check_export_destination, save_checkpoint
+from .checkpoint import EXPORTED, all_or_nothing, check_destination, check_export_destination, save_checkpoint
 from .criteria import CRITERIA
 from .export import GGUF_TYPES, plain_llama, write_gguf
 from .inputs import (
@@ -213,6 +213,8 @@ def export_command(options: argparse.Namespace) -> None:
         else:
             plain.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            origin = {"from": options.directory, "transact": __version__, "zeros_added": max(0, extra)}
+            (partial / EXPORTED).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     print(
         f"{out}: {size:,} parameters ({pruned:.1%} of the linear ones removed"
         f"{f', {extra:,} zeros added' if extra > 0 else ''}), {plain.config.num_attention_heads} heads of "

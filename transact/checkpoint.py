@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .plan import Plan
 
+EXPORTED = "exported.json"  # marks a directory that `transact export` wrote
+
 
 def check_destination(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
     """`out` as a path. Raises ValueError where it exists, or, with `overwrite`, where it is no checkpoint of ours."""
@@ -80,9 +82,12 @@ def check_export_destination(out: str | os.PathLike, format: str, *, overwrite: 
     """`out` as a path. Raises ValueError where it exists; with `overwrite`, where it is nothing that we exported."""
     out = Path(out)
     if out.exists() or out.is_symlink():
-        is_ours = out.is_file() and out.suffix == ".gguf" if format == "gguf" else (out / "config.json").is_file()
-        if not overwrite or not is_ours or out.resolve() in (Path.cwd(), *Path.cwd().parents):
-            raise ValueError(f"output {str(out)!r} exists; name another{'' if overwrite else ' or pass --overwrite'}")
+        is_gguf = out.is_file() and out.open("rb").read(4) == b"GGUF"
+        is_ours = is_gguf if format == "gguf" else (out / EXPORTED).is_file()
+        if not overwrite:
+            raise ValueError(f"output {str(out)!r} exists; name another{' or pass --overwrite' if is_ours else ''}")
+        if not is_ours or out.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise ValueError(f"output {str(out)!r} is nothing that was exported: it is not replaced")
     try:
         parent = next(folder for folder in out.absolute().parents if folder.exists())
         os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".partial-{out.name}-"))

@@ -22,6 +22,7 @@ PRE_TOKENIZERS = {  # llama.cpp's names for how text is split, by what only that
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
     "smollm": '"individual_digits": true',
+    "gpt-2": '"use_regex": true',  # byte-level with its own pattern and nothing before it
 }
 
 
@@ -31,7 +32,13 @@ def padded_widths(model: nn.Module) -> tuple[Widths, list[int]]:
     pairs = sorted({pair for layer in model.model.layers for pair in layer.self_attn.rope_pairs.flatten().tolist()})
     head_dim = max(2 * len(pairs), *(w.v_head_dim for w in widths))
     head_dim += head_dim % 2
-    return Widths(max(w.kv_heads for w in widths), head_dim, head_dim, max(w.mlp for w in widths)), pairs
+    kv_heads, group = (
+        max(w.kv_heads for w in widths),
+        model.config.num_attention_heads // model.config.num_key_value_heads,
+    )
+    while model.config.hidden_size % (kv_heads * group):  # LlamaConfig insists on it, needlessly
+        kv_heads += 1
+    return Widths(kv_heads, head_dim, head_dim, max(w.mlp for w in widths)), pairs
 
 
 def check_exportable(model: nn.Module, *, pad: bool = False) -> None:
@@ -51,8 +58,8 @@ def check_exportable(model: nn.Module, *, pad: bool = False) -> None:
     if narrow - plain > MOST_PADDING and not pad:
         raise ValueError(
             f"a plain Llama has the same widths and RoPE pairs in all layers and heads: of the {narrow:.1%} of the "
-            f"linear parameters that were removed only {plain:.1%} would stay removed; prune with --plain, or with "
-            "whole heads, or pass --pad"
+            f"linear parameters that were removed only {plain:.1%} would stay removed; prune with --plain "
+            "or pass --pad"
         )
 
 
@@ -237,7 +244,12 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     if model["type"] != "BPE" or "ByteLevel" not in content or model.get("byte_fallback"):
         raise ValueError("GGUF files are written for byte-level BPE tokenisers (Llama 3, SmolLM, Qwen), not for others")
     unescaped = content.replace("\\\\", "\\")
-    pre = next((name for name, mark in PRE_TOKENIZERS.items() if mark in unescaped), "default")
+    pre = next((name for name, mark in PRE_TOKENIZERS.items() if mark in unescaped), None)
+    if pre is None:
+        raise ValueError(
+            f"this tokeniser splits text in none of the ways known here ({', '.join(PRE_TOKENIZERS)}): llama.cpp would "
+            "tokenise otherwise"
+        )
     special = {token["id"] for token in description["added_tokens"] if token["special"]}
     added = {token["id"] for token in description["added_tokens"]}
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
