@@ -13,7 +13,7 @@ from transact.inputs import TEXTS, load_model, load_text, resolve_device
 from . import regression
 from .memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
 from .perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
-from .records import finite
+from .records import append_line, finite
 from .shapes import SHAPES
 from .speed import GRIDS, MODES
 
@@ -21,6 +21,12 @@ from .speed import GRIDS, MODES
 def print_json(value: dict) -> None:
     """One line of strict JSON: what is no number is null."""
     print(json.dumps(finite(value), allow_nan=False))
+
+
+def print_report(table: str, files: Sequence[Path]) -> None:
+    print(table)
+    for file in files:
+        print(f"wrote {file}")
 
 
 def perplexity_command(options: argparse.Namespace) -> None:
@@ -41,20 +47,20 @@ def perplexity_command(options: argparse.Namespace) -> None:
 
 def memory_command(options: argparse.Namespace) -> None:
     model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
-    print(json.dumps({
+    print_json({
         "model": options.model, "parameters": model.num_parameters(), "weight_bytes": weight_bytes(model),
         "kv_bytes_per_token": kv_bytes_per_token(model), "peak_memory_mib": round(peak_memory_mib(model.device), 1),
         "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
-    }))  # fmt: skip
+    })  # fmt: skip
 
 
 def zero_shot_command(options: argparse.Namespace) -> None:
-    from .zero_shot import iterate_results, resolve_tasks  # lm-eval takes seconds to import
+    from .zero_shot import evaluate_tasks, resolve_tasks  # lm-eval takes seconds to import
 
     tasks = resolve_tasks(options.tasks.split(","), options.tasks_path)
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
     results = {}
-    for name, result in iterate_results(model, tokenizer, tasks, limit=options.limit, progress=True):
+    for name, result in evaluate_tasks(model, tokenizer, tasks, limit=options.limit, progress=True):
         results[name] = result
         for metric, value in result.metrics.items():
             error = result.standard_errors[metric]
@@ -64,10 +70,10 @@ def zero_shot_command(options: argparse.Namespace) -> None:
     plain = {name: dataclasses.asdict(result) for name, result in results.items()}
     for result in plain.values():
         del result["scores"]
-    print(json.dumps({
+    print_json({
         "model": options.model, "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
         "tasks": plain,
-    }))  # fmt: skip
+    })  # fmt: skip
 
 
 def probes_command(options: argparse.Namespace) -> None:
@@ -96,11 +102,11 @@ def regression_command(options: argparse.Namespace) -> int:
 def speed_command(options: argparse.Namespace) -> None:
     from reports.speed import read_speed, write_speed_report
 
-    from .speed import append_speed, fitting, run_grid
+    from .speed import fitting, run_grid
 
     if options.memory_gib is not None:
         for row in fitting(options.models, options.memory_gib, context=options.context):
-            print(json.dumps(row))
+            print_json(row)
         return
     path = options.results / "speed.jsonl"
     try:
@@ -114,16 +120,13 @@ def speed_command(options: argparse.Namespace) -> None:
             options.models, lengths=GRIDS[options.grid], batches=options.batches, modes=options.modes,
             dtype=options.dtype, device=options.device, repeats=options.repeats,
         ):  # fmt: skip
-            append_speed(path, record)
+            append_line(path, record)
     except OSError as error:
         raise ValueError(f"results {str(options.results)!r} cannot be written: {error.strerror}") from error
     frame, complaints = read_speed(path)
     for complaint in complaints:
         print(complaint, file=sys.stderr)
-    table, files = write_speed_report(frame, options.results)
-    print(table)
-    for file in files:
-        print(f"wrote {file}")
+    print_report(*write_speed_report(frame, options.results))
 
 
 def engines_command(options: argparse.Namespace) -> None:
@@ -139,10 +142,7 @@ def engines_command(options: argparse.Namespace) -> None:
         "continuations of the embedded evaluation text; `same_tokens`: as the pruned model's in transformers, each "
         "continuation counted up to its first difference."
     )
-    table, files = write_engines_report(rows, note, options.results)
-    print(table)
-    for file in files:
-        print(f"wrote {file}")
+    print_report(*write_engines_report(rows, note, options.results))
 
 
 def numbers(text: str) -> list[int]:
@@ -188,9 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     probes.add_argument("--seed", type=int, default=0, help="that the items are drawn with (0)")
     speed = commands.add_parser("speed", help="latency, throughput and memory of shapes or checkpoints")
     speed.set_defaults(run=speed_command)
-    speed.add_argument(
-        "models", nargs="+", help=f"shapes ({', '.join(SHAPES)}) or checkpoint directories".replace("%", "%%")
-    )
+    speed.add_argument("models", nargs="+", help=f"shapes ({', '.join(SHAPES)}) or checkpoint directories")
     speed.add_argument("--grid", default="quick", choices=GRIDS, help="lengths: the paper's, or a few (quick)")
     speed.add_argument("--batches", type=numbers, default=[1], help="with commas (1)")
     speed.add_argument("--modes", type=modes, default=["eager"], help=f"of {', '.join(MODES)}, with commas (eager)")

@@ -6,41 +6,30 @@ median of the paired ratios. Random weights at the shape of SmolLM2-135M: speed 
 
 import gc
 import statistics
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import transact
+from bench.costs import seconds_of
 from bench.memory import peak_memory_mib, reset_peak_memory
+from bench.shapes import SMOLLM2_135M
 from bench.workbench import fast_dtype
 from transact.inputs import DTYPES, resolve_device
 
-SHAPE = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-}  # fmt: skip
 SEQ_LEN = 256
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(resolve_device("auto"), DTYPES[fast_dtype("auto")]).eval()
+    return LlamaForCausalLM(SMOLLM2_135M).to(resolve_device("auto"), DTYPES[fast_dtype("auto")]).eval()
 
 
 def windows(samples: int) -> torch.Tensor:
-    return torch.randint(0, SHAPE["vocab_size"], (samples, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-
-
-def seconds(run, device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return torch.randint(0, SMOLLM2_135M.vocab_size, (samples, SEQ_LEN), generator=torch.Generator().manual_seed(0))
 
 
 def time_against_the_bare_forward_pass(benchmark, model, recipe, text, capsys, *, rounds: int, warmup_rounds: int):
@@ -54,12 +43,11 @@ def time_against_the_bare_forward_pass(benchmark, model, recipe, text, capsys, *
             model.model(input_ids=batch.to(device), use_cache=False)
 
     def forward_first():
-        forward_seconds.append(seconds(bare_forward, device))
+        forward_seconds.append(seconds_of(bare_forward, device))
 
     def timed_prune():
-        ratios.append(
-            seconds(lambda: transact.prune(model, text, recipe=recipe, ratio=0.2), device) / forward_seconds[-1]
-        )
+        prune_seconds = seconds_of(lambda: transact.prune(model, text, recipe=recipe, ratio=0.2), device)
+        ratios.append(prune_seconds / forward_seconds[-1])
 
     benchmark.pedantic(timed_prune, setup=forward_first, rounds=rounds, warmup_rounds=warmup_rounds)
     benchmark.extra_info |= {

@@ -1,10 +1,12 @@
 """Does an exported checkpoint run in llama.cpp as it does in transformers, and how fast beside the dense model?"""
 
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,40 +29,36 @@ def import_llama_cpp():
     return llama_cpp
 
 
-@torch.no_grad()
-def transformers_tokens(model: nn.Module, prompts: torch.Tensor) -> tuple[list[list[int]], float]:
-    """Greedy continuations of `prompts` (count, length), one by one, and the median of decoded tokens a second."""
+def greedy(stream: Callable[[list[int]], Iterator[int]], prompts: Sequence[list[int]]) -> tuple[list[list[int]], float]:
+    """What `stream` says after each prompt, one by one, and the median of tokens a second after the first token."""
     continuations, speeds = [], []
-    for prompt in prompts[:, None]:
-        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-        tokens = [output.logits[0, -1].argmax().item()]
+    for prompt in prompts:
+        tokens = stream(prompt)
+        said = [next(tokens)]
         start = time.perf_counter()
-        while len(tokens) < NEW_TOKENS:
-            output = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values)
-            tokens.append(output.logits[0, -1].argmax().item())
+        said += itertools.islice(tokens, NEW_TOKENS - 1)
         speeds.append((NEW_TOKENS - 1) / (time.perf_counter() - start))
-        continuations.append(tokens)
+        continuations.append(said)
     return continuations, statistics.median(speeds)
 
 
-def llama_cpp_tokens(path: Path, prompts: torch.Tensor) -> tuple[list[list[int]], float]:
+@torch.no_grad()
+def transformers_stream(model: nn.Module, prompt: list[int]) -> Iterator[int]:
+    """The greedy continuation of token ids, token by token, without end."""
+    ids, cache = torch.tensor([prompt]), None
+    while True:
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids, cache = output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values
+        yield ids.item()
+
+
+def llama_cpp_stream(path: Path) -> Callable[[list[int]], Iterator[int]]:
     """The same in llama.cpp, by a GGUF file, from the same token ids."""
-    llama_cpp = import_llama_cpp()
     exact = {"type_k": 0, "type_v": 0} if path.stem == "f32" else {}  # a cache in float32 too, not in its usual float16
-    engine = llama_cpp.Llama(
+    engine = import_llama_cpp().Llama(
         str(path), n_ctx=512, n_threads=torch.get_num_threads(), n_gpu_layers=0, verbose=False, seed=0, **exact
     )
-    continuations, speeds = [], []
-    for prompt in prompts.tolist():
-        stream = engine.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True)
-        tokens = [next(stream)]
-        start = time.perf_counter()
-        while len(tokens) < NEW_TOKENS:
-            tokens.append(next(stream))
-        speeds.append((NEW_TOKENS - 1) / (time.perf_counter() - start))
-        continuations.append(tokens)
-    engine.close()
-    return continuations, statistics.median(speeds)
+    return partial(engine.generate, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True)
 
 
 def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
@@ -82,25 +80,26 @@ def compare_engines(
     recipe = replace(PRESETS["best"], allocation="plain")
     pruned = transact.prune(dense, windows, recipe=recipe, ratio=ratio, progress=True)
     text = tokenise(load_text("embedded", split="evaluation"), tokenizer)
-    prompts = cut_windows(text, length=PROMPT_TOKENS, count=PROMPTS, seed=0)
+    prompts = cut_windows(text, length=PROMPT_TOKENS, count=PROMPTS, seed=0).tolist()
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for name, narrow, plain in (
             ("dense", dense, dense), (f"best, plain, {ratio:.0%} removed", pruned.model, plain_llama(pruned.model)),
         ):  # fmt: skip
-            expected, speed = transformers_tokens(narrow, prompts)
-            exported, exported_speed = transformers_tokens(plain, prompts)
-            common = {"model": name, "parameters": plain.num_parameters()}
-            for engine, tokens, rate, size in (
-                ("transformers", expected, speed, None), ("transformers, exported", exported, exported_speed, None),
-            ):  # fmt: skip
-                rows.append(common | {"engine": engine, "tokens_per_s": rate, "file_mib": size,
-                                      "same_tokens": agreement(expected, tokens)})  # fmt: skip
+            measured = {
+                "transformers": greedy(partial(transformers_stream, narrow), prompts),
+                "transformers, exported": greedy(partial(transformers_stream, plain), prompts),
+            }
+            sizes = {}
             for kind in kinds:
-                path = Path(directory) / f"{kind}.gguf"
+                path, engine = Path(directory) / f"{kind}.gguf", f"llama.cpp {kind}"
                 write_gguf(path, plain, tokenizer, kind=kind)
-                tokens, rate = llama_cpp_tokens(path, prompts)
-                rows.append(common | {"engine": f"llama.cpp {kind}", "tokens_per_s": rate,
-                                      "file_mib": path.stat().st_size / 2**20,
-                                      "same_tokens": agreement(expected, tokens)})  # fmt: skip
+                sizes[engine] = path.stat().st_size / 2**20
+                measured[engine] = greedy(llama_cpp_stream(path), prompts)
+            expected, _ = measured["transformers"]
+            for engine, (tokens, rate) in measured.items():
+                rows.append({
+                    "model": name, "parameters": plain.num_parameters(), "engine": engine, "tokens_per_s": rate,
+                    "file_mib": sizes.get(engine), "same_tokens": agreement(expected, tokens),
+                })  # fmt: skip
     return rows

@@ -76,7 +76,7 @@ def evaluation_windows(
     if windowing == "blocks":
         ids = cut_windows(tokens, length=length, count=count)
         if bos:
-            ids = torch.cat((torch.full((len(ids), 1), _first_token(tokenizer, "BOS")), ids), dim=1)
+            ids = torch.cat((torch.full((len(ids), 1), _first_token(tokenizer)), ids), dim=1)
         return Windows.of_blocks(ids, tokenizer)
     if bos:
         raise ValueError("bos is for windowing blocks: rolling windows begin with one, and read the token before them")
@@ -95,7 +95,7 @@ def evaluation_windows(
     else:
         tokens = tokens[: count * length]
         text_bytes = _bytes(tokenizer, tokens[None])
-    stream = torch.cat((torch.tensor([_first_token(tokenizer, "BOS or EOS")]), tokens))
+    stream = torch.cat((torch.tensor([_first_token(tokenizer, or_eos=True)]), tokens))
     rows = stream.unfold(0, length + 1, length)
     in_last = len(tokens) % length or length
     if in_last < length:  # as lm-eval's: the last window is as long as the others and reads more
@@ -103,12 +103,12 @@ def evaluation_windows(
     return Windows(rows, in_last, text_bytes)
 
 
-def _first_token(tokenizer: PreTrainedTokenizerBase, wanted: str) -> int:
+def _first_token(tokenizer: PreTrainedTokenizerBase, *, or_eos: bool = False) -> int:
     token = tokenizer.bos_token_id
-    if token is None and "EOS" in wanted:
+    if token is None and or_eos:
         token = tokenizer.eos_token_id
     if token is None:
-        raise ValueError(f"the tokeniser has no {wanted} token to begin a window with")
+        raise ValueError(f"the tokeniser has no BOS{' or EOS' if or_eos else ''} token to begin a window with")
     return token
 
 

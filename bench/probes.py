@@ -6,14 +6,13 @@ They need no download and no licence: facts, sentences and word lists are in `pr
 import hashlib
 import json
 import random
-import shutil
-import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
+from transact.checkpoint import all_or_nothing
 from transact.inputs import cache_directory
 
 VERSION = 1.0
@@ -103,7 +102,7 @@ def copying(draw: random.Random) -> Items:
     for _ in range(160):
         words = draw.sample(WORDS["unrelated"], 8)
         said = draw.randint(2, 6)
-        others = draw.sample([word for word in words if word not in words[: said + 1][-2:]], 3)
+        others = draw.sample([word for word in words if word not in words[said - 1 : said + 1]], 3)
         context = f"{' '.join(words)}. {' '.join(words[:said])}"
         items.append({"context": context, "choices": [words[said], *others], "gold": 0})
     return [shuffled(item, draw) for item in items]
@@ -233,12 +232,7 @@ def probes_directory(*, seed: int = 0) -> Path:
     directory = cache_directory() / f"probes-{digest.hexdigest()[:12]}-{seed}"
     if directory.exists():
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
-    try:
+    with all_or_nothing(directory, replace=False) as partial:
+        partial.mkdir()
         write_probes(partial, seed=seed, home=directory)
-        if not directory.exists():  # another process may have been faster
-            partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return directory

@@ -6,11 +6,13 @@ Never imports torch: reports are made from records alone.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-SCHEMA = 3
+T = TypeVar("T")
+SCHEMA, SPEED_SCHEMA = 3, 1  # of records of quality and of speed
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,16 @@ class Record:
 
 
 def append_record(path: str | os.PathLike, record: Record) -> None:
-    """Append the record as one line of strict JSON; see `append_line`."""
-    append_line(path, json.dumps(finite(asdict(record)), allow_nan=False))
+    """Append the record as one line; see `append_line`."""
+    append_line(path, asdict(record))
 
 
-def append_line(path: str | os.PathLike, line: str) -> None:
-    """Append one line, flushed to the disk. A torn last line, left by a killed run, is first cut off by a line end."""
-    line += "\n"
+def append_line(path: str | os.PathLike, fields: Mapping) -> None:
+    """Append one line of strict JSON, flushed to the disk.
+
+    A torn last line, left by a killed run, is first cut off by a line end.
+    """
+    line = json.dumps(finite(fields), allow_nan=False) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
@@ -107,25 +112,39 @@ def finite(value):
     return value
 
 
+class _UnusableError(ValueError):
+    """A record that is whole but of no use; its message says why."""
+
+
 def read_records(path: str | os.PathLike) -> tuple[list[Record], list[str]]:
     """All records of a file, and one complaint for each line that is none (torn, or of another schema)."""
+
+    def record_of(fields: dict) -> Record:
+        if fields["status"] == "success" and not isinstance(fields["metrics"]["perplexity"], float | int):
+            raise _UnusableError("its perplexity is no number")
+        return Record(**fields | {"case": Case(**fields["case"])})
+
+    return read_lines(path, SCHEMA, record_of)
+
+
+def read_lines(path: str | os.PathLike, schema: int, parse: Callable[[dict], T]) -> tuple[list[T], list[str]]:
+    """What `parse` makes of each line's fields, and one complaint for each line that is no record of this `schema`."""
     path = Path(path)
     if not path.exists():
         return [], []
-    records, complaints = [], []
+    parsed, complaints = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
-            if fields["schema"] != SCHEMA:
-                complaints.append(f"{path}:{number}: schema {fields['schema']}, this version reads {SCHEMA}")
+            if fields["schema"] == schema:
+                parsed.append(parse(fields))
                 continue
-            if fields["status"] == "success" and not isinstance(fields["metrics"]["perplexity"], float | int):
-                complaints.append(f"{path}:{number}: its perplexity is no number, passed over")
-                continue
-            fields["case"] = Case(**fields["case"])
-            records.append(Record(**fields))
+            complaint = f"schema {fields['schema']}, this version reads {schema}"
+        except _UnusableError as error:
+            complaint = f"{error}, passed over"
         except (ValueError, TypeError, KeyError):
-            complaints.append(f"{path}:{number}: not a record (torn line?), passed over")
-    return records, complaints
+            complaint = "not a record (torn line?), passed over"
+        complaints.append(f"{path}:{number}: {complaint}")
+    return parsed, complaints

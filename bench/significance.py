@@ -11,6 +11,9 @@ import numpy as np
 from .records import Record
 
 RESAMPLES = 2000
+# what two cases must share for their figures to be compared
+COMPARED = ("model_hash", "evaluation_sha256", "evaluation_windows", "evaluation_seq_len", "evaluation_windowing",
+            "evaluation_bos", "dtype", "device")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,7 @@ def paired_difference(scores: Sequence[float], reference: Sequence[float], *, se
 
 def check_comparable(record: Record, other: Record) -> None:
     """Raise ValueError, naming the first thing that differs, where figures of two records cannot be compared."""
-    names = ("model_hash", "evaluation_sha256", "evaluation_windows", "evaluation_seq_len", "evaluation_windowing",
-             "evaluation_bos", "dtype", "device")  # fmt: skip
-    for name in names:
+    for name in COMPARED:
         mine, theirs = getattr(record.case, name), getattr(other.case, name)
         if mine != theirs:
             what = f"{name.replace('_', ' ')} {mine} and {theirs}"

@@ -1,7 +1,7 @@
 """Latency, throughput and memory of generation, prefill and decode apart, at a fixed number of tokens."""
 
 import gc
-import json
+import itertools
 import os
 import statistics
 import time
@@ -29,11 +29,10 @@ from .costs import (
 )
 from .environment import environment
 from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
-from .records import append_line
+from .records import SPEED_SCHEMA
 from .shapes import SHAPES, random_model, shape_by_name
 from .workbench import fast_dtype
 
-SCHEMA = 1
 MODES = ("eager", "static", "graphs")
 # (prefix, decoded) tokens: the paper's figure, and one that two CPU cores finish
 GRIDS = {
@@ -174,45 +173,53 @@ def run_grid(
     if len(set(names)) < len(names):
         raise ValueError(f"models are told apart by their last names, two are called the same: {', '.join(names)}")
     roofline, memory = measure_roofline(where, DTYPES[dtype]), memory_of(where)
-    size = DTYPES[dtype].itemsize
-    cells = len(models) * len(lengths) * len(batches) * len(modes)
-    with tqdm(total=cells, desc="speed", unit="cell", disable=None) as bar:
+    shared = {"schema": SPEED_SCHEMA, "environment": environment(where)}
+    cells = [*itertools.product(modes, lengths, sorted(batches))]
+    with tqdm(total=len(models) * len(cells), desc="speed", unit="cell", disable=None) as bar:
         for name, config in configs.items():
             model, full = None, set()
-            for mode in modes:
-                for prefix, decode in lengths:
-                    for batch in sorted(batches):
-                        case = SpeedCase(Path(name).name, prefix, decode, batch, mode, dtype, where.type)
-                        record = {"schema": SCHEMA, "case": asdict(case), "environment": environment(where)}
-                        needed = memory_needed(config, context=prefix + decode, batch=batch, element_size=size)
-                        reason = None
-                        if prefix + decode > config.max_position_embeddings:
-                            reason = f"{prefix + decode} tokens are more than its context"
-                        elif needed > memory:
-                            reason = f"needs {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
-                        elif (mode, prefix, decode) in full:
-                            reason = "a smaller batch ran out of memory"
-                        if reason:
-                            yield record | {"status": "skipped", "error": reason, "metrics": {}, "samples": {}}
-                            bar.update()
-                            continue
-                        try:
-                            if model is None:
-                                model = _model(name, config, dtype, where)
-                            yield record | {"status": "success"} | measure_speed(model, case, roofline, repeats=repeats)
-                        except torch.OutOfMemoryError as error:
-                            full.add((mode, prefix, decode))
-                            message = str(error).splitlines()[0]
-                            yield record | {"status": "out of memory", "error": message, "metrics": {}, "samples": {}}
-                            gc.collect()
-                            if where.type == "cuda":
-                                torch.cuda.empty_cache()
-                        bar.update()
+            for mode, (prefix, decode), batch in cells:
+                case = SpeedCase(Path(name).name, prefix, decode, batch, mode, dtype, where.type)
+                outcome = {"status": "success"}
+                try:
+                    if reason := _misfit(config, case, memory, full):
+                        outcome = _without_figures("skipped", reason)
+                    else:
+                        model = model or _model(name, config, dtype, where)
+                        outcome |= measure_speed(model, case, roofline, repeats=repeats)
+                except torch.OutOfMemoryError as error:
+                    full.add((mode, prefix, decode))
+                    outcome = _without_figures("out of memory", str(error).splitlines()[0])
+                    _release(where)
+                yield shared | {"case": asdict(case)} | outcome
+                bar.update()
             del model
-            gc.collect()
             torch.compiler.reset()
-            if where.type == "cuda":
-                torch.cuda.empty_cache()
+            _release(where)
+
+
+def _misfit(config: PretrainedConfig, case: SpeedCase, memory: int, full: set[tuple]) -> str | None:
+    """Why a cell is not tried, or None; `full` holds the modes and lengths that ran out of memory."""
+    tokens = case.prefix + case.decode
+    needed = memory_needed(config, context=tokens, batch=case.batch, element_size=DTYPES[case.dtype].itemsize)
+    if tokens > config.max_position_embeddings:
+        return f"{tokens} tokens are more than its context"
+    if needed > memory:
+        return f"needs {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+    if (case.mode, case.prefix, case.decode) in full:
+        return "a smaller batch ran out of memory"
+    return None
+
+
+def _without_figures(status: str, error: str) -> dict:
+    return {"status": status, "error": error, "metrics": {}, "samples": {}}
+
+
+def _release(device: torch.device) -> None:
+    """Give memory that nothing refers to back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _model(name: str, config: PretrainedConfig, dtype: str, device: torch.device) -> nn.Module:
@@ -237,8 +244,3 @@ def fitting(models: Sequence[str], memory_gib: float, *, context: int = 4096, el
             "batch_context": context,
         })  # fmt: skip
     return rows
-
-
-def append_speed(path: Path, record: dict) -> None:
-    """Append one line, flushed to the disk."""
-    append_line(path, json.dumps(record))

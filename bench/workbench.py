@@ -194,7 +194,7 @@ class Workbench:
             from .zero_shot import evaluate_tasks
 
             start = time.perf_counter()
-            tasks = evaluate_tasks(model, self.tokenizer, self.tasks, limit=case.task_limit, progress=True)
+            tasks = dict(evaluate_tasks(model, self.tokenizer, self.tasks, limit=case.task_limit, progress=True))
             seconds["tasks_s"] = time.perf_counter() - start
         widths = transact.widths_of(model.config)
         metrics = {

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import itertools
 import logging
 import math
 import statistics
@@ -172,18 +173,6 @@ def evaluate_tasks(
     *,
     limit: int | None = None,
     progress: bool = False,
-) -> dict[str, TaskResult]:
-    """Results of a model on tasks of `resolve_tasks`, by name, as `iterate_results` gives them one by one."""
-    return dict(iterate_results(model, tokenizer, tasks, limit=limit, progress=progress))
-
-
-def iterate_results(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Mapping[str, object],
-    *,
-    limit: int | None = None,
-    progress: bool = False,
 ) -> Iterator[tuple[str, TaskResult]]:
     """Name and result of one task after the other, on the first `limit` items of each.
 
@@ -204,7 +193,7 @@ def iterate_results(
 def _evaluate(model: HFLM, task, limit: int | None) -> TaskResult:
     if not len(task.eval_docs):
         raise ValueError("it has no items")
-    for number, doc in enumerate(task.eval_docs if limit is None else list(task.eval_docs)[:limit]):
+    for number, doc in enumerate(itertools.islice(task.eval_docs, limit)):
         try:
             task.doc_to_text(doc), task.doc_to_target(doc)
             if task.OUTPUT_TYPE == "multiple_choice":

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bench.records import Record
-from bench.significance import Difference, differences
+from bench.significance import COMPARED, Difference, differences
 
 COLUMNS = ["model", "method", "ratio", "fraction_removed", "kv_fraction_removed", "perplexity",
            "perplexity_standard_error", "times_dense", "loss_over_dense", "bits_per_byte", "parameters", "weight_mib",
@@ -23,8 +23,7 @@ TABLE_FORMATS = {
     "chance": "{:.2f}", "version": "{:g}", "latency_s": "{:.3f}", "prefill_s": "{:.3f}", "decode_s": "{:.3f}",
     "decode_tokens_per_s": "{:,.1f}", "prefill_roofline_fraction": "{:.2f}", "decode_roofline_fraction": "{:.2f}",
     "warm_up_s": "{:.1f}", "kv_bytes_per_token": "{:,.0f}", "tokens_per_s": "{:.1f}", "file_mib": "{:.0f}",
-    "same_tokens": "{:.3f}",
-     "bits_per_byte": "{:.3f}", "parameters": "{:,.0f}", "weight_mib": "{:.1f}",
+    "same_tokens": "{:.3f}", "bits_per_byte": "{:.3f}", "parameters": "{:,.0f}", "weight_mib": "{:.1f}",
     "prune_s": "{:.2f}", "perplexity_s": "{:.1f}", "peak_memory_mib": "{:,.0f}",
 }  # fmt: skip
 # Okabe and Ito's colour-blind-safe colours; markers and dashes tell the lines apart in print
@@ -35,9 +34,7 @@ STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."),
 
 def comparable(record: Record) -> tuple:
     """What two records must share for their figures to be compared: model, text, windows, dtype and device."""
-    case = record.case
-    return (case.model, case.model_hash, case.evaluation_sha256, case.evaluation_windows, case.evaluation_seq_len,
-            case.evaluation_windowing, case.evaluation_bos, case.dtype, case.device)  # fmt: skip
+    return tuple(getattr(record.case, name) for name in ("model", *COMPARED))
 
 
 def same_calibration(record: Record, other: Record) -> bool:

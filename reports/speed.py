@@ -1,6 +1,5 @@
 """Records of speed in; tables and pictures of latency, throughput, memory and roofline out. torch is never imported."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,31 +8,25 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
+from bench.records import SPEED_SCHEMA, read_lines
+
 from .report import STYLES, markdown_table, write_figure, write_table
 
 COLUMNS = ["model", "mode", "prefix", "decode", "batch", "latency_s", "prefill_s", "decode_s", "decode_tokens_per_s",
            "prefill_roofline_fraction", "decode_roofline_fraction", "weight_mib", "kv_bytes_per_token",
            "peak_memory_mib", "warm_up_s", "dtype", "device", "status", "error"]  # fmt: skip
-SCHEMA = 1
 
 
 def read_speed(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
     """One row a cell, the newest record of it, and one complaint for each line that is none."""
-    rows, complaints = {}, []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if record["schema"] != SCHEMA:
-                complaints.append(f"{path}:{number}: schema {record['schema']}, this version reads {SCHEMA}")
-                continue
-            row = {**record["case"], **record["metrics"], "status": record["status"], "error": record.get("error")}
-            row |= {"hardware": record["environment"]["device"], "torch": record["environment"]["torch"]}
-            rows[tuple(record["case"].values())] = row
-        except (ValueError, TypeError, KeyError, AttributeError):
-            complaints.append(f"{path}:{number}: not a record (torn line?), passed over")
-    frame = pd.DataFrame(list(rows.values()))
+
+    def row_of(record: dict) -> tuple[tuple, dict]:
+        row = {**record["case"], **record["metrics"], "status": record["status"], "error": record.get("error")}
+        row |= {"hardware": record["environment"]["device"], "torch": record["environment"]["torch"]}
+        return tuple(record["case"].values()), row
+
+    rows, complaints = read_lines(path, SPEED_SCHEMA, row_of)
+    frame = pd.DataFrame(list(dict(rows).values()))
     if "weight_bytes" in frame:
         frame["weight_mib"] = frame["weight_bytes"] / 2**20
     for column in COLUMNS:

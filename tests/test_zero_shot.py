@@ -17,7 +17,7 @@ import transact
 from bench.__main__ import main as bench_main
 from bench.perplexity import evaluation_windows, measure_perplexity
 from bench.probes import PROBES, probe_items, write_probes
-from bench.zero_shot import evaluate_tasks, resolve_tasks
+from bench.zero_shot import TaskResult, evaluate_tasks, resolve_tasks
 from tests.tiny import random_plan
 
 
@@ -44,6 +44,11 @@ def some_items(count: int = 24) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+def results_of(*arguments, **options) -> dict[str, TaskResult]:
+    """All results of `evaluate_tasks`, by task."""
+    return dict(evaluate_tasks(*arguments, **options))
 
 
 @pytest.fixture
@@ -73,7 +78,7 @@ def choice_losses(model, tokenizer, item: dict) -> list[float]:
 
 def test_accuracies_are_what_a_loop_gives(tiny, tasks_path):
     model, tokenizer = tiny
-    result = evaluate_tasks(model, tokenizer, resolve_tasks(["words"], tasks_path))["words"]
+    result = results_of(model, tokenizer, resolve_tasks(["words"], tasks_path))["words"]
     losses = [choice_losses(model, tokenizer, item) for item in some_items()]
     by_choice = [float(max((0, 1), key=pair.__getitem__) == item["gold"])
                  for pair, item in zip(losses, some_items(), strict=True)]  # fmt: skip
@@ -90,10 +95,10 @@ def test_accuracies_are_what_a_loop_gives(tiny, tasks_path):
 def test_shots_and_limit_are_recorded_and_change_what_is_asked(tiny, tasks_path):
     write_task(tasks_path, "shown", some_items(), fewshot_split="test")
     tasks = resolve_tasks(["shown", "shown@3"], tasks_path)
-    plain, shown = (evaluate_tasks(*tiny, {name: tasks[name]}, limit=10)[name] for name in tasks)
+    plain, shown = (results_of(*tiny, {name: tasks[name]}, limit=10)[name] for name in tasks)
     assert (plain.shots, shown.shots, shown.items) == (0, 3, 10)
     assert plain.sha256 != shown.sha256
-    assert evaluate_tasks(*tiny, resolve_tasks(["shown@3"], tasks_path), limit=10)["shown@3"] == shown
+    assert results_of(*tiny, resolve_tasks(["shown@3"], tasks_path), limit=10)["shown@3"] == shown
 
 
 WITHOUT_THE_PACKAGE = """
@@ -109,7 +114,7 @@ def test_the_stock_client_agrees(tiny, tasks_path, tmp_path):
     plan = random_plan(model.config, drop_heads=True)
     narrowed = transact.apply_plan(model, plan)
     transact.save_checkpoint(tmp_path / "out", narrowed, plan, {}, tokenizer=tokenizer)
-    ours = evaluate_tasks(narrowed, tokenizer, resolve_tasks(["words"], tasks_path))["words"]
+    ours = results_of(narrowed, tokenizer, resolve_tasks(["words"], tasks_path))["words"]
     command = [
         sys.executable, "-c", WITHOUT_THE_PACKAGE, "--model", "hf", "--model_args",
         f"pretrained={tmp_path / 'out'},trust_remote_code=True,dtype=float32", "--tasks", "words",
@@ -183,15 +188,15 @@ def test_items_that_cannot_be_measured_are_named(tiny, tasks_path):
     long = {"context": " ".join(["w1"] * 140), "choices": ["w2", "w3"], "gold": 0}
     write_task(tasks_path, "long", [*some_items(3), long])
     with pytest.raises(ValueError, match=r"task 'long': the item 'w1 .*' takes 140 tokens, the model's context is 128"):
-        evaluate_tasks(*tiny, resolve_tasks(["long"], tasks_path))
+        results_of(*tiny, resolve_tasks(["long"], tasks_path))
     write_task(tasks_path, "lacking", [{"context": "w1", "choices": ["w2", "w3"]}])
     with pytest.raises(ValueError, match="task 'lacking': item 0: its answer 'gold' is none of its 2"):
-        evaluate_tasks(*tiny, resolve_tasks(["lacking"], tasks_path))
+        results_of(*tiny, resolve_tasks(["lacking"], tasks_path))
     write_task(tasks_path, "empty", [])
     with pytest.raises(ValueError, match="'empty' cannot be loaded"):
         resolve_tasks(["empty"], tasks_path)
     with pytest.raises(ValueError, match="limit must be at least 1"):
-        evaluate_tasks(*tiny, {}, limit=0)
+        results_of(*tiny, {}, limit=0)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +211,7 @@ def test_items_that_cannot_be_measured_are_named(tiny, tasks_path):
 def test_items_that_are_malformed_are_named(item, named, tiny, tasks_path):
     write_task(tasks_path, "bad", [some_items(1)[0], item])
     with pytest.raises(ValueError, match="task 'bad': item 1: ") as caught:
-        evaluate_tasks(*tiny, resolve_tasks(["bad"], tasks_path))
+        results_of(*tiny, resolve_tasks(["bad"], tasks_path))
     assert named in str(caught.value)
 
 
@@ -214,7 +219,7 @@ def test_contexts_may_be_the_choices_as_in_winogrande(tiny, tasks_path):
     items = [{"contexts": [f"w{i} w3", f"w{i} w4"], "gold": i % 2, "ending": "w7 w8"} for i in range(1, 9)]
     write_task(tasks_path, "blanks", items, doc_to_text="{{gold}}", doc_to_choice="{{contexts}}",
                doc_to_target="{{ending}}")  # fmt: skip
-    result = evaluate_tasks(*tiny, resolve_tasks(["blanks"], tasks_path))["blanks"]
+    result = results_of(*tiny, resolve_tasks(["blanks"], tasks_path))["blanks"]
     expected = []
     for item in items:
         pair = [choice_losses(*tiny, {"context": c, "choices": [item["ending"]]})[0] for c in item["contexts"]]
@@ -228,12 +233,12 @@ def test_room_for_generation_is_asked_for(tiny, tasks_path):
                "generation_kwargs": {"until": ["w9"], "max_gen_toks": 8},
                "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]}  # fmt: skip
     write_task(tasks_path, "said", items, **changes)
-    result = evaluate_tasks(*tiny, resolve_tasks(["said"], tasks_path))["said"]
+    result = results_of(*tiny, resolve_tasks(["said"], tasks_path))["said"]
     assert result.items == 1
     changes["generation_kwargs"] = {"until": ["w9"], "max_gen_toks": 40}
     write_task(tasks_path, "said", items, **changes)
     with pytest.raises(ValueError, match="takes 140 tokens, the model's context is 128"):
-        evaluate_tasks(*tiny, resolve_tasks(["said"], tasks_path))
+        results_of(*tiny, resolve_tasks(["said"], tasks_path))
 
 
 def test_two_tasks_of_one_name_are_refused(tasks_path):
@@ -247,7 +252,7 @@ def test_losses_that_are_no_numbers_are_refused(tiny_directory, tasks_path):
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match="not a number"):
-        evaluate_tasks(model, tokenizer, resolve_tasks(["words"], tasks_path))
+        results_of(model, tokenizer, resolve_tasks(["words"], tasks_path))
 
 
 def test_zero_shot_command_prints_json_last(tiny_directory, tasks_path, capsys):
@@ -285,7 +290,7 @@ def test_probes_that_are_written_are_tasks(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_embedded_model_is_well_above_chance_on_every_probe(embedded):
-    results = evaluate_tasks(*embedded, resolve_tasks(["probes"]), limit=60)
+    results = results_of(*embedded, resolve_tasks(["probes"]), limit=60)
     for name, result in results.items():
         assert result.metrics["acc"] > result.chance + 0.12, name
         assert result.capability

@@ -223,9 +223,8 @@ def plain_widths(
     mlp_losses = sum(removal_losses(layer.mlp_dims) for layer in scores)
     best = None
     step, narrowest = max(2, head_multiple), None
-    for head in [*range(step, dense.v_head_dim, step), dense.v_head_dim]:
-        if has_query_key_norm(config) and head < dense.v_head_dim:
-            continue
+    narrower_heads = [] if has_query_key_norm(config) else range(step, dense.v_head_dim, step)
+    for head in [*narrower_heads, dense.v_head_dim]:
         attention = linear_parameters(config, [Widths(dense.kv_heads, head, head, 0)] * config.num_hidden_layers)
         mlp = round(((1 - ratio) * total - attention) / per_mlp_dim / mlp_multiple) * mlp_multiple
         widths = Widths(dense.kv_heads, head, head, min(dense.mlp, max(mlp, mlp_multiple)))

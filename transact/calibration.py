@@ -263,7 +263,7 @@ def calibrate(
     The language-model head is not run and nothing but the sums is kept, so memory does not grow with the number of
     samples. The activations are those that the paper scores (Shen et al., ACL Findings 2024, section 3).
     `second_moments` adds the matrices that leverage, OBS and least squares need. `gradients` adds one backward pass:
-    "outputs" of every module's output, over a quarter of the windows, "weights" of every weight, over all of them (see
+    "outputs" of every module's output, over an eighth of the windows, "weights" of every weight, over all of them (see
     `loss_gradients`). `device` computes block by block there (see `iterate_statistics`).
 
     Raises ValueError where `windows` does not fit the model or an activation is not finite (the layer is named).

