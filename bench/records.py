@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-SCHEMA, SPEED_SCHEMA = 3, 1  # of records of quality and of speed
+SCHEMA, SPEED_SCHEMA = 4, 1  # of records of quality and of speed
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,12 @@ class Case:
 
     From `granularity` to `shots` these are the fields of a recipe, `modules` joined by "+"; so are `tasks`, each with
     its shots where they are not the task's own (`name@shots`), and measured on the first `task_limit` items.
+
+    `mha_dim` and `mlp_dim` name widths where there is no ratio. `only_layer` is the one layer that is narrowed, by
+    `ratio` of its own parameters; the multiples are what widths are rounded to (None: what fits the model), `ridge`
+    the one ridge of the refit (None: the best of several on held-out tokens). `decode_tokens` is how many were
+    generated to time it. `recovery` is how it was trained ("": not), on `recovery_tokens` of the text with that hash;
+    `quantisation` the format of linear weights ("": the dtype).
     """
 
     model: str
@@ -51,6 +57,18 @@ class Case:
     dtype: str
     device: str
     code: str
+    mha_dim: int | None = None
+    mlp_dim: int | None = None
+    only_layer: int | None = None
+    head_multiple: int | None = None
+    mlp_multiple: int | None = None
+    ridge: float | None = None
+    decode_tokens: int = 0
+    recovery: str = ""
+    recovery_tokens: int = 0
+    recovery_sha256: str | None = None
+    learning_rate: float | None = None
+    quantisation: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,8 @@ class Record:
 
     `method` is what tables call the recipe: the preset's name, or the criterion's. `losses` are those of each window
     in nats. `tasks` holds by name what `bench.zero_shot.TaskResult` does: version, shots, items and their hash, each
-    metric with its standard error, and the scores of all items.
+    metric with its standard error, and the scores of all items. `history` is what training measured on its way:
+    tokens seen, seconds, losses.
     """
 
     case: Case
@@ -72,6 +91,7 @@ class Record:
     losses: tuple[float, ...] = ()
     widths: tuple[Mapping[str, int], ...] = ()
     tasks: Mapping[str, Mapping] = field(default_factory=dict)
+    history: tuple[Mapping[str, float], ...] = ()
     schema: int = field(default=SCHEMA)
 
 
