@@ -14,9 +14,9 @@ from transformers import LlamaForCausalLM
 
 import transact
 from bench.costs import seconds_of
+from bench.environment import fast_dtype
 from bench.memory import peak_memory_mib, reset_peak_memory
 from bench.shapes import SMOLLM2_135M
-from bench.workbench import fast_dtype
 from transact.inputs import DTYPES, resolve_device
 
 SEQ_LEN = 256

@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 
 from bench.costs import decode_costs, measure_roofline, seconds_of
+from bench.environment import fast_dtype
 from bench.shapes import SMOLLM2_135M, narrowed, random_model, shape_by_name
-from bench.workbench import fast_dtype
 from transact.inputs import DTYPES, resolve_device
 
 CONTEXT, TOKENS = 256, 8

@@ -6,7 +6,9 @@ Never imports torch: reports are made from records alone.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -103,17 +105,57 @@ def append_record(path: str | os.PathLike, record: Record) -> None:
 def append_line(path: str | os.PathLike, fields: Mapping) -> None:
     """Append one line of strict JSON, flushed to the disk.
 
-    A torn last line, left by a killed run, is first cut off by a line end.
+    A torn last line, left by a killed run, is first cut off by a line end. Where the line cannot be written whole (a
+    full disk) the file is cut back to its former end and OSError is raised.
     """
     line = json.dumps(finite(fields), allow_nan=False) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell() and not _ends_with_newline(file):
+    with path.open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end and not _ends_with_newline(file):
             line = "\n" + line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            left = line.encode()
+            while left:
+                left = left[file.write(left) :]  # a disk that fills up takes the beginning and refuses the rest
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(end)
+            raise
+
+
+@contextmanager
+def sole_writer(path: str | os.PathLike) -> Iterator[None]:
+    """Hold the record file (made where there is none), so that no other run writes it until this one ends, however.
+
+    The lock is the operating system's, on the open file: a killed process leaves none behind. Where the file system
+    knows no locks nothing is held. Raises ValueError, in one line, where another run holds the file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            _lock(file.fileno())
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"record file {str(path)!r} is being written by another run: wait for it, or name other --results"
+            ) from error
+        except OSError:
+            pass  # no locks here (some network file systems)
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, 2**62, os.SEEK_SET)  # beyond any record: Windows keeps others from what is locked
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _ends_with_newline(file) -> bool:
@@ -145,6 +187,16 @@ def read_records(path: str | os.PathLike) -> tuple[list[Record], list[str]]:
         return Record(**fields | {"case": Case(**fields["case"])})
 
     return read_lines(path, SCHEMA, record_of)
+
+
+def read_results(directory: str | os.PathLike) -> tuple[list[Record], list[str]]:
+    """All records of a directory: of `records.jsonl` and of every shard's file beside it; and the complaints."""
+    records, complaints = [], []
+    for path in sorted(Path(directory).glob("records*.jsonl")):
+        read, complained = read_records(path)
+        records += read
+        complaints += complained
+    return records, complaints
 
 
 def read_lines(path: str | os.PathLike, schema: int, parse: Callable[[dict], T]) -> tuple[list[T], list[str]]:

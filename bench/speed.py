@@ -27,11 +27,10 @@ from .costs import (
     prefill_costs,
     seconds_of,
 )
-from .environment import environment
+from .environment import environment, fast_dtype
 from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
 from .records import SPEED_SCHEMA
 from .shapes import SHAPES, random_model, shape_by_name
-from .workbench import fast_dtype
 
 MODES = ("eager", "static", "graphs")
 # (prefix, decoded) tokens: the paper's figure, and one that two CPU cores finish
@@ -136,6 +135,21 @@ def measure_speed(model: nn.Module, case: SpeedCase, roofline: Roofline, *, repe
         },
         "samples": {"prefill_s": [pair[0] for pair in samples], "decode_s": [pair[1] for pair in samples]},
     }
+
+
+def decode_rate(model: nn.Module, tokens: int, *, prefix: int = 64, repeats: int = 7) -> tuple[float, float]:
+    """Decoded tokens per second, the median of `repeats` after one that warms up, and its standard error.
+
+    One sequence with a growing cache, `tokens` after `prefix`. The standard error of a median is 1.25 times that of a
+    mean where samples scatter normally.
+    """
+    ids = torch.zeros((1, prefix), dtype=torch.int64, device=model.device)
+    step = decode_step(model, "eager")
+    rates = []
+    for _ in range(repeats + 1):
+        cache = DynamicCache(config=model.config)
+        rates.append(tokens / generate_timed(model, ids, tokens, step, cache)[1])
+    return statistics.median(rates[1:]), 1.25 * statistics.stdev(rates[1:]) / repeats**0.5
 
 
 def config_of(name: str) -> PretrainedConfig:

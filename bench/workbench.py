@@ -11,23 +11,11 @@ import torch
 from torch import nn
 
 import transact
-from transact.inputs import resolve_device
 
 from .environment import code_hash, environment
 from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
 from .perplexity import evaluation_windows, measure_perplexity
 from .records import Case, Record
-
-
-def fast_dtype(device: str) -> str:
-    """bfloat16 on CUDA devices and on CPUs with matrix units for it (AMX), else float32.
-
-    With AVX-512 instructions alone bfloat16 is no faster: on two such cores 2,048 tokens took SmolLM2's decoder stack
-    2.1 to 2.3 s in float32 and 3.1 to 3.2 s in bfloat16.
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    return "bfloat16" if resolve_device(device).type == "cuda" or "amx_bf16" in flags else "float32"
 
 
 def model_hash(model: nn.Module) -> str:

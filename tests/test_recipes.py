@@ -187,7 +187,7 @@ def test_fit_finds_the_map_and_its_intercept():
     rows, true = torch.randn(400, 6, generator=generator) + 2, torch.randn(3, 6, generator=generator)
     targets = rows @ true.T + 5
     fit = fit_projection(torch.zeros(3, 6), normal(rows[:300], targets[:300]), normal(rows[300:], targets[300:]),
-                         bias=True, ridges=(1e-8,))  # fmt: skip
+                         bias=True, ridge=1e-8)  # fmt: skip
     torch.testing.assert_close(fit.weight.float(), true, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fit.bias.float(), torch.full((3,), 5.0), rtol=1e-3, atol=1e-3)
 
@@ -201,6 +201,31 @@ def test_fit_falls_back_where_the_held_out_error_rises():
     assert torch.equal(fit.weight, prior.double())
     nothing = NormalEquations.empty(6, 3, rows.device)
     assert fit_projection(prior, normal(rows, misleading), nothing).ridge is None
+    forced = fit_projection(prior, normal(rows, misleading), normal(rows, rows @ prior.T), ridge=0.5)
+    assert forced.ridge == 0.5
+    assert not torch.equal(forced.weight, prior.double())
+
+
+def test_a_fixed_ridge_is_taken_everywhere():
+    model = tiny_llama("gqa")
+    windows = torch.randint(0, 97, (8, 32), generator=torch.Generator().manual_seed(0))
+    for compensation in ("dense", "pruned"):
+        pruned = transact.prune(model, windows, recipe=Recipe(compensation=compensation, ridge=0.3), ratio=0.3)
+        assert {ridge for layer in pruned.ridges for ridge in layer.values()} == {0.3}
+    with pytest.raises(ValueError, match="least squares: dense or pruned, not none"):
+        Recipe(ridge=0.3).check()
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        Recipe(compensation="dense", ridge=0.0).check()
+
+
+def test_one_layer_loses_a_ratio_of_its_own_parameters():
+    config = tiny_llama("gqa").config
+    widths = transact.widths_of_one_layer(config, 1, 0.5)
+    dense = transact.dense_widths(config)
+    assert [index for index, pair in enumerate(zip(widths, dense, strict=True)) if pair[0] != pair[1]] == [1]
+    assert transact.fraction_removed(config, widths) == pytest.approx(0.5 / config.num_hidden_layers, abs=0.01)
+    with pytest.raises(ValueError, match="layer must lie between 0 and"):
+        transact.widths_of_one_layer(config, config.num_hidden_layers, 0.5)
 
 
 @pytest.mark.parametrize("compensation", ["dense", "pruned"])

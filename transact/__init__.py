@@ -27,6 +27,7 @@ from .widths import (
     uniform_widths,
     widths_by_name,
     widths_of,
+    widths_of_one_layer,
 )
 
 __version__ = "0.3.0"
@@ -68,6 +69,7 @@ __all__ = [
     "uniform_widths",
     "widths_by_name",
     "widths_of",
+    "widths_of_one_layer",
 ]
 
 AutoConfig.register(TransActConfig.model_type, TransActConfig)

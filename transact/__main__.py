@@ -87,7 +87,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto is the checkpoint's own")
 
 
-RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots")
+RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots", "ridge")
 DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 0.2, 128, 2048
 
 
@@ -283,6 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--modules", help=f"what may be narrowed, with commas: {','.join(MODULES)}")
     prune.add_argument("--allocation", help=f"how widths are found: {', '.join(ALLOCATIONS)}")
     prune.add_argument("--compensation", help=f"what makes up for the loss: {', '.join(COMPENSATIONS)}")
+    prune.add_argument("--ridge", type=float, help="the one ridge of all least squares (the best on held-out tokens)")
     prune.add_argument("--output-bias", action="store_true", help="least squares with an intercept")
     prune.add_argument(
         "--plain", action="store_true", help="one head and MLP width and one set of RoPE pairs, for `transact export`"

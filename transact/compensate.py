@@ -90,24 +90,24 @@ def fit_projection(
     held_out: NormalEquations,
     *,
     bias: bool = False,
-    ridges: Sequence[float] = RIDGES,
+    ridge: float | None = None,
 ) -> Fit:
     """The projection, near the `prior` weight (D, n), that gives the targets best on held-out tokens.
 
     Minimises E|y - W x|^2 + r sum_i E[x_i^2] |W_i - prior_i|^2, so that r does not depend on the scale of an input.
     From the largest r on, smaller ones are tried while the error on `held_out` falls; the prior is kept where none
-    improves on it there, and the chosen r is then fitted on all tokens. With `bias` x and y are centred, and the bias
-    meets the means.
+    improves on it there, and the chosen r is then fitted on all tokens. A `ridge` that is given is taken as it is. With
+    `bias` x and y are centred, and the bias meets the means.
     """
     prior = prior.double()
-    ridge, weight = None, prior
-    if held_out.weight:
+    weight = prior
+    if ridge is None and held_out.weight:
         sketch = _sketch(len(prior)).to(prior)  # to choose among decades a few random sums of the outputs are enough
         sketched = sketch @ prior
         inputs, cross = (part.float() for part in held_out.means(bias, sketch)[:2])
         least = _error(sketched.float(), inputs, cross)
         solution = _ridge_solution(sketched.float(), [part.float() for part in fitted.means(bias, sketch)])
-        for candidate in ridges:
+        for candidate in RIDGES:
             error = _error(solution(candidate), inputs, cross)
             if error < least:
                 least, ridge = error, candidate
@@ -194,7 +194,13 @@ def _kept_attention_inputs(plan: LayerPlan, group: int, value_width: int, kv_hea
 
 @torch.no_grad()
 def compensate_on_dense_inputs(
-    narrowed: nn.Module, model: nn.Module, plan: Plan, statistics: Sequence[LayerStatistics], *, bias: bool = False
+    narrowed: nn.Module,
+    model: nn.Module,
+    plan: Plan,
+    statistics: Sequence[LayerStatistics],
+    *,
+    bias: bool = False,
+    ridge: float | None = None,
 ) -> list[dict[str, float | None]]:
     """Refit `narrowed` in closed form by statistics of the `model` it was cut from with `plan`; the ridges chosen.
 
@@ -219,7 +225,7 @@ def compensate_on_dense_inputs(
             ("down_proj", layer.mlp.down_proj, before.mlp.down_proj, stats.mlp_moments, kept.mlp_dims),
         ):
             parts = (NormalEquations.of_kept(part, into.to(device), old.weight) for part in moments)
-            fit = fit_projection(linear.weight, *parts, bias=bias)
+            fit = fit_projection(linear.weight, *parts, bias=bias, ridge=ridge)
             _install(linear, fit)
             outcome[name] = fit.ridge
         ridges.append(outcome)
@@ -254,6 +260,7 @@ def compensate_on_pruned_inputs(
     windows: torch.Tensor,
     *,
     bias: bool = False,
+    ridge: float | None = None,
     device: torch.device | None = None,
     tokens_per_batch: int = 2048,
     progress: bool = False,
@@ -290,15 +297,15 @@ def compensate_on_pruned_inputs(
         with on_device(layer, device):
             readers = (attention.q_proj, attention.k_proj, attention.v_proj)
             norms = layer.input_layernorm, before.input_layernorm
-            chosen["qkv_proj"] = _restore_inputs(readers, norms, walk.hidden, entering, held_out)
+            chosen["qkv_proj"] = _restore_inputs(readers, norms, walk.hidden, entering, held_out, ridge)
             inputs = _attention_inputs(walk, index, layer)
-            chosen["o_proj"] = _refit(attention.o_proj, inputs, walk, middles, held_out, bias)
+            chosen["o_proj"] = _refit(attention.o_proj, inputs, walk, middles, held_out, bias, ridge)
             norms = layer.post_attention_layernorm, before.post_attention_layernorm
             chosen["gate_up_proj"] = _restore_inputs(
-                (mlp.gate_proj, mlp.up_proj), norms, walk.hidden, middles, held_out
+                (mlp.gate_proj, mlp.up_proj), norms, walk.hidden, middles, held_out, ridge
             )
             chosen["down_proj"] = _refit(
-                mlp.down_proj, _mlp_inputs(walk, layer), walk, target_walk.hidden, held_out, bias
+                mlp.down_proj, _mlp_inputs(walk, layer), walk, target_walk.hidden, held_out, bias, ridge
             )
         ridges.append(chosen)
     narrowed.train(was_training)
@@ -311,6 +318,7 @@ def _restore_inputs(
     hidden: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
     held_out: Sequence[int],
+    ridge: float | None,
 ) -> float | None:
     """Let projections read the best linear guess of the dense model's normalised residual stream; the ridge chosen.
 
@@ -324,7 +332,7 @@ def _restore_inputs(
         rows, wanted = norms[0](mine.to(weight.device)), norms[1](dense.to(weight.device))
         ones = torch.ones(rows.shape[0] * rows.shape[1], 1, device=weight.device)
         equations[held_out[batch]].add(rows.flatten(0, 1), wanted.flatten(0, 1), ones)
-    fit = fit_projection(identity, *equations)
+    fit = fit_projection(identity, *equations, ridge=ridge)
     if fit.ridge is not None:
         for reader in readers:
             reader.weight.copy_(reader.weight.double() @ fit.weight)
@@ -360,6 +368,7 @@ def _refit(
     targets: Sequence[torch.Tensor],
     held_out: Sequence[int],
     bias: bool,
+    ridge: float | None,
 ) -> float | None:
     """Refit one projection and add its new output to the narrowed model's residual stream; the ridge chosen."""
     device, size = linear.weight.device, (linear.in_features, linear.out_features)
@@ -372,7 +381,7 @@ def _refit(
             missing = missing - linear.bias.float()
         equations[held_out[batch]].add(entering.flatten(0, 1), missing.flatten(0, 1), token_scale(target))
         kept.append(entering.to(walk.hidden[batch].device))
-    fit = fit_projection(linear.weight, *equations, bias=bias)
+    fit = fit_projection(linear.weight, *equations, bias=bias, ridge=ridge)
     _install(linear, fit)
     for batch, entering in enumerate(kept):
         walk.hidden[batch] += linear(entering.to(device)).to(walk.hidden[batch].device)

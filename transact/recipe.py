@@ -1,5 +1,6 @@
 """Recipes: a criterion, what may be cut, how widths are found and what makes up for the loss; presets by name."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ class Recipe:
     least squares on the "dense" model's inputs, or on the "pruned" ones, layer by layer; `output_bias` adds an
     intercept to these.
     `rope`: whole "pairs" at their own frequencies, or "released", what the paper's authors do. `shots`: prunings,
-    with statistics taken afresh at each.
+    with statistics taken afresh at each. `ridge`: the one ridge of all least squares; None: of several the best on
+    held-out tokens, for each projection.
     """
 
     criterion: str = "activation"
@@ -65,6 +67,7 @@ class Recipe:
     output_bias: bool = False
     rope: str = "pairs"
     shots: int = 1
+    ridge: float | None = None
 
     def check(self) -> None:
         """Raise ValueError for a value that is not known or settings that exclude each other."""
@@ -77,6 +80,10 @@ class Recipe:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}, allowed: {', '.join(allowed)}")
         if self.shots < 1:
             raise ValueError(f"shots must be at least 1, got {self.shots}")
+        if self.ridge is not None and not 0 < self.ridge < math.inf:
+            raise ValueError(f"ridge must be positive, got {self.ridge}")
+        if self.ridge is not None and self.compensation not in ("dense", "pruned"):
+            raise ValueError(f"a ridge is for compensation by least squares: dense or pruned, not {self.compensation}")
         predicts = [name for name, one in CRITERIA.items() if isinstance(one, ObsPruning) and one.weighted]
         by_loss = self.allocation in ("searched", "plain")
         if by_loss and not (isinstance(criterion, ObsPruning) and criterion.weighted):
@@ -258,9 +265,11 @@ def _compensate(
     if recipe.compensation == "bias":
         compensate_by_bias(narrowed, before, plan, statistics)
     if recipe.compensation == "dense":
-        return compensate_on_dense_inputs(narrowed, before, plan, statistics, bias=recipe.output_bias)
+        return compensate_on_dense_inputs(
+            narrowed, before, plan, statistics, bias=recipe.output_bias, ridge=recipe.ridge
+        )
     if recipe.compensation == "pruned":
         return compensate_on_pruned_inputs(
-            narrowed, before, windows, bias=recipe.output_bias, device=device, progress=progress
+            narrowed, before, windows, bias=recipe.output_bias, ridge=recipe.ridge, device=device, progress=progress
         )
     return []

@@ -1,5 +1,6 @@
 """How wide each layer stays: budgets, uniform widths, and the paper's schedule of shots."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -189,6 +190,27 @@ def uniform_widths(
         f"ratio {ratio} is out of reach{also}: with {granularity} of {'+'.join(modules)} the nearest uniform widths "
         f"of this model remove {removed:.3f} (KV {kv_removed:.3f})"
     )
+
+
+def widths_of_one_layer(
+    config: PretrainedConfig,
+    layer: int,
+    ratio: float,
+    *,
+    granularity: str = "dims",
+    modules: Sequence[str] = MODULES,
+) -> tuple[Widths, ...]:
+    """The dense widths, but for one layer that loses `ratio` of its own parameters as `uniform_widths` has it.
+
+    Raises ValueError for a layer that the model lacks, and as `uniform_widths`.
+    """
+    if not 0 <= layer < config.num_hidden_layers:
+        raise ValueError(f"layer must lie between 0 and {config.num_hidden_layers - 1}, got {layer}")
+    alone = copy.copy(config)
+    alone.num_hidden_layers = 1
+    widths = list(dense_widths(config))
+    [widths[layer]] = uniform_widths(alone, ratio, granularity=granularity, modules=modules)
+    return tuple(widths)
 
 
 def check_modules(config: PretrainedConfig, modules: Sequence[str], granularity: str) -> None:
