@@ -1,13 +1,14 @@
 """How do the presets compare, the paper's, its authors' code's, the rivals' and the best found here?"""
 
-import pytest
-
 from transact import PRESETS
 
-RATIOS = (0.3,)
+QUICK = {"preset": tuple(PRESETS), "ratio": (0.1, 0.3)}
+FULL = {"preset": tuple(PRESETS), "ratio": (0.1, 0.2, 0.3, 0.5)}
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("preset", PRESETS)
+def test_dense(workbench, record):
+    record(workbench.dense_case)
+
+
 def test_preset(workbench, record, preset, ratio):
     record(workbench.case(preset, ratio))

@@ -1,112 +1,352 @@
-"""What every ablation shares: options, one workbench, one record file, and the report at the end."""
+"""What every ablation shares: options and profiles, one workbench, one record file, and the report at the end.
 
+An ablation is a test function whose parameters decide one case, which it has measured by `record`. Its module states
+the parameters' values in QUICK and FULL, each a tuple or a function of the model's configuration. Before anything is
+measured the functions are called once with a `record` that only notes the case: so the grid is known, and can be
+ordered, split into shards, handed to a cluster, or counted.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from bench.records import Record, append_record, read_records
-from bench.workbench import Workbench, method_of
+from bench import cluster
+from bench.grid import estimate, in_order, parse_shard, shard_of
+from bench.records import Case, Record, append_record, read_results, sole_writer
+from bench.workbench import Workbench
 from reports.report import write_report
-from transact.inputs import TEXTS
+from transact.inputs import TEXTS, load_text, read_config
+from transact.recipe import recipe_by_name
+from transact.widths import check_ratio
+
+from .profiles import PROFILES
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Run:
+    """What the options ask for, and the grid once it is known."""
+
+    settings: dict
+    results: Path
+    file: Path
+    shard: tuple[int, int] | None
+    workbench: Workbench | None = None
+    cases: tuple[Case, ...] = ()
+
+
+RUN, CASE = pytest.StashKey[Run](), pytest.StashKey[Case]()
 
 
 def pytest_addoption(parser: pytest.Parser):
     group = parser.getgroup("ablations")
-    group.addoption("--model", default="smollm2-135m", help="embedded model, checkpoint directory or hub id")
-    group.addoption("--calibration", default="embedded", help=f"text: {', '.join(TEXTS)} or a file")
-    group.addoption("--samples", type=int, default=64, help="calibration windows")
-    group.addoption("--evaluation", default="embedded", help=f"text: {', '.join(TEXTS)} or a file")
-    group.addoption("--windows", type=int, default=48, help="evaluation windows")
-    group.addoption("--seq-len", type=int, default=256, help="tokens of a window")
+    group.addoption("--profile", default="quick", help=f"defaults of what follows: {', '.join(PROFILES)} (quick)")
+    group.addoption("--ratios", help="fractions to remove, with commas, instead of each question's own")
+    group.addoption("--presets", help="presets, with commas: only questions that compare presets, and only these")
+    group.addoption("--model", help="embedded model, checkpoint directory or hub id")
+    group.addoption("--calibration", help=f"text: {', '.join(TEXTS)} or a file")
+    group.addoption("--domains", help="calibration texts of ablate_domain, with commas")
+    group.addoption("--samples", type=int, help="calibration windows")
+    group.addoption("--evaluation", help=f"text: {', '.join(TEXTS)} or a file")
+    group.addoption("--windows", type=int, help="evaluation windows; 0: all")
+    group.addoption("--seq-len", type=int, help="tokens of a window")
     group.addoption("--windowing", default="blocks", help="blocks, or rolling as lm-eval's")
     group.addoption("--bos", action="store_true", help="begin each block with a BOS token")
-    group.addoption("--tasks", default="probes", help="tasks of ablate_capability, separated by commas; name@25: shots")
+    group.addoption("--tasks", help="tasks of ablate_capability, separated by commas; name@25: shots")
     group.addoption("--tasks-path", type=Path, help="a folder of lm-eval task files")
-    group.addoption("--limit", type=int, default=80, help="the first N items of each task; 0: all")
+    group.addoption("--limit", type=int, help="the first N items of each task; 0: all")
     group.addoption("--seed", type=int, default=0, help="of the calibration windows and the random criterion")
     group.addoption("--device", default="auto", help="auto, cpu, cuda ...")
     group.addoption("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float16")
     group.addoption("--results", default="results", help="directory of the records, tables and pictures")
+    group.addoption("--shard", help="i/n: measure only the i-th of n parts, into a record file of its own")
+    group.addoption("--ray", metavar="ADDRESS", help="measure on a Ray cluster: auto, local, host:port")
+    group.addoption("--gpus-per-cell", type=float, help="GPUs that a cell takes of the Ray cluster (0)")
 
 
-@pytest.fixture(scope="session")
-def workbench(request: pytest.FixtureRequest) -> Workbench:
-    option = request.config.getoption
+def exit_with(error: Exception | str):
+    """End the run with one line and exit code 2."""
+    pytest.exit(f"ablations: error: {' '.join(str(error).split())}", returncode=2)
+
+
+def pytest_configure(config: pytest.Config):
     try:
-        return Workbench(
-            option("model"),
-            calibration=option("calibration"),
-            samples=option("samples"),
-            calibration_seq_len=option("seq_len"),
-            evaluation=option("evaluation"),
-            windows=option("windows"),
-            evaluation_seq_len=option("seq_len"),
-            evaluation_windowing=option("windowing"),
-            evaluation_bos=option("bos"),
-            tasks=option("tasks").split(","),
-            tasks_path=option("tasks_path"),
-            task_limit=option("limit") or None,
-            seed=option("seed"),
-            dtype=option("dtype"),
-            device=option("device"),
-        )
+        config.stash[RUN] = run_of(config.getoption)
     except ValueError as error:
-        pytest.exit(f"ablations: error: {error}", returncode=2)
+        exit_with(error)
 
 
-@pytest.fixture(scope="session")
-def with_tasks(workbench: Workbench):
+def run_of(option: Callable) -> Run:
+    """What the options ask for. Raises ValueError where one is not allowed or two contradict each other."""
+    if option("profile") not in PROFILES:
+        raise ValueError(f"unknown profile {option('profile')!r}, allowed: {', '.join(PROFILES)}")
+    settings = dict(PROFILES[option("profile")])
+    for name in ("model", "samples", "windows", "seq_len", "tasks", "limit"):
+        if option(name) is not None:
+            settings[name] = option(name)
+    if settings["model"] is None:
+        raise ValueError(f"profile {option('profile')!r} has no model of its own: name one by --model")
+    for name in ("windows", "limit"):
+        if settings[name] < 0:
+            raise ValueError(f"{name} must be 0 (all) or more, got {settings[name]}")
+    for name in ("ratios", "presets", "domains"):
+        if option(name) is not None:
+            settings[name] = tuple(part.strip() for part in option(name).split(","))
+    for preset in settings.get("presets", ()):
+        recipe_by_name(preset)
+    if "ratios" in settings:
+        try:
+            settings["ratios"] = tuple(map(float, settings["ratios"]))
+        except ValueError:
+            raise ValueError(f"ratios must be numbers with commas, got {option('ratios')!r}") from None
+        for ratio in settings["ratios"]:
+            check_ratio("ratio", ratio)
+    shard = parse_shard(option("shard")) if option("shard") is not None else None
+    if shard and option("ray"):
+        raise ValueError("--shard and --ray exclude each other: the cluster spreads all cells by itself")
+    if option("gpus_per_cell") is not None and not option("ray"):
+        raise ValueError("--gpus-per-cell is for --ray")
+    if (option("gpus_per_cell") or 0) < 0:
+        raise ValueError(f"gpus-per-cell must be 0 or more, got {option('gpus_per_cell')}")
+    results = Path(option("results"))
+    file = f"records-{shard[0]}of{shard[1]}.jsonl" if shard else "records.jsonl"
+    return Run(settings, results, results / file, shard)
+
+
+def workbench_settings(option: Callable, settings: dict) -> dict:
+    """Arguments of the workbench that hold for any process: paths are absolute. Raises ValueError for no text."""
+    return {
+        "model": absolute(settings["model"]),
+        "calibration": absolute(option("calibration") or first_present(settings["texts"], "calibration")),
+        "domains": tuple(absolute(domain) for domain in settings["domains"]),
+        "samples": settings["samples"],
+        "calibration_seq_len": settings["seq_len"],
+        "evaluation": absolute(option("evaluation") or first_present(settings["texts"], "evaluation")),
+        "windows": settings["windows"] or None,
+        "evaluation_seq_len": settings["seq_len"],
+        "evaluation_windowing": option("windowing"),
+        "evaluation_bos": option("bos"),
+        "tasks": tuple(settings["tasks"].split(",")),
+        "tasks_path": option("tasks_path") and option("tasks_path").resolve(),
+        "task_limit": settings["limit"] or None,
+        "seed": option("seed"),
+        "dtype": option("dtype"),
+        "device": option("device"),
+    }
+
+
+def absolute(name: str) -> str:
+    """A path of a file or directory, absolute; any other name as it is."""
+    return os.path.abspath(name) if Path(name).exists() and name not in TEXTS else name
+
+
+def first_present(texts: tuple[str, ...], split: str) -> str:
+    """The first text that can be read, the last one unread. Raises nothing: the workbench names what is wrong."""
+    for name in texts[:-1]:
+        try:
+            load_text(name, split=split)
+        except ValueError as error:
+            print(f"ablations: {split} text: {error}")
+        else:
+            return name
+    return texts[-1]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc):
+    """Parameters by the module's QUICK or FULL, ratios, presets and domains by the options."""
+    settings = metafunc.config.stash[RUN].settings
+    grid = getattr(metafunc.module, settings["grid"], {})
+    for name in [name for name in grid if name in metafunc.fixturenames]:
+        values = settings.get(f"{name}s") or grid[name]
+        if callable(values):
+            try:
+                values = values(read_config(settings["model"]))
+            except ValueError as error:
+                exit_with(error)
+        metafunc.parametrize(name, values, ids=str)
+
+
+@pytest.hookimpl(trylast=True)  # after -k has chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
+    """Note the case of every item, put them in the order of `in_order`, and leave those of other shards out."""
+    run = config.stash[RUN]
+    mine = [item for item in items if item.path.parent == HERE]
+    if "presets" in run.settings:
+        dropped = [item for item in mine if "preset" not in item.fixturenames and item.originalname != "test_dense"]
+        leave_out(config, items, dropped)
+        mine = [item for item in mine if item not in dropped]
+    if not mine:
+        return
+    try:
+        run.workbench = planning_workbench(config)
+        for item in mine:
+            note_case(item, run.workbench)
+    except ValueError as error:
+        exit_with(error)
+    noted = [item.stash[CASE] for item in mine if CASE in item.stash]
+    run.cases = tuple(in_order(shard_of(noted, *run.shard) if run.shard else noted))
+    places = {case: place for place, case in enumerate(run.cases)}
+    leave_out(config, items, [item for item in mine if CASE in item.stash and item.stash[CASE] not in places])
+    items.sort(key=lambda item: places.get(item.stash.get(CASE, None), -1))
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], dropped: list[pytest.Item]) -> None:
+    """Deselect items as pytest does."""
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
+def planning_workbench(config: pytest.Config) -> Workbench:
+    """The workbench that cases are made with. For GPUs of a cluster, which this machine may lack, on the CPU."""
+    option, settings = config.getoption, workbench_settings(config.getoption, config.stash[RUN].settings)
+    if not option("gpus_per_cell"):
+        return Workbench(**settings)
+    dtype = "bfloat16" if option("dtype") == "auto" else option("dtype")
+    bench = Workbench(**settings | {"device": "cpu", "dtype": dtype})
+    bench.dense_case = replace(bench.dense_case, device="cuda")
+    return bench
+
+
+def note_case(item: pytest.Function, bench: Workbench) -> None:
+    """Put the case that an item would have measured into its stash; mark it as skipped where there can be none."""
+    noted, params = [], item.callspec.params if hasattr(item, "callspec") else {}
+    arguments = {"workbench": bench, "with_tasks": with_tasks_of(bench), "record": noted.append, **params}
+    try:
+        item.function(**{name: arguments[name] for name in inspect.signature(item.function).parameters})
+    except pytest.skip.Exception as reason:
+        item.add_marker(pytest.mark.skip(reason=str(reason)))
+    except ValueError as error:  # this model or text cannot give the cell
+        item.add_marker(pytest.mark.skip(reason=str(error)))
+    else:
+        [item.stash[CASE]] = noted
+
+
+def with_tasks_of(bench: Workbench) -> Callable[[Case], Case]:
     """A function that has a case measured on the tasks as well."""
 
-    def extended(case):
+    def extended(case: Case) -> Case:
         try:
-            return workbench.with_tasks(case)
+            return bench.with_tasks(case)
         except ValueError as error:
-            pytest.exit(f"ablations: error: {error}", returncode=2)
+            exit_with(error)
 
     return extended
 
 
 @pytest.fixture(scope="session")
-def record(request: pytest.FixtureRequest, workbench: Workbench):
-    """A function that measures a case and appends its record, unless the file already has a successful one."""
-    path = records_path(request.config)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        pytest.exit(f"ablations: error: results {str(path.parent)!r} cannot be made: {error.strerror}", returncode=2)
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    done = {kept.case for kept in read_records(path)[0] if kept.status == "success"}
+def workbench(request: pytest.FixtureRequest) -> Workbench:
+    return request.config.stash[RUN].workbench
 
-    def measure(case):
-        if case in done:
+
+@pytest.fixture(scope="session")
+def with_tasks(workbench: Workbench) -> Callable[[Case], Case]:
+    return with_tasks_of(workbench)
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest, workbench: Workbench):
+    """A function that has a case measured and its record appended, unless there is a successful one already."""
+    run = request.config.stash[RUN]
+    try:
+        with sole_writer(run.file):
+            kept = {old.case: old for old in read_results(run.results)[0] if old.status == "success"}
+            yield (
+                measure_there(request.config, kept)
+                if request.config.getoption("ray")
+                else measure_here(request.config, kept)
+            )
+    except ValueError as error:
+        exit_with(error)
+    except OSError as error:
+        exit_with(f"results {str(run.results)!r} cannot be written: {error.strerror}")
+
+
+def measure_here(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[Case], None]:
+    """A function that measures a case in this process."""
+    run, capture = config.stash[RUN], config.pluginmanager.getplugin("capturemanager")
+
+    def measure(case: Case) -> None:
+        if case in kept:
             return
         try:
             with capture.global_and_fixture_disabled():  # progress bars reach the terminal
-                result = workbench.measure(case)
+                kept[case] = run.workbench.measure(case)
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-            environment = workbench.environment()
-            append_record(path, Record(case, method_of(case), {}, {}, environment, status="failed", error=failure))
+            append(run.file, cluster.failed(case, error, run.workbench.environment()))
             raise
-        append_record(path, result)
-        done.add(case)
+        append(run.file, kept[case])
 
     return measure
 
 
-def records_path(config: pytest.Config) -> Path:
-    return Path(config.getoption("results")) / "records.jsonl"
+def measure_there(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[Case], None]:
+    """A function that waits for the record of a case; all are handed to the cluster at once, and kept as they come."""
+    run, option = config.stash[RUN], config.getoption
+    left = [case for case in run.cases if case not in kept]
+    records = iter(())
+    if left:
+        ray = cluster.connect(option("ray"))
+        config.add_cleanup(ray.shutdown)
+        settings = tuple(workbench_settings(option, run.settings).items())
+        cell = functools.partial(cluster.measure_cell, settings)
+        records = cluster.records_from(ray, cell, left, gpus_per_cell=option("gpus_per_cell") or 0)
+
+    def measure(case: Case) -> None:
+        while case not in kept:
+            record = next(records)
+            append(run.file, record)
+            kept[record.case] = record
+        if kept[case].status == "failed":
+            pytest.fail(kept[case].error, pytrace=False)
+
+    return measure
+
+
+def append(file: Path, record: Record) -> None:
+    """Append a record; a disk that takes no more ends the run in one line."""
+    try:
+        append_record(file, record)
+    except OSError as error:
+        exit_with(
+            f"{str(file)!r} cannot be written: {error.strerror}; all records before this cell are kept: make room "
+            "and run again"
+        )
+
+
+def cost_of(run: Run) -> str:
+    records, _ = read_results(run.results)
+    return str(estimate(run.cases, records, run.workbench.dense.num_parameters()))
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    run = config.stash[RUN]
+    return [cost_of(run)] if run.cases and not config.option.collectonly else []
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config):
-    """The table and where the pictures lie, after the last cell."""
-    records, complaints = read_records(records_path(config))
+    """What the grid will cost, or the table and where the pictures lie, after the last cell."""
+    run = config.stash[RUN]
+    if config.option.collectonly:
+        if run.cases:
+            terminalreporter.write_line(cost_of(run))
+        return
+    records, complaints = read_results(run.results)
     for complaint in complaints:
         terminalreporter.write_line(complaint, yellow=True)
     if not records:
         return
-    table, files = write_report(records, Path(config.getoption("results")))
+    try:
+        table, files = write_report(records, run.results)
+    except OSError as error:
+        terminalreporter.write_line(f"no report: {error.filename}: {error.strerror}", red=True)
+        return
     terminalreporter.section("results")
     terminalreporter.write_line(table)
     for file in files:

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 import transact
+from transact.inputs import Text
 
-from .environment import code_hash, environment
+from .environment import code_hash, environment, fast_dtype
 from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
-from .perplexity import evaluation_windows, measure_perplexity
+from .perplexity import Perplexity, evaluation_windows, measure_perplexity
 from .records import Case, Record
+from .speed import decode_rate
 
 
 def model_hash(model: nn.Module) -> str:
@@ -49,18 +51,66 @@ def method_of(case: Case) -> str:
     return presets[0] if presets else case.criterion
 
 
+def weights_of(case: Case) -> Case:
+    """What decides a case's weights: two cases with the same differ in what is measured beside perplexity."""
+    return replace(case, tasks="", task_limit=None, decode_tokens=0)
+
+
+class Calibrations:
+    """Statistics of a model on calibration windows. One pass serves all recipes; those of the newest windows are kept.
+
+    Second moments are large: statistics of earlier windows are dropped before new ones are made. Statistics that have
+    second moments serve recipes without, and gradients are taken apart from them.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._forget(None)
+
+    def _forget(self, windows: torch.Tensor | None) -> None:
+        self.windows = windows
+        self.sums: transact.Statistics | None = None
+        self.gradients: dict[str, list[transact.LayerGradients]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def statistics(self, windows: torch.Tensor, recipe: transact.Recipe) -> tuple[transact.Statistics, float]:
+        """Statistics with all that the recipe needs, and the seconds that making them took."""
+        if self.windows is None or not torch.equal(self.windows, windows):
+            self._forget(windows)
+        start, moments = time.perf_counter(), recipe.needs_moments()
+        if self.sums is None or (moments and self.sums.layers[0].mlp_moments is None):
+            self.sums = None
+            self.sums = transact.calibrate(self.model, windows, second_moments=moments, progress=True)
+            self.seconds["sums"] = time.perf_counter() - start
+        of = recipe.gradients()
+        if of is None:
+            return self.sums, self.seconds["sums"]
+        start = time.perf_counter()
+        if of not in self.gradients:
+            self.gradients[of] = transact.loss_gradients(self.model, windows, of=of, progress=True)
+            self.seconds[of] = time.perf_counter() - start
+        pairs = zip(self.sums.layers, self.gradients[of], strict=True)
+        layers = tuple(replace(layer, gradients=gradients) for layer, gradients in pairs)
+        return replace(self.sums, layers=layers), self.seconds["sums"] + self.seconds[of]
+
+
 class Workbench:
-    """A model with its windows of text. The statistics are made on first use and serve every case."""
+    """A model with its windows of text. The statistics are made on first use and serve every case of the same windows.
+
+    The statistics, the pruned model and its quality that were made last are kept: cases in the order of
+    `bench.grid.in_order` make each once. `domains` are other calibration texts that cases may name.
+    """
 
     def __init__(
         self,
         model: str,
         *,
         calibration: str = "embedded",
+        domains: Sequence[str] = (),
         samples: int = 64,
         calibration_seq_len: int = 256,
         evaluation: str = "embedded",
-        windows: int = 48,
+        windows: int | None = 48,
         evaluation_seq_len: int = 256,
         evaluation_windowing: str = "blocks",
         evaluation_bos: bool = False,
@@ -74,15 +124,15 @@ class Workbench:
         dtype = fast_dtype(device) if dtype == "auto" else dtype
         self.dense, self.tokenizer = transact.load_model(model, dtype=dtype, device=device)
         transact.check_prunable(self.dense)
-        calibration_text = transact.load_text(calibration, split="calibration")
         evaluation_text = transact.load_text(evaluation, split="evaluation")
         context = self.dense.config.max_position_embeddings
         if max(calibration_seq_len, evaluation_seq_len) > context:
             longest = max(calibration_seq_len, evaluation_seq_len)
             raise ValueError(f"seq-len {longest} is longer than the model's context of {context}")
-        self.calibration_windows = transact.cut_windows(
-            transact.tokenise(calibration_text, self.tokenizer), length=calibration_seq_len, count=samples, seed=seed
-        )
+        self.calibration = calibration, samples, calibration_seq_len
+        self.domains, self.seed = tuple(domains), seed
+        self._texts: dict[str, tuple[Text, torch.Tensor]] = {}
+        self.calibration_windows(*self.calibration)  # what is wrong with the text is known at once
         self.evaluation_windows = evaluation_windows(
             evaluation_text, self.tokenizer, length=evaluation_seq_len, count=windows, windowing=evaluation_windowing,
             bos=evaluation_bos,
@@ -101,7 +151,7 @@ class Workbench:
             calibration_seq_len=0,
             evaluation_text=evaluation_text.name,
             evaluation_sha256=evaluation_text.sha256,
-            evaluation_windows=windows,
+            evaluation_windows=len(self.evaluation_windows.ids),
             evaluation_seq_len=evaluation_seq_len,
             evaluation_windowing=evaluation_windowing,
             evaluation_bos=evaluation_bos,
@@ -111,22 +161,66 @@ class Workbench:
             device=self.dense.device.type,
             code=code_hash(),
         )
-        self._statistics: dict[tuple, tuple[transact.Statistics, float]] = {}
-        self.calibrated_fields = {
-            "seed": seed,
-            "calibration_text": calibration_text.name,
-            "calibration_sha256": calibration_text.sha256,
-            "calibration_samples": samples,
-            "calibration_seq_len": calibration_seq_len,
-        }
+        self._calibrations = Calibrations(self.dense)
+        self._pruned: tuple[Case, nn.Module, dict[str, float]] | None = None
+        self._quality: tuple[Case, Perplexity, float] | None = None
 
-    def case(self, recipe: str | transact.Recipe, ratio: float, *, kv_ratio: float | None = None) -> Case:
-        """The case of a recipe, or of a preset by name, at a ratio; one that takes no text does not name any."""
+    def text(self, name: str) -> tuple[Text, torch.Tensor]:
+        """A calibration text and its tokens, read once. Raises ValueError where it cannot be read."""
+        if name not in self._texts:
+            text = transact.load_text(name, split="calibration")
+            self._texts[name] = text, transact.tokenise(text, self.tokenizer)
+        return self._texts[name]
+
+    def calibration_windows(self, name: str, samples: int, seq_len: int) -> torch.Tensor:
+        """Windows (samples, seq_len) of a text, chosen by the seed. Raises ValueError where the text is too short."""
+        return transact.cut_windows(self.text(name)[1], length=seq_len, count=samples, seed=self.seed)
+
+    def case(
+        self,
+        recipe: str | transact.Recipe,
+        ratio: float = 0.0,
+        *,
+        kv_ratio: float | None = None,
+        mha_dim: int | None = None,
+        mlp_dim: int | None = None,
+        only_layer: int | None = None,
+        head_multiple: int | None = None,
+        mlp_multiple: int | None = None,
+        decode_tokens: int = 0,
+        calibration: str | None = None,
+        samples: int | None = None,
+        seq_len: int | None = None,
+    ) -> Case:
+        """The case of a recipe, or of a preset by name; one that takes no text does not name any.
+
+        See `Case` for what the widths mean. `calibration`, `samples` and `seq_len` are the workbench's own where they
+        are left out. Raises ValueError, before anything is measured, for what this model or text cannot give.
+        """
         recipe = transact.recipe_by_name(recipe) if isinstance(recipe, str) else recipe
-        text = self.calibrated_fields if recipe.needs_text() else {}
+        recipe.check()
+        fields = {}
+        if recipe.needs_text():
+            given = calibration, samples, seq_len
+            name, samples, seq_len = (
+                own if value is None else value for own, value in zip(self.calibration, given, strict=True)
+            )
+            if seq_len > self.dense.config.max_position_embeddings:
+                context = self.dense.config.max_position_embeddings
+                raise ValueError(f"seq-len {seq_len} is longer than the model's context of {context}")
+            self.calibration_windows(name, samples, seq_len)
+            text = self.text(name)[0]
+            fields = {"seed": self.seed, "calibration_text": text.name, "calibration_sha256": text.sha256,
+                      "calibration_samples": samples, "calibration_seq_len": seq_len}  # fmt: skip
         if recipe.criterion == "random":
-            text = {**text, "seed": self.calibrated_fields["seed"]}
-        return replace(self.dense_case, **recipe_fields(recipe), ratio=ratio, kv_ratio=kv_ratio, **text)
+            fields["seed"] = self.seed
+        case = replace(
+            self.dense_case, **recipe_fields(recipe), ratio=ratio, kv_ratio=kv_ratio, mha_dim=mha_dim,
+            mlp_dim=mlp_dim, only_layer=only_layer, head_multiple=head_multiple, mlp_multiple=mlp_multiple,
+            decode_tokens=decode_tokens, **fields,
+        )  # fmt: skip
+        self.widths(case)
+        return case
 
     def with_tasks(self, case: Case) -> Case:
         """The same case with the workbench's tasks measured as well."""
@@ -139,44 +233,80 @@ class Workbench:
 
         return resolve_tasks(self.task_names, self.tasks_path)
 
-    def statistics(self, recipe: transact.Recipe) -> tuple[transact.Statistics, float]:
-        """Statistics with all that the recipe needs, made once, and the seconds that took."""
-        key = recipe.needs_moments(), recipe.gradients()
-        if key not in self._statistics:
-            start = time.perf_counter()
-            statistics = transact.calibrate(
-                self.dense, self.calibration_windows, second_moments=key[0], gradients=key[1], progress=True
+    def widths(self, case: Case) -> tuple[transact.Widths, ...] | None:
+        """The widths that a case names; None where scores decide. Raises ValueError for widths out of reach."""
+        config, recipe = self.dense.config, recipe_of(case)
+        narrowed = {"granularity": recipe.granularity, "modules": recipe.modules}
+        if case.only_layer is not None:
+            return transact.widths_of_one_layer(config, case.only_layer, case.ratio, **narrowed)
+        if case.mha_dim is not None or case.mlp_dim is not None:
+            return transact.widths_by_name(
+                config, mha_dim=case.mha_dim, mlp_dim=case.mlp_dim, granularity=recipe.granularity
             )
-            self._statistics[key] = statistics, time.perf_counter() - start
-        return self._statistics[key]
+        if recipe.allocation == "uniform":
+            return transact.uniform_widths(
+                config, case.ratio, kv_ratio=case.kv_ratio, head_multiple=case.head_multiple,
+                mlp_multiple=case.mlp_multiple, **narrowed,
+            )  # fmt: skip
+        return None
+
+    def windows_of(self, case: Case) -> torch.Tensor:
+        """The calibration windows of a case. Raises ValueError where none of the workbench's texts is the case's."""
+        for name in dict.fromkeys((self.calibration[0], *self._texts, *self.domains)):
+            if self.text(name)[0].sha256 == case.calibration_sha256:
+                return self.calibration_windows(name, case.calibration_samples, case.calibration_seq_len)
+        raise ValueError(
+            f"no calibration text here is {case.calibration_text!r} with SHA-256 {case.calibration_sha256}; here are "
+            f"{', '.join(self._texts)}"
+        )
 
     def environment(self) -> dict[str, str | int]:
         return environment(self.dense.device)
 
     def measure(self, case: Case) -> Record:
         """The record of one case: prune, then measure. Errors are the caller's to record."""
+        start = time.perf_counter()
         reset_peak_memory(self.dense.device)
+        record = self.measure_model(*self.pruned(case), case)
+        return replace(record, metrics={**record.metrics, "cell_s": time.perf_counter() - start})
+
+    def pruned(self, case: Case) -> tuple[nn.Module, dict[str, float]]:
+        """The model of a case, and the seconds that making it took; the last one is kept."""
         if case.criterion == "dense":
-            return self.measure_model(self.dense, case, {})
-        recipe = recipe_of(case)
-        seconds: dict[str, float] = {}
+            return self.dense, {}
+        made = weights_of(case)
+        if self._pruned is None or self._pruned[0] != made:
+            self._pruned = None  # before the next one takes memory
+            self._pruned = made, *self._prune(case)
+        return self._pruned[1:]
+
+    def _prune(self, case: Case) -> tuple[nn.Module, dict[str, float]]:
+        recipe, seconds = recipe_of(case), {}
         statistics = windows = None
         if recipe.needs_text():
-            windows = self.calibration_windows
-            statistics, seconds["calibrate_s"] = self.statistics(recipe)
+            windows = self.windows_of(case)
+            statistics, seconds["calibrate_s"] = self._calibrations.statistics(windows, recipe)
         start = time.perf_counter()
         pruned = transact.prune(
-            self.dense, windows, recipe=recipe, ratio=case.ratio, kv_ratio=case.kv_ratio, statistics=statistics,
-            seed=case.seed, progress=True,
+            self.dense, windows, recipe=recipe, ratio=case.ratio, kv_ratio=case.kv_ratio, widths=self.widths(case),
+            statistics=statistics, seed=case.seed, progress=True,
         )  # fmt: skip
         seconds["prune_s"] = time.perf_counter() - start
-        return self.measure_model(pruned.model, case, seconds)
+        return pruned.model, seconds
 
-    def measure_model(self, model: nn.Module, case: Case, seconds: Mapping[str, float]) -> Record:
+    def quality(self, model: nn.Module, case: Case) -> tuple[Perplexity, float]:
+        """Perplexity of a case's model and the seconds that it took; the last is kept for cases of the same weights."""
+        made = weights_of(case)
+        if self._quality is None or self._quality[0] != made:
+            start = time.perf_counter()
+            measured = measure_perplexity(model, self.evaluation_windows, progress=True)
+            self._quality = made, measured, time.perf_counter() - start
+        return self._quality[1:]
+
+    def measure_model(self, model: nn.Module, seconds: Mapping[str, float], case: Case) -> Record:
         """The record of a model: quality on the evaluation text, and sizes. Peak memory counts the dense model too."""
-        start = time.perf_counter()
-        quality = measure_perplexity(model, self.evaluation_windows, progress=True)
-        seconds = {**seconds, "perplexity_s": time.perf_counter() - start}
+        quality, perplexity_s = self.quality(model, case)
+        seconds = {**seconds, "perplexity_s": perplexity_s}
         tasks = {}
         if case.tasks:
             from .zero_shot import evaluate_tasks
@@ -203,6 +333,9 @@ class Workbench:
             "perplexity": quality.perplexity * quality.standard_error,  # delta method: perplexity is exp(loss)
             "bits_per_byte": quality.bits_per_byte * quality.standard_error / quality.loss,
         }
+        if case.decode_tokens:
+            rate, standard_errors["decode_tokens_per_s"] = decode_rate(model, case.decode_tokens)
+            metrics["decode_tokens_per_s"] = rate
         return Record(
             case=case,
             method=method_of(case),

@@ -177,6 +177,17 @@ def _docstrings_text(split: str) -> str:
     return _mixed(_docstrings("matplotlib"))
 
 
+def _sources_text(split: str) -> str:
+    """Python code, another domain than prose: sources of numpy, or of matplotlib."""
+    root = Path(importlib.util.find_spec({"calibration": "numpy", "evaluation": "matplotlib"}[split]).origin).parent
+    return _mixed({path.read_text(encoding="utf-8") for path in _modules(root)})
+
+
+def _modules(root: Path) -> list[Path]:
+    """A package's Python files, without its tests."""
+    return [path for path in root.rglob("*.py") if "tests" not in path.relative_to(root).parts]
+
+
 def _mixed(pieces: set[str]) -> str:
     # in the order of their hashes: a few windows see many modules, and every machine sees the same
     return "\n\n".join(sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode()).digest()))
@@ -187,9 +198,7 @@ def _docstrings(package: str, shortest: int = 200) -> set[str]:
     root = Path(importlib.util.find_spec(package).origin).parent
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = set()
-    for path in root.rglob("*.py"):
-        if "tests" in path.relative_to(root).parts:
-            continue
+    for path in _modules(root):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
         found.update(text for text in texts if text and len(text) >= shortest)
@@ -231,7 +240,8 @@ def _hub_rows(*arguments, **options):
 
 
 TEXTS: dict[str, Callable[[str], str]] = {
-    "embedded": _embedded_text, "docstrings": _docstrings_text, "wikitext2": _wikitext2, "ptb": _ptb, "c4": _c4,
+    "embedded": _embedded_text, "docstrings": _docstrings_text, "sources": _sources_text, "wikitext2": _wikitext2,
+    "ptb": _ptb, "c4": _c4,
 }  # fmt: skip
 
 
