@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.records import Case, Record, append_record, read_records
+from bench.records import Case, Record, append_record, read_records, read_results, sole_writer
 from reports.report import markdown_table, records_frame, write_report
 
 CASE = Case(
@@ -75,26 +76,98 @@ def test_torn_and_foreign_lines_are_passed_over(tmp_path):
 
 WRITE_FOR_EVER = """
 import itertools, sys
-from tests.test_records import record
-from bench.records import append_record
-for count in itertools.count():
-    append_record(sys.argv[1], record(ratio=count / 1e6))
-    print(count, flush=True)
+from bench.records import append_record, read_records, sole_writer
+from dataclasses import replace
+path, template = sys.argv[1:]
+[record], _ = read_records(template)
+with sole_writer(path):
+    first = len(read_records(path)[0])
+    for count in itertools.count(first):
+        append_record(path, replace(record, case=replace(record.case, ratio=count / 1e6)))
+        print(count, flush=True)
 """
 
 
-def test_killed_writer_loses_at_most_the_line_it_was_writing(tmp_path):
-    path = tmp_path / "r.jsonl"
-    acknowledged = 0
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(path)], stdout=subprocess.PIPE)
-        with process:
-            process.stdout.readline()
-            time.sleep(0.05)
+def test_killed_at_any_moment_a_run_loses_at_most_the_record_it_was_writing(tmp_path):
+    path, template = tmp_path / "r.jsonl", tmp_path / "template.jsonl"
+    append_record(template, record())
+    moments, kills = random.Random(0), 25
+    for _ in range(kills):
+        command = [sys.executable, "-c", WRITE_FOR_EVER, str(path), str(template)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            first = process.stdout.readline()  # the lock that the killed process held is free
+            time.sleep(moments.uniform(0, 0.02))
             process.send_signal(signal.SIGKILL)
-            acknowledged += 1 + len(process.stdout.read().split(b"\n")) - 1
-    read, _ = read_records(path)
-    assert acknowledged <= len(read) <= acknowledged + 3
+            acknowledged = [int(line) for line in [first, *process.stdout] if line.endswith("\n")]
+        ratios = [one.case.ratio for one in read_records(path)[0]]
+        assert len(ratios) - 1 - acknowledged[-1] in (0, 1)  # the last may have been written and not yet said
+        assert ratios == [count / 1e6 for count in range(len(ratios))]  # each once, none lost
+    complaints = read_records(path)[1]
+    assert len(complaints) <= kills
+    assert all("torn line" in complaint for complaint in complaints)
+
+
+def test_a_torn_end_is_cut_off_at_every_byte(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_record(path, record())
+    whole = path.read_bytes()
+    for length in range(0, len(whole) + 1, 7):
+        path.write_bytes(whole + whole[:length])
+        append_record(path, record(ratio=0.3))
+        assert [one.case.ratio for one in read_records(path)[0]][-1] == 0.3
+
+
+def test_a_record_file_has_one_writer(tmp_path):
+    path = tmp_path / "deep" / "r.jsonl"
+    with sole_writer(path):
+        append_record(path, record())
+        with pytest.raises(ValueError, match=r"r\.jsonl' is being written by another run: wait for it, or name other"):
+            sole_writer(path).__enter__()
+    with sole_writer(path):
+        append_record(path, record(ratio=0.3))
+    assert len(read_records(path)[0]) == 2
+
+
+FILL = """
+import resource, signal, sys
+from bench.records import append_record, read_records
+from dataclasses import replace
+path, template = sys.argv[1:]
+[record], _ = read_records(template)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # the kernel takes the beginning of a line and refuses the rest
+for count in range(100):
+    try:
+        append_record(path, replace(record, case=replace(record.case, ratio=count / 1e6)))
+    except OSError:
+        sys.exit(count)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits stand in for a full disk")
+def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
+    path, template = tmp_path / "r.jsonl", tmp_path / "template.jsonl"
+    append_record(template, record())
+    kept = subprocess.run([sys.executable, "-c", FILL, str(path), str(template)]).returncode
+    read, complaints = read_records(path)
+    assert 0 < len(read) == kept < 100
+    assert complaints == []
+    assert path.read_bytes().endswith(b"\n")
+    append_record(path, record(ratio=0.9))  # there is room again
+    assert read_records(path)[0][-1].case.ratio == 0.9
+
+
+def test_shards_in_one_file_or_beside_each_other_are_the_same_records(tmp_path):
+    shards = [tmp_path / f"records-{index}of3.jsonl" for index in (1, 2, 3)]
+    for index, path in enumerate(shards):
+        append_record(path, record(ratio=index / 10))
+        append_record(path, record("random", ratio=index / 10))
+    one = tmp_path / "cat" / "records.jsonl"
+    one.parent.mkdir()
+    one.write_bytes(b"".join(path.read_bytes() for path in shards))
+    together, complaints = read_records(one)
+    assert complaints == []
+    assert together == read_results(tmp_path)[0] == read_results(one.parent)[0]
+    assert len(together) == 6
 
 
 def test_report_compares_only_what_is_comparable(tmp_path):
@@ -138,22 +211,3 @@ def test_report_command(tmp_path):
     done = subprocess.run([*command, str(tmp_path / "r.jsonl")], capture_output=True, text=True, check=True)
     assert "activation" in done.stdout
     assert (tmp_path / "perplexity.png").exists()
-
-
-@pytest.mark.parametrize("arguments", [["--windows", "4"], ["--windows", "4", "-k", "activation"]])
-def test_ablations_measure_only_what_has_no_record(tmp_path, tiny_directory, tiny_text, arguments):
-    command = [
-        sys.executable, "-m", "pytest", "ablations", "-q", "--model", str(tiny_directory),
-        "--calibration", str(tiny_text),
-        "--evaluation", str(tiny_text), "--samples", "8", "--seq-len", "32", "--device", "cpu", "--dtype", "float32",
-        "--results", str(tmp_path), *arguments,
-    ]  # fmt: skip
-    first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0, first.stdout
-    records, _ = read_records(tmp_path / "records.jsonl")
-    assert len(records) == (4 if "-k" in arguments else 22)
-    assert len({one.case for one in records}) == len(records)
-    before = (tmp_path / "records.jsonl").read_bytes()
-    second = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (tmp_path / "records.jsonl").read_bytes() == before
-    assert "perplexity.png" in second.stdout

@@ -1,0 +1,192 @@
+"""The grid: one calibration for all cells of a text, one pruning for all of the same weights, costs and bad options."""
+
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+
+import transact
+from ablations.conftest import run_of
+from ablations.profiles import PROFILES
+from bench.grid import calibration_of, estimate, in_order, parse_shard, shard_of
+from bench.workbench import Workbench, weights_of
+from tests.test_records import CASE, record
+from transact import CRITERIA, PRESETS, Recipe
+
+
+@pytest.fixture
+def bench(tiny_directory, tiny_text, tmp_path) -> Workbench:
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"w{i % 7 + 1}" for i in range(600)), encoding="utf-8")
+    return Workbench(
+        str(tiny_directory), calibration=str(tiny_text), domains=[str(other)], samples=8, calibration_seq_len=32,
+        evaluation=str(tiny_text), windows=4, evaluation_seq_len=32, dtype="float32", device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter:
+    """How often the expensive functions were called."""
+    counted = Counter()
+
+    def count(name: str):
+        function = getattr(transact, name)
+
+        def counting(*arguments, **options):
+            counted[name if name != "loss_gradients" else options["of"]] += 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(transact, name, counting)
+
+    for name in ("calibrate", "loss_gradients", "prune"):
+        count(name)
+    return counted
+
+
+def grid(bench: Workbench) -> list:
+    """Every criterion at two ratios, everything that makes up, all presets timed and not, and another text."""
+    cases = [bench.dense_case]
+    cases += [bench.case(Recipe(criterion=criterion), ratio) for criterion, ratio in product(CRITERIA, (0.2, 0.4))]
+    cases += [bench.case(Recipe(compensation=how), 0.3) for how in ("none", "bias", "dense", "pruned")]
+    cases += [bench.case(preset, 0.3, decode_tokens=tokens) for tokens, preset in product((0, 2), PRESETS)]
+    return cases + [bench.case(preset, 0.3, calibration=bench.domains[0]) for preset in ("best", "transact")]
+
+
+@pytest.mark.filterwarnings("ignore:.* calibration tokens are few")
+def test_each_text_is_calibrated_once_and_each_model_pruned_once(bench, calls):
+    cases = in_order(grid(bench))
+    assert len(cases) == 1 + 20 + 4 + 5 + 6 + 2  # what several questions ask is there once
+    records = [bench.measure(case) for case in cases]
+    assert [one.case for one in records] == cases
+    assert calls["calibrate"] == 2
+    assert (calls["outputs"], calls["weights"]) == (2, 1)
+    assert calls["prune"] == len({weights_of(case) for case in cases}) - 1
+    timed = [one for one in records if one.case.decode_tokens]
+    assert len(timed) == 6
+    for one in timed:
+        assert one.metrics["decode_tokens_per_s"] > 0
+        assert one.standard_errors["decode_tokens_per_s"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.* calibration tokens are few")
+@pytest.mark.parametrize("preset", ["best", "transact", "flap", "llm-pruner"])
+def test_shared_statistics_give_what_a_cell_gives_by_itself(bench, preset):
+    case = bench.case(preset, 0.3)
+    windows = bench.windows_of(case)
+    alone = transact.prune(bench.dense, windows, recipe=preset, ratio=0.3)
+    bench.measure(bench.case(Recipe(criterion="obs"), 0.3))
+    shared = bench.measure(case)
+    assert shared.losses == bench.measure_model(alone.model, {}, replace(case, ratio=0.31)).losses
+
+
+def test_order_keeps_texts_and_weights_together():
+    recipes = {"criterion": "obs"}, {"criterion": "activation"}
+    cases = [
+        replace(CASE, **recipe, ratio=ratio, decode_tokens=tokens, calibration_sha256=text)
+        for tokens, ratio, text, recipe in product((0, 16), (0.1, 0.2), ("a", "b"), recipes)
+    ]
+    ordered = in_order([*cases, *cases])
+    assert sorted(map(str, ordered)) == sorted(map(str, cases))
+    for part in (calibration_of, weights_of):
+        changes = sum(part(before) != part(after) for before, after in pairwise(ordered))
+        assert changes == len({part(case) for case in cases}) - 1
+    assert [case.criterion for case in ordered[:4]] == ["obs"] * 4  # its second moments serve the others
+
+
+def test_cases_say_what_this_model_or_text_cannot_give(bench):
+    for changes, message in (
+        ({"only_layer": 99}, "layer must lie between"), ({"mha_dim": 1}, "mha-dim must be a multiple"),
+        ({"samples": 10**6}, "too short"), ({"seq_len": 10**6}, "longer than the model's context"),
+        ({"ratio": 0.999}, "out of reach"), ({"calibration": "no such file"}, "no text"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            bench.case(Recipe(), **{"ratio": 0.2} | changes)
+    foreign = replace(bench.case(Recipe(), 0.2), calibration_sha256="f" * 64)
+    with pytest.raises(ValueError, match="no calibration text here is"):
+        bench.measure(foreign)
+
+
+def test_named_widths_are_what_is_measured(bench):
+    config = bench.dense.config
+    dense = transact.dense_widths(config)
+    one = bench.measure(bench.case(Recipe(), 0.5, only_layer=1))
+    assert [layer == vars(whole) for layer, whole in zip(one.widths, dense, strict=True)].count(False) == 1
+    named = bench.measure(bench.case(Recipe(), mha_dim=4 * config.num_attention_heads, mlp_dim=20))
+    assert {(layer["v_head_dim"], layer["mlp"]) for layer in named.widths} == {(4, 20)}
+    fine = bench.measure(bench.case(Recipe(), 0.3, head_multiple=2, mlp_multiple=1))
+    assert fine.metrics["fraction_removed"] == pytest.approx(0.3, abs=0.005)
+
+
+def test_shards_are_all_cells_each_once():
+    cases = [replace(CASE, ratio=index / 100) for index in range(17)]
+    parts = [shard_of([*cases, *cases], index, 5) for index in range(1, 6)]
+    assert sorted(case.ratio for part in parts for case in part) == [case.ratio for case in cases]
+    assert parse_shard("2/5") == (2, 5)
+
+
+def test_estimates_come_from_like_records_or_a_stated_rate():
+    cases = [replace(CASE, ratio=ratio) for ratio in (0.1, 0.2, 0.3)]
+    by_rate = estimate(cases, [], 10**8)
+    assert (by_rate.cells, by_rate.recorded, by_rate.measured) == (3, 0, 0)
+    tokens = 3 * 3 * 8 + 2 * 8  # three evaluations, one calibration
+    assert by_rate.seconds == pytest.approx(tokens * 2e8 / 2.4e11)
+    measured = record(ratio=0.1)
+    measured = replace(measured, metrics={**measured.metrics, "cell_s": 90.0})
+    assert str(estimate(cases, [measured], 10**8)) == (
+        "3 cells, 1 have records; the other 2 take about 3 minutes (2 by the recorded seconds of like cells, 0 by a "
+        "stated rate)"
+    )
+    failed = replace(measured, status="failed")
+    assert estimate(cases, [failed], 10**8).recorded == 0
+    assert str(estimate(cases[:1], [measured], 10**8)) == "1 cells, all of which have records"
+
+
+OPTIONS = {"profile": "quick", "results": "results"}
+
+
+def options(**given):
+    return (OPTIONS | given).get
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"profile": "huge"}, "unknown profile 'huge', allowed: quick, full, paper"),
+        ({"profile": "paper"}, "profile 'paper' has no model of its own: name one by --model"),
+        ({"ratios": "0.1,1.5"}, r"ratio is the fraction removed and must lie in \[0, 1\), got 1.5"),
+        ({"ratios": "0.1,much"}, "ratios must be numbers with commas, got '0.1,much'"),
+        ({"presets": "best,flop"}, "unknown preset 'flop'"),
+        ({"windows": -1}, r"windows must be 0 \(all\) or more, got -1"),
+        ({"shard": "5/4"}, "shard must be i/n with 1 <= i <= n, as in 2/5, got '5/4'"),
+        ({"shard": "0/4"}, "shard must be i/n"),
+        ({"shard": "two"}, "shard must be i/n"),
+        ({"shard": "1/2", "ray": "auto"}, "--shard and --ray exclude each other"),
+        ({"gpus_per_cell": 1.0}, "--gpus-per-cell is for --ray"),
+        ({"gpus_per_cell": -1.0, "ray": "auto"}, "gpus-per-cell must be 0 or more, got -1"),
+    ],
+)
+def test_options_that_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        run_of(options(**given))
+
+
+def test_profiles_are_defaults_that_options_override():
+    assert {frozenset(profile) for profile in PROFILES.values()} == {frozenset(PROFILES["quick"])}
+    run = run_of(options(profile="paper", model="some/llama", ratios="0.2, 0.4", shard="2/3", samples=7))
+    assert run.settings["model"] == "some/llama"
+    assert (run.settings["ratios"], run.settings["samples"]) == ((0.2, 0.4), 7)
+    assert run.settings["tasks"] == "paper"
+    assert run.file.as_posix() == "results/records-2of3.jsonl"
+
+
+def test_a_refused_option_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "pytest", "ablations", "--shard", "5/4", "--results", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).splitlines() == [
+        "Exit: ablations: error: shard must be i/n with 1 <= i <= n, as in 2/5, got '5/4'"
+    ]
+    assert not (tmp_path / "none").exists()

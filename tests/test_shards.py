@@ -1,0 +1,86 @@
+"""Runs of the grid: what has a record is not measured again, shards make one grid, and nothing is lost on the way."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bench.records import read_records, read_results, sole_writer
+
+CHOSEN = "test_granularity or test_layer or test_dense and criterion"  # nine cells
+
+
+@pytest.fixture
+def arguments(tiny_directory, tiny_text) -> list[str]:
+    """Arguments of a run of the ablations on the tiny model, but for `--results`."""
+    return [
+        "ablations", "-q", "--model", str(tiny_directory), "--calibration", str(tiny_text), "--evaluation",
+        str(tiny_text), "--samples", "8", "--windows", "4", "--seq-len", "32", "--device", "cpu", "--dtype", "float32",
+        "-k", CHOSEN,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def ablations(arguments, capsys):
+    """A function that runs the ablations in this process: the exit code and what was printed."""
+
+    def run(results, *more: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = pytest.main([*arguments, "--results", str(results), *more])
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def figures(directory) -> dict:
+    return {one.case: one.losses for one in read_results(directory)[0]}
+
+
+def test_shards_measure_the_grid_once_and_a_later_run_measures_nothing(ablations, tmp_path):
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    code, printed = ablations(whole)
+    assert code == 0, printed
+    records, complaints = read_records(whole / "records.jsonl")
+    assert complaints == []
+    assert len({one.case for one in records}) == len(records) == 9
+    for index in ("1/2", "2/2"):
+        code, printed = ablations(split, "--shard", index)
+        assert code == 0, printed
+    parts = [read_records(split / f"records-{index}of2.jsonl")[0] for index in (1, 2)]
+    assert sorted(map(len, parts)) == [4, 5]
+    assert figures(split) == figures(whole)
+    before = {path: path.read_bytes() for path in split.glob("*.jsonl")}
+    code, printed = ablations(split, "--collect-only")
+    assert "9 cells, all of which have records" in printed
+    code, printed = ablations(split)  # not sharded: the shards' records count
+    assert code == 0, printed
+    assert (split / "records.jsonl").read_bytes() == b""
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_second_writer_is_sent_away_in_one_line(ablations, tmp_path):
+    with sole_writer(tmp_path / "records.jsonl"):
+        code, printed = ablations(tmp_path)
+    assert code == 2
+    assert printed.count("is being written by another run: wait for it, or name other --results") == 1
+    assert "Traceback" not in printed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits stand in for a full disk")
+def test_a_full_disk_ends_a_run_in_one_line_and_the_next_goes_on(ablations, arguments, tmp_path):
+    import resource
+
+    command = [sys.executable, "-m", "pytest", *arguments, "--results", str(tmp_path)]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9000, 9000))
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 2, full.stdout
+    assert full.stdout.count("all records before this cell are kept: make room and run again") == 1
+    assert "Traceback" not in full.stdout + full.stderr
+    kept, complaints = read_records(tmp_path / "records.jsonl")
+    assert complaints == []
+    assert 0 < len(kept) < 9
+    assert ablations(tmp_path)[0] == 0
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert len(lines) == len({json.dumps(json.loads(line)["case"]) for line in lines}) == 9
