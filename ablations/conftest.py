@@ -8,39 +8,23 @@ ordered, split into shards, handed to a cluster, or counted.
 
 import functools
 import inspect
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import cluster
-from bench.grid import estimate, in_order, parse_shard, shard_of
+from bench.grid import estimate, in_order, shard_of
 from bench.records import Case, Record, append_record, read_results, sole_writer
 from bench.workbench import Workbench
 from reports.report import write_report
-from transact.inputs import TEXTS, load_text, read_config
-from transact.recipe import recipe_by_name
-from transact.widths import check_ratio
+from transact.inputs import TEXTS, read_config
 
+from .options import Run, run_of, workbench_arguments
 from .profiles import PROFILES
 
 HERE = Path(__file__).parent
-
-
-@dataclass
-class Run:
-    """What the options ask for, and the grid once it is known."""
-
-    settings: dict
-    results: Path
-    file: Path
-    shard: tuple[int, int] | None
-    workbench: Workbench | None = None
-    cases: tuple[Case, ...] = ()
-
-
 RUN, CASE = pytest.StashKey[Run](), pytest.StashKey[Case]()
 
 
@@ -84,82 +68,6 @@ def pytest_configure(config: pytest.Config):
         exit_with(error)
 
 
-def run_of(option: Callable) -> Run:
-    """What the options ask for. Raises ValueError where one is not allowed or two contradict each other."""
-    if option("profile") not in PROFILES:
-        raise ValueError(f"unknown profile {option('profile')!r}, allowed: {', '.join(PROFILES)}")
-    settings = dict(PROFILES[option("profile")])
-    for name in ("model", "samples", "windows", "seq_len", "tasks", "limit"):
-        if option(name) is not None:
-            settings[name] = option(name)
-    if settings["model"] is None:
-        raise ValueError(f"profile {option('profile')!r} has no model of its own: name one by --model")
-    for name in ("windows", "limit"):
-        if settings[name] < 0:
-            raise ValueError(f"{name} must be 0 (all) or more, got {settings[name]}")
-    for name in ("ratios", "presets", "domains"):
-        if option(name) is not None:
-            settings[name] = tuple(part.strip() for part in option(name).split(","))
-    for preset in settings.get("presets", ()):
-        recipe_by_name(preset)
-    if "ratios" in settings:
-        try:
-            settings["ratios"] = tuple(map(float, settings["ratios"]))
-        except ValueError:
-            raise ValueError(f"ratios must be numbers with commas, got {option('ratios')!r}") from None
-        for ratio in settings["ratios"]:
-            check_ratio("ratio", ratio)
-    shard = parse_shard(option("shard")) if option("shard") is not None else None
-    if shard and option("ray"):
-        raise ValueError("--shard and --ray exclude each other: the cluster spreads all cells by itself")
-    if option("gpus_per_cell") is not None and not option("ray"):
-        raise ValueError("--gpus-per-cell is for --ray")
-    if (option("gpus_per_cell") or 0) < 0:
-        raise ValueError(f"gpus-per-cell must be 0 or more, got {option('gpus_per_cell')}")
-    results = Path(option("results"))
-    file = f"records-{shard[0]}of{shard[1]}.jsonl" if shard else "records.jsonl"
-    return Run(settings, results, results / file, shard)
-
-
-def workbench_settings(option: Callable, settings: dict) -> dict:
-    """Arguments of the workbench that hold for any process: paths are absolute. Raises ValueError for no text."""
-    return {
-        "model": absolute(settings["model"]),
-        "calibration": absolute(option("calibration") or first_present(settings["texts"], "calibration")),
-        "domains": tuple(absolute(domain) for domain in settings["domains"]),
-        "samples": settings["samples"],
-        "calibration_seq_len": settings["seq_len"],
-        "evaluation": absolute(option("evaluation") or first_present(settings["texts"], "evaluation")),
-        "windows": settings["windows"] or None,
-        "evaluation_seq_len": settings["seq_len"],
-        "evaluation_windowing": option("windowing"),
-        "evaluation_bos": option("bos"),
-        "tasks": tuple(settings["tasks"].split(",")),
-        "tasks_path": option("tasks_path") and option("tasks_path").resolve(),
-        "task_limit": settings["limit"] or None,
-        "seed": option("seed"),
-        "dtype": option("dtype"),
-        "device": option("device"),
-    }
-
-
-def absolute(name: str) -> str:
-    """A path of a file or directory, absolute; any other name as it is."""
-    return os.path.abspath(name) if Path(name).exists() and name not in TEXTS else name
-
-
-def first_present(texts: tuple[str, ...], split: str) -> str:
-    """The first text that can be read, the last one unread. Raises nothing: the workbench names what is wrong."""
-    for name in texts[:-1]:
-        try:
-            load_text(name, split=split)
-        except ValueError as error:
-            print(f"ablations: {split} text: {error}")
-        else:
-            return name
-    return texts[-1]
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc):
     """Parameters by the module's QUICK or FULL, ratios, presets and domains by the options."""
     settings = metafunc.config.stash[RUN].settings
@@ -186,7 +94,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not mine:
         return
     try:
-        run.workbench = planning_workbench(config)
+        run.arguments = workbench_arguments(config.getoption, run)
+        run.workbench = planning_workbench(config.getoption, run.arguments)
         for item in mine:
             note_case(item, run.workbench)
     except ValueError as error:
@@ -205,13 +114,12 @@ def leave_out(config: pytest.Config, items: list[pytest.Item], dropped: list[pyt
         items[:] = [item for item in items if item not in dropped]
 
 
-def planning_workbench(config: pytest.Config) -> Workbench:
+def planning_workbench(option: Callable, arguments: dict) -> Workbench:
     """The workbench that cases are made with. For GPUs of a cluster, which this machine may lack, on the CPU."""
-    option, settings = config.getoption, workbench_settings(config.getoption, config.stash[RUN].settings)
     if not option("gpus_per_cell"):
-        return Workbench(**settings)
+        return Workbench(**arguments)
     dtype = "bfloat16" if option("dtype") == "auto" else option("dtype")
-    bench = Workbench(**settings | {"device": "cpu", "dtype": dtype})
+    bench = Workbench(**arguments | {"device": "cpu", "dtype": dtype})
     bench.dense_case = replace(bench.dense_case, device="cuda")
     return bench
 
@@ -259,11 +167,8 @@ def record(request: pytest.FixtureRequest, workbench: Workbench):
     try:
         with sole_writer(run.file):
             kept = {old.case: old for old in read_results(run.results)[0] if old.status == "success"}
-            yield (
-                measure_there(request.config, kept)
-                if request.config.getoption("ray")
-                else measure_here(request.config, kept)
-            )
+            measured = measure_there if request.config.getoption("ray") else measure_here
+            yield measured(request.config, kept)
     except ValueError as error:
         exit_with(error)
     except OSError as error:
@@ -296,8 +201,7 @@ def measure_there(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[
     if left:
         ray = cluster.connect(option("ray"))
         config.add_cleanup(ray.shutdown)
-        settings = tuple(workbench_settings(option, run.settings).items())
-        cell = functools.partial(cluster.measure_cell, settings)
+        cell = functools.partial(cluster.measure_cell, tuple(run.arguments.items()))
         records = cluster.records_from(ray, cell, left, gpus_per_cell=option("gpus_per_cell") or 0)
 
     def measure(case: Case) -> None:
@@ -322,22 +226,24 @@ def append(file: Path, record: Record) -> None:
         )
 
 
-def cost_of(run: Run) -> str:
+def notes_and_cost(run: Run) -> list[str]:
+    """What to say of a grid before it is measured."""
+    if not run.cases:
+        return run.notes
     records, _ = read_results(run.results)
-    return str(estimate(run.cases, records, run.workbench.dense.num_parameters()))
+    return [*run.notes, str(estimate(run.cases, records, run.workbench.dense.num_parameters()))]
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
-    run = config.stash[RUN]
-    return [cost_of(run)] if run.cases and not config.option.collectonly else []
+    return [] if config.option.collectonly else notes_and_cost(config.stash[RUN])
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config):
     """What the grid will cost, or the table and where the pictures lie, after the last cell."""
     run = config.stash[RUN]
     if config.option.collectonly:
-        if run.cases:
-            terminalreporter.write_line(cost_of(run))
+        for line in notes_and_cost(run):
+            terminalreporter.write_line(line)
         return
     records, complaints = read_results(run.results)
     for complaint in complaints:

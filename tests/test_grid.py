@@ -9,7 +9,7 @@ from itertools import pairwise, product
 import pytest
 
 import transact
-from ablations.conftest import run_of
+from ablations.options import run_of
 from ablations.profiles import PROFILES
 from bench.grid import calibration_of, estimate, in_order, parse_shard, shard_of
 from bench.workbench import Workbench, weights_of

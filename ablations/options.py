@@ -1,0 +1,107 @@
+"""The options of a run: profiles give defaults, and what is not allowed or contradicts itself is refused."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.grid import parse_shard
+from bench.records import Case
+from bench.workbench import Workbench
+from transact.inputs import TEXTS, load_text
+from transact.recipe import recipe_by_name
+from transact.widths import check_ratio
+
+from .profiles import PROFILES
+
+
+@dataclass
+class Run:
+    """What the options ask for; once they are known, the workbench and its arguments, the grid, and what to say."""
+
+    settings: dict
+    results: Path
+    file: Path
+    shard: tuple[int, int] | None
+    arguments: dict = field(default_factory=dict)
+    workbench: Workbench | None = None
+    cases: tuple[Case, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+def run_of(option: Callable) -> Run:
+    """What the options ask for. Raises ValueError where one is not allowed or two contradict each other."""
+    if option("profile") not in PROFILES:
+        raise ValueError(f"unknown profile {option('profile')!r}, allowed: {', '.join(PROFILES)}")
+    settings = dict(PROFILES[option("profile")])
+    for name in ("model", "samples", "windows", "seq_len", "tasks", "limit"):
+        if option(name) is not None:
+            settings[name] = option(name)
+    if settings["model"] is None:
+        raise ValueError(f"profile {option('profile')!r} has no model of its own: name one by --model")
+    for name in ("windows", "limit"):
+        if settings[name] < 0:
+            raise ValueError(f"{name} must be 0 (all) or more, got {settings[name]}")
+    for name in ("ratios", "presets", "domains"):
+        if option(name) is not None:
+            settings[name] = tuple(part.strip() for part in option(name).split(","))
+    for preset in settings.get("presets", ()):
+        recipe_by_name(preset)
+    if "ratios" in settings:
+        try:
+            settings["ratios"] = tuple(map(float, settings["ratios"]))
+        except ValueError:
+            raise ValueError(f"ratios must be numbers with commas, got {option('ratios')!r}") from None
+        for ratio in settings["ratios"]:
+            check_ratio("ratio", ratio)
+    shard = parse_shard(option("shard")) if option("shard") is not None else None
+    if shard and option("ray"):
+        raise ValueError("--shard and --ray exclude each other: the cluster spreads all cells by itself")
+    if option("gpus_per_cell") is not None and not option("ray"):
+        raise ValueError("--gpus-per-cell is for --ray")
+    if (option("gpus_per_cell") or 0) < 0:
+        raise ValueError(f"gpus-per-cell must be 0 or more, got {option('gpus_per_cell')}")
+    results = Path(option("results"))
+    file = f"records-{shard[0]}of{shard[1]}.jsonl" if shard else "records.jsonl"
+    return Run(settings, results, results / file, shard)
+
+
+def workbench_arguments(option: Callable, run: Run) -> dict:
+    """Arguments of the workbench that hold for any process: paths are absolute."""
+    settings = run.settings
+    return {
+        "model": absolute(settings["model"]),
+        "calibration": absolute(option("calibration") or first_present(run, "calibration")),
+        "domains": tuple(absolute(domain) for domain in settings["domains"]),
+        "samples": settings["samples"],
+        "calibration_seq_len": settings["seq_len"],
+        "evaluation": absolute(option("evaluation") or first_present(run, "evaluation")),
+        "windows": settings["windows"] or None,
+        "evaluation_seq_len": settings["seq_len"],
+        "evaluation_windowing": option("windowing"),
+        "evaluation_bos": option("bos"),
+        "tasks": tuple(settings["tasks"].split(",")),
+        "tasks_path": option("tasks_path") and option("tasks_path").resolve(),
+        "task_limit": settings["limit"] or None,
+        "seed": option("seed"),
+        "dtype": option("dtype"),
+        "device": option("device"),
+    }
+
+
+def absolute(name: str) -> str:
+    """A path of a file or directory, absolute; any other name as it is."""
+    return os.path.abspath(name) if Path(name).exists() and name not in TEXTS else name
+
+
+def first_present(run: Run, split: str) -> str:
+    """The first of the profile's texts that can be read, with a note on those that cannot; the last one unread."""
+    *preferred, last = run.settings["texts"]
+    for name in preferred:
+        try:
+            load_text(name, split=split)
+        except ValueError as error:
+            run.notes.append(f"{split} text is not {name!r}: {error}")
+        else:
+            return name
+    return last
