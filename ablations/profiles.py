@@ -10,7 +10,7 @@ PROFILES: Mapping[str, Mapping] = {
     # embedded model and text, minutes on two CPU cores
     "quick": {
         "model": "smollm2-135m", "texts": ("embedded",), "domains": ("embedded", "sources"), "samples": 32,
-        "windows": 24, "seq_len": 256, "tasks": "probes", "limit": 40, "grid": "QUICK",
+        "windows": 20, "seq_len": 256, "tasks": "probes", "limit": 40, "grid": "QUICK",
     },
     # embedded model on a GPU: whole texts, WikiText-2 where the hub can be reached, all items
     "full": {

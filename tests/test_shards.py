@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -58,6 +59,21 @@ def test_shards_measure_the_grid_once_and_a_later_run_measures_nothing(ablations
     assert code == 0, printed
     assert (split / "records.jsonl").read_bytes() == b""
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_killed_in_mid_grid_goes_on_where_it_was(ablations, arguments, tmp_path):
+    path = tmp_path / "records.jsonl"
+    command = [sys.executable, "-m", "pytest", *arguments, "--results", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(read_records(path)[0]) < 2:
+            time.sleep(0.005)
+        process.kill()
+    kept, _ = read_records(path)
+    assert 2 <= len(kept) < 9
+    assert ablations(tmp_path)[0] == 0
+    records, _ = read_records(path)
+    assert records[: len(kept)] == kept
+    assert len({one.case for one in records}) == len(records) == 9
 
 
 def test_a_second_writer_is_sent_away_in_one_line(ablations, tmp_path):
