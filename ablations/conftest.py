@@ -8,7 +8,7 @@ ordered, split into shards, handed to a cluster, or counted.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,16 +70,24 @@ def pytest_configure(config: pytest.Config):
 
 def pytest_generate_tests(metafunc: pytest.Metafunc):
     """Parameters by the module's QUICK or FULL, ratios, presets and domains by the options."""
-    settings = metafunc.config.stash[RUN].settings
+    run = metafunc.config.stash[RUN]
+    settings = run.settings
     grid = getattr(metafunc.module, settings["grid"], {})
     for name in [name for name in grid if name in metafunc.fixturenames]:
         values = settings.get(f"{name}s") or grid[name]
         if callable(values):
-            try:
-                values = values(read_config(settings["model"]))
-            except ValueError as error:
-                exit_with(error)
+            values = values_for(run, values)
         metafunc.parametrize(name, values, ids=str)
+
+
+def values_for(run: Run, values: Callable) -> Sequence:
+    """What a function of the model's configuration gives; none where the model has a problem, told after collection."""
+    if run.problem is None:
+        try:
+            return values(read_config(run.settings["model"]))
+        except ValueError as error:
+            run.problem = error
+    return ()
 
 
 @pytest.hookimpl(trylast=True)  # after -k has chosen
@@ -91,6 +99,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dropped = [item for item in mine if "preset" not in item.fixturenames and item.originalname != "test_dense"]
         leave_out(config, items, dropped)
         mine = [item for item in mine if item not in dropped]
+    if run.problem is not None:
+        exit_with(run.problem)
     if not mine:
         return
     try:

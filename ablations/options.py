@@ -23,6 +23,7 @@ class Run:
     results: Path
     file: Path
     shard: tuple[int, int] | None
+    problem: ValueError | None = None  # with the model, met while parameters were read off its configuration
     arguments: dict = field(default_factory=dict)
     workbench: Workbench | None = None
     cases: tuple[Case, ...] = ()

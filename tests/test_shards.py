@@ -100,3 +100,11 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_next_goes_on(ablations, argu
     assert ablations(tmp_path)[0] == 0
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
     assert len(lines) == len({json.dumps(json.loads(line)["case"]) for line in lines}) == 9
+
+
+def test_a_model_that_cannot_be_read_is_told_once(ablations, tmp_path):
+    code, printed = ablations(tmp_path / "results", "--model", str(tmp_path))
+    assert code == 2
+    assert printed.count("ablations: error: no model") == 1
+    assert "ERROR" not in printed
+    assert not (tmp_path / "results").exists()
