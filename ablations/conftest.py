@@ -6,7 +6,7 @@ import pytest
 
 from bench.records import Record, append_record, read_records
 from bench.workbench import Workbench, method_of
-from reports.report import write_report
+from reports.report import write_report, written
 from transact.inputs import TEXTS
 
 
@@ -109,5 +109,5 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
     table, files = write_report(records, Path(config.getoption("results")))
     terminalreporter.section("results")
     terminalreporter.write_line(table)
-    for file in files:
-        terminalreporter.write_line(f"wrote {file}")
+    if files:
+        terminalreporter.write_line(written(files))

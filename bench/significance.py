@@ -5,6 +5,7 @@ Never imports torch: reports are made from records alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -40,12 +41,18 @@ def paired_difference(scores: Sequence[float], reference: Sequence[float], *, se
     if len(scores) != len(reference) or not len(scores):
         raise ValueError(f"{len(scores)} and {len(reference)} scores cannot be paired")
     differences = np.asarray(scores, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
-    count, generator = len(differences), np.random.default_rng(seed)
-    drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)  # how often each pair is drawn
-    means = drawn @ differences / count
+    count = len(differences)
+    means = _drawn(count, seed) @ differences / count
     low, high = np.percentile(means, (2.5, 97.5))
     error = differences.std(ddof=1) / count**0.5 if count > 1 else np.nan
     return Difference(float(differences.mean()), float(low), float(high), float(error))
+
+
+@lru_cache(maxsize=16)  # a report pairs thousands of records of the same few numbers of windows and items
+def _drawn(count: int, seed: int) -> np.ndarray:
+    """How often each of `count` pairs is drawn in each resample: (RESAMPLES, count)."""
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return drawn.astype(np.float64)
 
 
 def check_comparable(record: Record, other: Record) -> None:

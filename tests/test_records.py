@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 
 from bench.records import Case, Record, append_record, read_records
-from reports.report import markdown_table, records_frame, write_report
+from reports.report import records_frame, write_report
+from reports.tables import markdown_table
 
 CASE = Case(
     model="tiny", model_hash="0" * 16, criterion="activation", granularity="dims", modules="qk+vo+mlp",
@@ -156,4 +157,4 @@ def test_ablations_measure_only_what_has_no_record(tmp_path, tiny_directory, tin
     before = (tmp_path / "records.jsonl").read_bytes()
     second = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (tmp_path / "records.jsonl").read_bytes() == before
-    assert "perplexity.png" in second.stdout
+    assert "report.html" in second.stdout

@@ -1,0 +1,207 @@
+"""What was found, in words, and how sure that is: computed from paired bootstrap differences and nothing else."""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+
+from bench.significance import Difference
+
+from .answers import Answer, difference, percent, with_interval
+
+
+def listed(words) -> str:
+    """ "a", "a and b", "a, b and c", each once."""
+    words = list(dict.fromkeys(words))
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def settings_listed(settings) -> str:
+    """ "10 %, 20 % and 30 % removed": what all end with is said once."""
+    settings = list(settings)
+    if all(setting.endswith(" removed") for setting in settings):
+        return listed(setting.removesuffix(" removed") for setting in settings) + " removed"
+    return listed(settings)
+
+
+def by_interval(row, name: str = "behind") -> str:
+    """The nats of a row with the interval at 95 %."""
+    return with_interval(Difference(row[name], row[f"{name}_low"], row[f"{name}_high"], 0.0)) + " nats"
+
+
+def is_noise(row, name: str = "behind") -> bool:
+    return row[f"{name}_low"] <= 0 <= row[f"{name}_high"]
+
+
+def perplexity_of(row) -> str:
+    times = row["times_dense"]
+    return f"perplexity {row['perplexity']:,.4g}" + ("" if pd.isna(times) else f" ({times:,.3g} times dense)")
+
+
+def alternatives(found: Answer) -> list[str]:
+    """Which value of the subject loses least, where, beyond chance or not; one paragraph for each group."""
+    return [sentence for _, group in found.frame.groupby("group", sort=False) if (sentence := _winner(group))]
+
+
+def _winner(frame: pd.DataFrame) -> str:
+    races = []
+    for setting, rows in frame.groupby("setting", sort=False):
+        rows = rows.sort_values("perplexity")
+        if rows["label"].nunique() > 1:
+            races.append((setting, rows))
+    if not races:
+        return ""
+    wins: dict[str, list[str]] = {}
+    for setting, rows in races:
+        wins.setdefault(rows.iloc[0]["label"], []).append(setting)
+    sure = [not is_noise(rows.iloc[1]) for _, rows in races]
+    of = f"{frame['group'].iloc[0]}: " if frame["group"].iloc[0] else ""
+    if len(races) == 1:
+        first = f"{of}“{next(iter(wins))}” loses least"
+    elif len(wins) == 1:
+        first = f"{of}“{next(iter(wins))}” loses least in all {len(races)} comparisons"
+    else:
+        parts = (f"“{label}” at {settings_listed(settings)}" for label, settings in wins.items())
+        first = f"{of}which loses least depends on the setting: {'; '.join(parts)}"
+    if len(races) == 1:
+        first += ", and that is beyond chance." if sure[0] else ", but within noise of the next."
+    else:
+        first += f"; the lead over the next is beyond chance in {sum(sure)} of {len(races)}."
+    setting, rows = max(races, key=lambda race: (race[1]["label"].nunique(), race[1]["ratio"].iloc[0]))
+    best, second, last = rows.iloc[0], rows.iloc[1], rows.iloc[-1]
+    second_words = f"“{second['label']}” follows at {by_interval(second)}"
+    last_words = f", “{last['label']}” is last at {by_interval(last)}" if len(rows) > 2 else ""
+    who = "it" if len(wins) == 1 else f"“{best['label']}”"
+    where = f"With {setting}, {who}" if setting else "It"
+    return f"{first} {where} has {perplexity_of(best)}; {second_words}{last_words}."
+
+
+def budget(found: Answer) -> list[str]:
+    """How many calibration tokens are enough: the fewest that are within noise of the best."""
+    sentences = []
+    for (group, setting), rows in found.frame.groupby(["group", "setting"], sort=False):
+        rows = rows.sort_values(["calibration_tokens", "perplexity"])
+        best = rows.loc[rows["perplexity"].idxmin()]
+        enough = next(row for _, row in rows.iterrows() if row["perplexity"] == best["perplexity"] or is_noise(row))
+        least = rows.iloc[0]
+        of = ", ".join(filter(None, (group, setting)))
+        words = f"{of}: " if of else ""
+        words += f"of {len(rows)} budgets {best['label']} is best, with {perplexity_of(best)}"
+        if enough is not best and enough["label"] != best["label"]:
+            words += f"; {enough['label']} is within noise of it"
+        if least["label"] != best["label"]:
+            words += f"; the smallest, {least['label']}, costs {by_interval(least)} more"
+        sentences.append(words + ".")
+    return sentences
+
+
+def redundancy(found: Answer) -> list[str]:
+    """What removing the same share of attention alone and of the MLP alone costs."""
+    sentences = []
+    for group, rows in found.frame.dropna(subset=["attention_removed"]).groupby("group", sort=False):
+        near = 0.02
+        attention = rows[rows["mlp_removed"] < near].sort_values("attention_removed")
+        mlp = rows[rows["attention_removed"] < near].sort_values("mlp_removed")
+        for place, row in attention[attention["attention_removed"] >= near].iterrows():
+            same = mlp[(mlp["mlp_removed"] - row["attention_removed"]).abs() < 0.05]
+            if not len(same):
+                continue
+            other = same.iloc[0]
+            gap = difference(found.records[place], found.records[other.name])
+            if gap is None:
+                continue
+            dearer = "attention" if gap.mean > 0 else "the MLP"
+            sure = "within noise of each other" if gap.is_noise else f"{dearer} is dearer, beyond chance"
+            of = f"{group}: " if group else ""
+            sentences.append(
+                f"{of}removing {percent(row['attention_removed'])} of attention alone gives {perplexity_of(row)}, "
+                f"{percent(other['mlp_removed'])} of the MLP alone {perplexity_of(other)}: {sure} "
+                f"(attention less MLP {with_interval(gap)} nats; {percent(row['fraction_removed'])} and "
+                f"{percent(other['fraction_removed'])} of the parameters)."
+            )
+    if len(sentences) > 3:
+        sentences = [sentences[0], sentences[len(sentences) // 2], sentences[-1]]
+    return sentences or alternatives(found)
+
+
+def layers(found: Answer) -> list[str]:
+    """Which layer bears narrowing least and most."""
+    sentences = []
+    for (group, setting), rows in found.frame.dropna(subset=["rise"]).groupby(["group", "setting"], sort=False):
+        rows = rows.sort_values("rise")
+        least, most = rows.iloc[0], rows.iloc[-1]
+        quiet = sum(is_noise(row, "rise") for _, row in rows.iterrows())
+        of = ", ".join(filter(None, (group, setting)))
+        sentences.append(
+            f"{of + ': ' if of else ''}layer {most['only_layer']:.0f} suffers most from being narrowed alone, "
+            f"{by_interval(most, 'rise')}; layer {least['only_layer']:.0f} least, {by_interval(least, 'rise')}. "
+            f"{quiet} of {len(rows)} layers are within noise of the dense model."
+        )
+    return sentences
+
+
+def is_on_front(frame: pd.DataFrame, smaller: tuple[str, ...], larger: tuple[str, ...] = ()) -> np.ndarray:
+    """Which rows no other row beats: at least as good in all columns and better in one; (rows,) of bool."""
+    values = np.column_stack([*(frame[name] for name in smaller), *(-frame[name] for name in larger)]).astype(float)
+    return np.array([not ((values <= row).all(axis=1) & (values < row).any(axis=1)).any() for row in values])
+
+
+def trade_off(found: Answer) -> list[str]:
+    """Which allocations lie on the front of parameters, KV cache and perplexity; then what `alternatives` says."""
+    front = found.frame[is_on_front(found.frame, ("perplexity",), ("fraction_removed", "kv_fraction_removed"))]
+    counts = Counter(front["label"])
+    return [
+        f"{len(front)} of {len(found.frame)} cells are beaten by no other in parameters, KV cache and perplexity at "
+        f"once: {listed(f'{count} of “{label}”' for label, count in counts.most_common())}.",
+        *alternatives(found),
+    ]
+
+
+def speed(found: Answer) -> list[str]:
+    """Which cells no other beats in perplexity and decoding speed at once, and what the fastest costs."""
+    frame = found.frame
+    front = frame[is_on_front(frame, ("perplexity",), ("decode_tokens_per_s",))].sort_values("decode_tokens_per_s")
+    fastest = front.iloc[-1]
+    dense = found.dense.metrics.get("decode_tokens_per_s") if found.dense else None
+    times = f" ({fastest['decode_tokens_per_s'] / dense:.3g} times the dense model's)" if dense else ""
+    error = fastest.get("decode_tokens_per_s_standard_error", np.nan)
+    error = "" if pd.isna(error) else f" ± {error:.2g}"
+    names = listed(f"“{row['label']}” with {row['setting']}" for _, row in front.iterrows())
+    return [
+        f"{len(front)} of {len(frame)} cells are beaten by no other in quality and speed at once: {names}.",
+        f"The fastest of them, “{fastest['label']}” with {fastest['setting']}, decodes "
+        f"{fastest['decode_tokens_per_s']:,.3g}{error} tokens per second{times} at {perplexity_of(fastest)}.",
+    ]
+
+
+def training(found: Answer) -> list[str]:
+    """What each way of training gives back, over the same model untrained; then which is best."""
+    sentences = []
+    for (group, setting), rows in found.frame.groupby(["group", "setting"], sort=False):
+        untrained = rows[rows["recovery"] == ""]
+        if not len(untrained):
+            continue
+        before = untrained.iloc[0]
+        for place, row in rows[rows["recovery"] != ""].iterrows():
+            gain = difference(found.records[place], found.records[before.name])
+            of = ", ".join(filter(None, (group, setting)))
+            sentences.append(
+                f"{of + ': ' if of else ''}“{row['label']}” brings perplexity from {before['perplexity']:,.4g} to "
+                f"{row['perplexity']:,.4g} ({with_interval(gain) + ' nats' if gain else 'not paired'})."
+            )
+    return [*sentences[:6], *alternatives(found)]
+
+
+def tasks(frame: pd.DataFrame) -> list[str]:
+    """For each pruned method: on how many tasks it is worse than dense beyond chance, and where it falls furthest."""
+    scored = frame[(frame["metric"] == "acc") & frame["over_dense_mean"].notna()]
+    sentences = []
+    for (method, ratio), rows in scored.groupby(["method", "ratio"], sort=False):
+        worse = (rows["over_dense_high"] < 0).sum()
+        row = rows.loc[rows["over_dense_mean"].idxmin()]
+        sentences.append(
+            f"“{method}” with {percent(ratio)} removed is less accurate than the dense model, beyond chance, on "
+            f"{worse} of {len(rows)} tasks; it falls furthest on {row['task']}: {row['over_dense']}, "
+            f"to {row['value']:.2f}."
+        )
+    return sentences
