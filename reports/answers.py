@@ -1,6 +1,7 @@
 """A question of an ablation file, the records that answer it, and the frame that tables and pictures are made of."""
 
 import ast
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -48,6 +49,10 @@ class Question:
     def title(self) -> str:
         return title_of(self.name)
 
+    @property
+    def lead(self) -> str:
+        return lead_of(self.name)
+
     def matches(self, record: Record) -> bool:
         """Whether the record's fields are those that the question is asked at."""
         case = record.case
@@ -76,7 +81,7 @@ class Question:
         """What pytest's `-k` takes to measure the record's cell, and maybe others whose names hold the same words."""
         fields = [name for name in (*self.subject, *self.along) if not name.endswith("sha256")]
         values = [getattr(record.case, name) for name in fields]
-        if record.method != record.case.criterion and "criterion" in self.subject:
+        if "criterion" in self.subject and len(self.subject) > 1:  # presets are chosen by name
             values = [record.method, *(getattr(record.case, name) for name in self.along)]
         return " and ".join(str(value) for value in values if value not in (None, "", False))
 
@@ -87,11 +92,20 @@ def file_of(name: str) -> str:
 
 
 @cache
-def title_of(name: str) -> str:
-    """The first line of the ablation file's docstring, read without running it; the name where there is no file."""
+def docstring(name: str) -> str:
+    """The docstring of a question's ablation file, read without running it; empty where there is no such file."""
     path = ABLATIONS / f"ablate_{name}.py"
-    words = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    return words.partition("\n")[0] if words else name.replace("_", " ")
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") if path.is_file() else ""
+
+
+def title_of(name: str) -> str:
+    """The question itself: what its ablation file's docstring says first; the name where there is no file."""
+    return re.split(r"(?<=[?.])\s", docstring(name), maxsplit=1)[0] or name.replace("_", " ")
+
+
+def lead_of(name: str) -> str:
+    """What the docstring says after the question."""
+    return docstring(name)[len(title_of(name)) :].strip()
 
 
 @dataclass(frozen=True)
@@ -266,9 +280,9 @@ def widths_total(record: Record) -> tuple[int, int] | None:
 
 
 def setting_words(question: Question, record: Record) -> str:
-    """Where along the question a record stands: "30 % removed, 50 % of the KV cache"."""
-    words = (_field_words(name, getattr(record.case, name)) for name in question.along)
-    return ", ".join(filter(None, words))
+    """Where along the question a record stands: "30 % removed with 50 % of the KV cache"."""
+    words = [_field_words(name, getattr(record.case, name)) for name in question.along]
+    return " with ".join(filter(None, words))
 
 
 def table_of(found: Answer) -> pd.DataFrame:

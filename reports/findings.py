@@ -39,41 +39,47 @@ def perplexity_of(row) -> str:
 
 
 def alternatives(found: Answer) -> list[str]:
-    """Which value of the subject loses least, where, beyond chance or not; one paragraph for each group."""
-    return [sentence for _, group in found.frame.groupby("group", sort=False) if (sentence := _winner(group))]
+    """Which value of the subject loses least, where, beyond chance or not; then figures of the hardest setting."""
+    groups = [group for _, group in found.frame.groupby("group", sort=False)]
+    return [_winner(group) for group in groups] + [_figures(group) for group in groups]
+
+
+def _races(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each setting, best first."""
+    return [(setting, rows.sort_values("perplexity")) for setting, rows in frame.groupby("setting", sort=False)]
+
+
+def _of(frame: pd.DataFrame) -> str:
+    group = frame["group"].iloc[0]
+    return f"{group}: " if group else ""
 
 
 def _winner(frame: pd.DataFrame) -> str:
-    races = []
-    for setting, rows in frame.groupby("setting", sort=False):
-        rows = rows.sort_values("perplexity")
-        if rows["label"].nunique() > 1:
-            races.append((setting, rows))
-    if not races:
-        return ""
+    races = _races(frame)
     wins: dict[str, list[str]] = {}
     for setting, rows in races:
         wins.setdefault(rows.iloc[0]["label"], []).append(setting)
-    sure = [not is_noise(rows.iloc[1]) for _, rows in races]
-    of = f"{frame['group'].iloc[0]}: " if frame["group"].iloc[0] else ""
+    sure = sum(not is_noise(rows.iloc[1]) for _, rows in races)
     if len(races) == 1:
-        first = f"{of}“{next(iter(wins))}” loses least"
-    elif len(wins) == 1:
-        first = f"{of}“{next(iter(wins))}” loses least in all {len(races)} comparisons"
-    else:
-        parts = (f"“{label}” at {settings_listed(settings)}" for label, settings in wins.items())
-        first = f"{of}which loses least depends on the setting: {'; '.join(parts)}"
-    if len(races) == 1:
-        first += ", and that is beyond chance." if sure[0] else ", but within noise of the next."
-    else:
-        first += f"; the lead over the next is beyond chance in {sum(sure)} of {len(races)}."
-    setting, rows = max(races, key=lambda race: (race[1]["label"].nunique(), race[1]["ratio"].iloc[0]))
+        verdict = "beyond chance" if sure else "but within noise of the next"
+        return f"{_of(frame)}“{next(iter(wins))}” loses least, {verdict}."
+    lead = f"the lead over the next is beyond chance in {sure or 'none'} of {len(races)} comparisons"
+    if len(wins) == 1:
+        return f"{_of(frame)}“{next(iter(wins))}” loses least everywhere; {lead}."
+    parts = "; ".join(f"“{label}” at {settings_listed(settings)}" for label, settings in wins.items())
+    return f"{_of(frame)}{'Which loses least depends' if sure else 'No clear winner'}: {parts}; {lead}."
+
+
+def _figures(frame: pd.DataFrame) -> str:
+    """Best, next and last at the setting that compares most, the largest fraction removed among such."""
+    setting, rows = max(_races(frame), key=lambda race: (len(race[1]), race[1]["ratio"].iloc[0]))
     best, second, last = rows.iloc[0], rows.iloc[1], rows.iloc[-1]
-    second_words = f"“{second['label']}” follows at {by_interval(second)}"
-    last_words = f", “{last['label']}” is last at {by_interval(last)}" if len(rows) > 2 else ""
-    who = "it" if len(wins) == 1 else f"“{best['label']}”"
-    where = f"With {setting}, {who}" if setting else "It"
-    return f"{first} {where} has {perplexity_of(best)}; {second_words}{last_words}."
+    worst = f", “{last['label']}” is last at {by_interval(last)}" if len(rows) > 2 else ""
+    at = f"With {setting}, " if setting else ""
+    return (
+        f"{_of(frame)}{at}“{best['label']}” has {perplexity_of(best)}; “{second['label']}” follows at "
+        f"{by_interval(second)}{worst}."
+    )
 
 
 def budget(found: Answer) -> list[str]:
@@ -86,11 +92,11 @@ def budget(found: Answer) -> list[str]:
         least = rows.iloc[0]
         of = ", ".join(filter(None, (group, setting)))
         words = f"{of}: " if of else ""
-        words += f"of {len(rows)} budgets {best['label']} is best, with {perplexity_of(best)}"
+        words += f"Of {len(rows)} budgets {best['label']} is best, with {perplexity_of(best)}"
         if enough is not best and enough["label"] != best["label"]:
             words += f"; {enough['label']} is within noise of it"
         if least["label"] != best["label"]:
-            words += f"; the smallest, {least['label']}, costs {by_interval(least)} more"
+            words += f"; the smallest, {least['label']}, costs {by_interval(least)}"
         sentences.append(words + ".")
     return sentences
 
@@ -114,7 +120,7 @@ def redundancy(found: Answer) -> list[str]:
             sure = "within noise of each other" if gap.is_noise else f"{dearer} is dearer, beyond chance"
             of = f"{group}: " if group else ""
             sentences.append(
-                f"{of}removing {percent(row['attention_removed'])} of attention alone gives {perplexity_of(row)}, "
+                f"{of}Removing {percent(row['attention_removed'])} of attention alone gives {perplexity_of(row)}, "
                 f"{percent(other['mlp_removed'])} of the MLP alone {perplexity_of(other)}: {sure} "
                 f"(attention less MLP {with_interval(gap)} nats; {percent(row['fraction_removed'])} and "
                 f"{percent(other['fraction_removed'])} of the parameters)."
@@ -133,7 +139,7 @@ def layers(found: Answer) -> list[str]:
         quiet = sum(is_noise(row, "rise") for _, row in rows.iterrows())
         of = ", ".join(filter(None, (group, setting)))
         sentences.append(
-            f"{of + ': ' if of else ''}layer {most['only_layer']:.0f} suffers most from being narrowed alone, "
+            f"{of + ': ' if of else ''}Layer {most['only_layer']:.0f} suffers most from being narrowed alone, "
             f"{by_interval(most, 'rise')}; layer {least['only_layer']:.0f} least, {by_interval(least, 'rise')}. "
             f"{quiet} of {len(rows)} layers are within noise of the dense model."
         )
@@ -175,21 +181,18 @@ def speed(found: Answer) -> list[str]:
 
 
 def training(found: Answer) -> list[str]:
-    """What each way of training gives back, over the same model untrained; then which is best."""
-    sentences = []
+    """Which way of training gives back most, then what each does for the same model untrained."""
+    sentences = alternatives(found)
     for (group, setting), rows in found.frame.groupby(["group", "setting"], sort=False):
-        untrained = rows[rows["recovery"] == ""]
-        if not len(untrained):
-            continue
-        before = untrained.iloc[0]
-        for place, row in rows[rows["recovery"] != ""].iterrows():
-            gain = difference(found.records[place], found.records[before.name])
-            of = ", ".join(filter(None, (group, setting)))
-            sentences.append(
-                f"{of + ': ' if of else ''}“{row['label']}” brings perplexity from {before['perplexity']:,.4g} to "
-                f"{row['perplexity']:,.4g} ({with_interval(gain) + ' nats' if gain else 'not paired'})."
-            )
-    return [*sentences[:6], *alternatives(found)]
+        for _, before in rows[rows["recovery"] == ""].iterrows():
+            for place, row in rows[rows["recovery"] != ""].iterrows():
+                gain = difference(found.records[place], found.records[before.name])
+                of = ", ".join(filter(None, (group, setting)))
+                sentences.append(
+                    f"{of}: “{row['label']}” brings perplexity from {before['perplexity']:,.4g} to "
+                    f"{row['perplexity']:,.4g} ({with_interval(gain) + ' nats' if gain else 'not paired'})."
+                )
+    return sentences[:8]
 
 
 def tasks(frame: pd.DataFrame) -> list[str]:

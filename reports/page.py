@@ -23,12 +23,13 @@ STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 class Section:
     """What the page shows of one question; without `table` there are no records of it.
 
-    `sentences` say what was found, `picture` is an SVG file, `file` the ablation, and `selections` what `-k` takes to
-    measure the cell of each row of the table.
+    `lead` explains the question, `sentences` say what was found, `picture` is an SVG file, `file` the ablation, and
+    `selections` what `-k` takes to measure the cell of each row of the table.
     """
 
     name: str
     title: str
+    lead: str = ""
     file: str = ""
     sentences: Sequence[str] = ()
     table: pd.DataFrame | None = None
@@ -59,10 +60,15 @@ def page(chosen: RecordSet, sections: Sequence[Section], note: str) -> str:
     )
 
 
+def marked_up(words: str) -> str:
+    """Words as HTML, with what stands in backticks as code."""
+    return re.sub(r"`+([^`]+)`+", r"<code>\1</code>", html.escape(words))
+
+
 def summary(chosen: RecordSet, answered: Sequence[Section]) -> str:
     """What was found, one entry a question, and how sure that is."""
     items = [
-        f'<li><a href="#{section.name}">{html.escape(section.title)}</a><p>{html.escape(section.sentences[0])}</p></li>'
+        f'<dt><a href="#{section.name}">{marked_up(section.title)}</a></dt><dd>{html.escape(section.sentences[0])}</dd>'
         for section in answered
         if section.sentences
     ]
@@ -76,13 +82,14 @@ def summary(chosen: RecordSet, answered: Sequence[Section]) -> str:
     )
     left_out = "; ".join(f"{count:,} of {reason}" for reason, count in chosen.left_out.items())
     note = f"<p>Left out, since they cannot be compared with these: {html.escape(left_out)}.</p>" if left_out else ""
-    found = f"<ul>{''.join(items)}</ul>" if items else "<p>No question has enough records to compare anything.</p>"
+    found = f"<dl>{''.join(items)}</dl>" if items else "<p>No question has enough records to compare anything.</p>"
     return f'<section id="summary"><h2>What was found</h2>{found}<p class="sure">{sure}</p>{note}</section>'
 
 
 def section_html(section: Section, chosen: RecordSet) -> str:
     """Title, words, picture, table and command of one question."""
-    words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in section.sentences)
+    lead = f'<p class="lead">{marked_up(section.lead)}</p>' if section.lead else ""
+    words = lead + "".join(f"<p>{html.escape(sentence)}</p>" for sentence in section.sentences)
     table = section.table
     if section.selections:
         table = table.assign(**{"-k": list(section.selections)})
@@ -97,7 +104,7 @@ def section_html(section: Section, chosen: RecordSet) -> str:
         else ""
     )
     return (
-        f'<section id="{section.name}"><h2>{html.escape(section.title)}</h2>{words}'
+        f'<section id="{section.name}"><h2>{marked_up(section.title)}</h2>{words}'
         f"{picture_html(section)}{shown}{rest}{command}</section>"
     )
 
@@ -122,7 +129,7 @@ def without_records(silent: Sequence[Section]) -> str:
     if not silent:
         return ""
     items = "".join(
-        f"<li>{html.escape(section.title)}" + (f" <code>{section.file}</code>" if section.file else "") + "</li>"
+        f"<li>{marked_up(section.title)}" + (f" <code>{section.file}</code>" if section.file else "") + "</li>"
         for section in silent
     )
     return f'<section id="silent"><h2>Questions without records</h2><ul class="plain">{items}</ul></section>'

@@ -92,6 +92,14 @@ def perplexity_axis(axes: Axes, values: pd.Series, which: str = "y", bars: str =
     plain_log_axis(getattr(axes, f"{which}axis"), values.min(), values.max())
 
 
+def fraction_axis(axes: Axes, frame: pd.DataFrame) -> None:
+    """Ticks across where something was measured, as long as these are few."""
+    axes.set_xlabel("decoder linear parameters removed (%)")
+    ratios = sorted(set(frame["ratio"]))
+    if len(ratios) <= 8:
+        axes.set_xticks([ratio * 100 for ratio in ratios], [f"{ratio * 100:.3g}" for ratio in ratios])
+
+
 def draw_dense(axes: Axes, perplexity: float | None, which: str = "y") -> None:
     """A grey line where the dense model is."""
     if perplexity is None:
@@ -137,7 +145,7 @@ def plot_perplexity(frame: pd.DataFrame, title: str = "") -> Figure:
         draw_line(axes, points, "fraction_removed", method, style_of(method, frame["method"]), scale=100)
     draw_dense(axes, dense["perplexity"].iloc[0] if len(dense) else None)
     perplexity_axis(axes, frame["perplexity"])
-    axes.set_xlabel("decoder linear parameters removed (%)")
+    fraction_axis(axes, frame)
     axes.grid(which="both")
     axes.set_title(title)
     legend(figure, axes, "method")
@@ -168,7 +176,7 @@ def plot_lines(found: Answer) -> Figure:
         draw_line(axes, points.sort_values("fraction_removed"), "fraction_removed", line, styles[line], scale=100)
     draw_dense(axes, _dense_perplexity(found))
     perplexity_axis(axes, _with_dense(found))
-    axes.set_xlabel("decoder linear parameters removed (%)")
+    fraction_axis(axes, frame)
     axes.grid(which="both")
     legend(figure, axes)
     return figure
@@ -208,7 +216,7 @@ def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int
             axes.set_xlim(0, frame[metric].max() * 1.1)
         axes.grid(which="both")
     panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
     if left_out > 0:
         figure.suptitle(f"the {most} of the least perplexity; {left_out} more are in the table", fontsize=10)
     return figure
@@ -287,7 +295,7 @@ def plot_budget(found: Answer) -> Figure:
 
 
 def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: dict) -> None:
-    """Points of each label with the fraction removed beside them, and a line through those that no other beats."""
+    """Points of each label, and a line through those that no other beats, with the fraction removed beside these."""
     front = frame[is_on_front(frame, ("perplexity",), (x,))].sort_values(x)
     axes.plot(front[x] * scale, front["perplexity"], color=FAINT, linewidth=1, linestyle="-", zorder=1,
               drawstyle="default", label="beaten by no other")  # fmt: skip
@@ -300,12 +308,9 @@ def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: di
                 errors[f"{side}err"] = points[f"{name}_standard_error"].astype(float).fillna(0) * factor
         axes.errorbar(points[x] * scale, points["perplexity"], **errors, label=line, color=colour, marker=marker,
                       markersize=6, linestyle="none", capsize=2, elinewidth=1)  # fmt: skip
-    if len(frame) <= 40:
-        for place, ratio, perplexity in zip(frame[x] * scale, frame["ratio"], frame["perplexity"], strict=True):
-            if ratio:
-                axes.annotate(
-                    percent(ratio), (place, perplexity), xytext=(5, 4), textcoords="offset points", fontsize=7
-                )
+    for place, ratio, perplexity in zip(front[x] * scale, front["ratio"], front["perplexity"], strict=True):
+        if ratio:
+            axes.annotate(percent(ratio), (place, perplexity), xytext=(6, -11), textcoords="offset points", fontsize=8)
     perplexity_axis(axes, frame["perplexity"])
     axes.grid(which="both")
 

@@ -11,7 +11,7 @@ from bench.records import Record
 from bench.significance import differences
 
 from . import findings
-from .answers import Question, answer, difference, file_of, table_of, title_of, with_interval
+from .answers import Question, answer, difference, file_of, lead_of, table_of, title_of, with_interval
 from .files import write_whole
 from .page import Section, page
 from .plots import draw, plot_perplexity, plot_tasks, write_figure
@@ -19,7 +19,7 @@ from .questions import QUESTIONS
 from .sets import RecordSet, comparable, is_reference, newest_by_case, newest_set
 from .tables import markdown_table, write_table
 
-COLUMNS = ["model", "method", "ratio", "fraction_removed", "kv_fraction_removed", "perplexity",
+COLUMNS = ["model", "method", "ratio", "kv_ratio", "fraction_removed", "kv_fraction_removed", "perplexity",
            "perplexity_standard_error", "times_dense", "loss_over_dense", "bits_per_byte", "parameters", "weight_mib",
            "kv_bytes_per_token", "prune_s", "perplexity_s", "peak_memory_mib", "dtype", "device"]  # fmt: skip
 NOISE = "Differences with paired bootstrap intervals at 95 %; ≈: within noise."
@@ -134,17 +134,18 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
         return "no successful record yet", []
     directory.mkdir(parents=True, exist_ok=True)
     note = provenance(chosen)
-    files, printed, sections = [], [], []
-    for section, written, text in (
-        _methods(chosen, directory, note), _capability(chosen, directory, note),
-        *(_question(question, chosen, directory, note) for question in QUESTIONS),
-    ):  # fmt: skip
-        sections.append(section)
-        files += written
-        printed.append(text)
+    overview = _methods(chosen, directory, note)
+    answers = {question.name: _question(question, chosen, directory, note) for question in QUESTIONS}
+    parts = [*answers.values()]
+    parts.insert(2, _capability(chosen, directory, note))
+    sections = [section for section, _, _ in parts]
+    if all(answers[name][0].table is None for name in METHODS):  # else these two show the same
+        sections.insert(0, overview[0])
+    parts.insert(0, overview)
+    files = [file for _, files, _ in parts for file in files]
     files.append(write_all_cells(chosen, directory / "cells.csv"))
     files.append(write_whole(directory / "report.html", page(chosen, sections, note)))
-    return "\n\n".join(filter(None, printed)), files
+    return "\n\n".join(text for _, _, text in parts if text), files
 
 
 def written(files: Sequence[Path]) -> str:
@@ -161,7 +162,9 @@ def _methods(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, li
         return Section("overview", title), [], ""
     frame = records_frame(records)
     files = write_table(directory / "perplexity", title, note, frame, COLUMNS)
-    files += write_figure(directory / "perplexity", draw(plot_perplexity, frame, figure_title(chosen)))
+    files += write_figure(
+        directory / "perplexity", draw(plot_perplexity, frame[frame["kv_ratio"].isna()], figure_title(chosen))
+    )
     pairs = pairs_frame(records)
     if len(pairs):
         files += write_table(
@@ -171,9 +174,9 @@ def _methods(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, li
             pairs,
             list(pairs),
         )
-    shown = [name for name in COLUMNS[1:14] if frame[name].notna().any()]
+    shown = [name for name in COLUMNS[1:15] if frame[name].notna().any()]
     section = Section("overview", title, table=frame[shown], picture=directory / "perplexity.svg")
-    return section, files, markdown_table(frame, COLUMNS[1:14])
+    return section, files, markdown_table(frame, COLUMNS[1:15])
 
 
 def _capability(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, list[Path], str]:
@@ -181,7 +184,7 @@ def _capability(chosen: RecordSet, directory: Path, note: str) -> tuple[Section,
     name = "capability"
     frame = tasks_frame([record for record in chosen.records if chosen.is_calibrated_alike(record)])
     if not len(frame):
-        return Section(name, title_of(name), file=file_of(name)), [], ""
+        return Section(name, title_of(name), lead_of(name), file_of(name)), [], ""
     columns = [column for column in frame if column not in ("over_dense_mean", "over_dense_high")]
     files = write_table(directory / "tasks", "What a pruned model loses", f"{note} {NOISE}", frame, columns)
     picture = None
@@ -193,7 +196,7 @@ def _capability(chosen: RecordSet, directory: Path, note: str) -> tuple[Section,
         picture = directory / "tasks.svg"
     shown = ["task", "items", "method", "ratio", "value", "standard_error", "over_dense"]
     accuracy = frame[frame["metric"] == "acc"]
-    section = Section(name, title_of(name), file=file_of(name), sentences=findings.tasks(frame),
+    section = Section(name, title_of(name), lead_of(name), file_of(name), sentences=findings.tasks(frame),
                       table=frame[["task", "metric", *shown[1:]]], picture=picture)  # fmt: skip
     return section, files, markdown_table(accuracy, shown) if len(accuracy) else ""
 
@@ -202,7 +205,7 @@ def _question(question: Question, chosen: RecordSet, directory: Path, note: str)
     """Table and picture of one question; nothing where there are no records of it."""
     found = answer(question, chosen)
     if found is None:
-        return Section(question.name, question.title, file=question.file), [], ""
+        return Section(question.name, question.title, question.lead, question.file), [], ""
     table = table_of(found)
     stem = directory / question.name
     files = write_table(stem, question.title, f"{note} {NOISE}", table, list(table))
@@ -211,7 +214,8 @@ def _question(question: Question, chosen: RecordSet, directory: Path, note: str)
     section = Section(
         question.name,
         question.title,
-        file=question.file,
+        question.lead,
+        question.file,
         sentences=sentences,
         table=table,
         picture=stem.with_suffix(".svg"),
