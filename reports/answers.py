@@ -4,14 +4,15 @@ import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from bench.records import Case, Record
-from bench.significance import Difference, paired_difference
+from bench.significance import Difference, paired_differences
 
 from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference
 
@@ -53,14 +54,17 @@ class Question:
     def lead(self) -> str:
         return lead_of(self.name)
 
+    @cached_property
+    def plain(self) -> dict[str, object]:
+        """The fields that this question leaves alone, with the values that they then have."""
+        return {name: value for name, value in PLAIN.items() if name not in {*self.subject, *self.along, *self.where}}
+
     def matches(self, record: Record) -> bool:
         """Whether the record's fields are those that the question is asked at."""
-        case = record.case
-        free = {*self.subject, *self.along}
-        plain = (getattr(case, name) == value for name, value in PLAIN.items() if name not in free | set(self.where))
+        fields = vars(record.case)
         return (
-            all(plain)
-            and all(getattr(case, name) in values for name, values in self.where.items())
+            not any(fields[name] != value for name, value in self.plain.items())
+            and all(fields[name] in values for name, values in self.where.items())
             and self.belongs(record)
         )
 
@@ -228,8 +232,10 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
         if record.metrics["perplexity"] < rival.metrics["perplexity"]:
             best[question.setting(record)] = record
     full = widths_total(dense) if dense else None
+    rises = differences(group, [dense] * len(group))
+    lags = differences(group, [best[question.setting(record)] for record in group])
     rows = []
-    for record in group:
+    for record, rise, lag in zip(group, rises, lags, strict=True):
         row = {
             "group": name, "label": question.label_of(record), "setting": setting_words(question, record),
             "method": record.method, **vars(record.case), **record.metrics,
@@ -238,8 +244,7 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
         row["weight_mib"] = record.metrics["weight_bytes"] / 2**20 if "weight_bytes" in record.metrics else None
         row["calibration_tokens"] = record.case.calibration_samples * record.case.calibration_seq_len
         row["times_dense"] = record.metrics["perplexity"] / dense.metrics["perplexity"] if dense else None
-        row |= _columns("rise", difference(record, dense))
-        row |= _columns("behind", difference(record, best[question.setting(record)]))
+        row |= _columns("rise", rise) | _columns("behind", lag)
         total = widths_total(record)
         kept = [mine / whole for mine, whole in zip(total, full, strict=True)] if total and full else (None, None)
         row["attention_removed"], row["mlp_removed"] = (None if share is None else 1 - share for share in kept)
@@ -249,9 +254,27 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
 
 def difference(record: Record, reference: Record | None) -> Difference | None:
     """By how many nats the record's loss is higher; None where there is nothing to pair it with."""
-    if reference is None or record is reference or not record.losses or len(record.losses) != len(reference.losses):
-        return None
-    return paired_difference(record.losses, reference.losses)
+    return differences([record], [reference])[0]
+
+
+def differences(records: Sequence[Record], references: Sequence[Record | None]) -> list[Difference | None]:
+    """`difference` of each record and its reference."""
+    found: list[Difference | None] = [None] * len(records)
+    by_count: dict[int, list[int]] = {}
+    for place, (record, reference) in enumerate(zip(records, references, strict=True)):
+        if (
+            reference is not None
+            and reference is not record
+            and record.losses
+            and len(record.losses) == len(reference.losses)
+        ):
+            by_count.setdefault(len(record.losses), []).append(place)
+    for places in by_count.values():
+        scores, others = (np.array([one[place].losses for place in places], dtype=np.float64)
+                          for one in (records, references))  # fmt: skip
+        for place, one in zip(places, paired_differences(scores, others), strict=True):
+            found[place] = one
+    return found
 
 
 def _columns(name: str, found: Difference | None) -> dict:

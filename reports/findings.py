@@ -19,6 +19,8 @@ def listed(words) -> str:
 def settings_listed(settings) -> str:
     """ "10 %, 20 % and 30 % removed": what all end with is said once."""
     settings = list(settings)
+    if len(settings) > 6:
+        return f"{len(settings)} settings"
     if all(setting.endswith(" removed") for setting in settings):
         return listed(setting.removesuffix(" removed") for setting in settings) + " removed"
     return listed(settings)
@@ -40,44 +42,44 @@ def perplexity_of(row) -> str:
 
 def alternatives(found: Answer) -> list[str]:
     """Which value of the subject loses least, where, beyond chance or not; then figures of the hardest setting."""
-    groups = [group for _, group in found.frame.groupby("group", sort=False)]
-    return [_winner(group) for group in groups] + [_figures(group) for group in groups]
+    groups = [_races(group) for _, group in found.frame.groupby("group", sort=False)]
+    return [_winner(races) for races in groups] + [_figures(races) for races in groups]
 
 
 def _races(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """The rows of each setting, best first."""
-    return [(setting, rows.sort_values("perplexity")) for setting, rows in frame.groupby("setting", sort=False)]
+    races = dict(list(frame.sort_values("perplexity", kind="stable").groupby("setting", sort=False)))
+    return [(setting, races[setting]) for setting in dict.fromkeys(frame["setting"])]
 
 
-def _of(frame: pd.DataFrame) -> str:
-    group = frame["group"].iloc[0]
+def _of(races: list[tuple[str, pd.DataFrame]]) -> str:
+    group = races[0][1]["group"].iloc[0]
     return f"{group}: " if group else ""
 
 
-def _winner(frame: pd.DataFrame) -> str:
-    races = _races(frame)
+def _winner(races: list[tuple[str, pd.DataFrame]]) -> str:
     wins: dict[str, list[str]] = {}
     for setting, rows in races:
         wins.setdefault(rows.iloc[0]["label"], []).append(setting)
     sure = sum(not is_noise(rows.iloc[1]) for _, rows in races)
     if len(races) == 1:
         verdict = "beyond chance" if sure else "but within noise of the next"
-        return f"{_of(frame)}“{next(iter(wins))}” loses least, {verdict}."
+        return f"{_of(races)}“{next(iter(wins))}” loses least, {verdict}."
     lead = f"the lead over the next is beyond chance in {sure or 'none'} of {len(races)} comparisons"
     if len(wins) == 1:
-        return f"{_of(frame)}“{next(iter(wins))}” loses least everywhere; {lead}."
+        return f"{_of(races)}“{next(iter(wins))}” loses least everywhere; {lead}."
     parts = "; ".join(f"“{label}” at {settings_listed(settings)}" for label, settings in wins.items())
-    return f"{_of(frame)}{'Which loses least depends' if sure else 'No clear winner'}: {parts}; {lead}."
+    return f"{_of(races)}{'Which loses least depends' if sure else 'No clear winner'}: {parts}; {lead}."
 
 
-def _figures(frame: pd.DataFrame) -> str:
+def _figures(races: list[tuple[str, pd.DataFrame]]) -> str:
     """Best, next and last at the setting that compares most, the largest fraction removed among such."""
-    setting, rows = max(_races(frame), key=lambda race: (len(race[1]), race[1]["ratio"].iloc[0]))
+    setting, rows = max(races, key=lambda race: (len(race[1]), race[1]["ratio"].iloc[0]))
     best, second, last = rows.iloc[0], rows.iloc[1], rows.iloc[-1]
     worst = f", “{last['label']}” is last at {by_interval(last)}" if len(rows) > 2 else ""
     at = f"With {setting}, " if setting else ""
     return (
-        f"{_of(frame)}{at}“{best['label']}” has {perplexity_of(best)}; “{second['label']}” follows at "
+        f"{_of(races)}{at}“{best['label']}” has {perplexity_of(best)}; “{second['label']}” follows at "
         f"{by_interval(second)}{worst}."
     )
 

@@ -156,9 +156,11 @@ def draw_line(axes: Axes, points: pd.DataFrame, x: str, name: str, style: tuple,
     """Perplexity of the points with bars of one standard error, joined in the order of the frame."""
     colour, marker, dashes = style
     errors = points.get("perplexity_standard_error")
+    every = 1 + len(points) // 30  # of thousands of points not every one is marked
     axes.errorbar((points[x] * scale).astype(float), points["perplexity"].astype(float),
                   yerr=None if errors is None else errors.astype(float).fillna(0), label=name, color=colour,
-                  marker=marker, markersize=5, linestyle=dashes, linewidth=1.5, capsize=3)  # fmt: skip
+                  marker=marker, markersize=5, linestyle=dashes, linewidth=1.5, capsize=3, markevery=every,
+                  errorevery=every)  # fmt: skip
 
 
 def plot_lines(found: Answer) -> Figure:
@@ -247,6 +249,7 @@ def plot_heat_map(found: Answer) -> Figure:
         axes.spines[:].set_visible(False)
     bar = figure.colorbar(mesh, ax=figure.axes, label=f"perplexity ({words})")
     bar.outline.set_visible(False)
+    bar.solids.set(rasterized=False, edgecolor="face")
     plain_log_axis(bar.ax.yaxis, norm.vmin, norm.vmax)
     return figure
 

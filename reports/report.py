@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from bench.records import Record
-from bench.significance import differences
+from bench.significance import differences as task_differences
 
 from . import findings
-from .answers import Question, answer, difference, file_of, lead_of, table_of, title_of, with_interval
+from .answers import Question, answer, differences, file_of, lead_of, table_of, title_of, with_interval
 from .files import write_whole
 from .page import Section, page
 from .plots import draw, plot_perplexity, plot_tasks, write_figure
@@ -35,16 +35,17 @@ def records_frame(records: Sequence[Record]) -> pd.DataFrame:
     """
     newest = newest_by_case(records)
     dense = {comparable(r): r for r in newest if is_reference(r)}
+    references = [dense.get(comparable(record)) for record in newest]
+    changes = differences(newest, references)
     rows = []
-    for record in newest:
-        reference = dense.get(comparable(record))
+    for record, reference, change in zip(newest, references, changes, strict=True):
         rows.append({
             **vars(record.case),
             "method": record.method,
             **record.metrics,
             "perplexity_standard_error": record.standard_errors.get("perplexity"),
             "times_dense": record.metrics["perplexity"] / reference.metrics["perplexity"] if reference else None,
-            "loss_over_dense": with_interval(change) if (change := difference(record, reference)) else None,
+            "loss_over_dense": with_interval(change) if change else None,
             "weight_mib": record.metrics["weight_bytes"] / 2**20,
         })  # fmt: skip
     frame = pd.DataFrame(rows)
@@ -67,7 +68,7 @@ def tasks_frame(records: Sequence[Record]) -> pd.DataFrame:
     dense = next((record for record in reversed(same.values()) if record.method == "dense"), None)
     rows = []
     for record in same.values():
-        changes = differences(record, dense) if dense and record is not dense else {}
+        changes = task_differences(record, dense) if dense and record is not dense else {}
         for task, result in record.tasks.items():
             for metric, value in result["metrics"].items():
                 change = changes.get(f"{task} {metric}") if metric != "perplexity" else None
@@ -92,23 +93,22 @@ def tasks_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 def pairs_frame(records: Sequence[Record]) -> pd.DataFrame:
     """Every two methods at the same ratios: by how many nats the loss of the first is higher, and is it chance?"""
-    rows = []
     by_ratio: dict[tuple, list[Record]] = {}
     for record in newest_by_case(records):
-        by_ratio.setdefault((record.case.ratio, record.case.kv_ratio), []).append(record)
-    for (ratio, kv_ratio), group in sorted(by_ratio.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
-        group.sort(key=lambda record: record.metrics["perplexity"])
-        for better, worse in combinations(group, 2):
-            change = difference(worse, better)
-            if change is None:
-                continue
-            rows.append({
-                "ratio": ratio, "kv_ratio": kv_ratio, "method": worse.method, "than": better.method,
-                "loss_higher_by": with_interval(change),
-                "perplexity_times": worse.metrics["perplexity"] / better.metrics["perplexity"],
-                "verdict": "within noise" if change.is_noise else f"{better.method} is better",
-            })  # fmt: skip
-    return pd.DataFrame(rows)
+        by_ratio.setdefault((record.case.ratio, record.case.kv_ratio or 0), []).append(record)
+    pairs = []
+    for _, group in sorted(by_ratio.items()):
+        pairs += combinations(sorted(group, key=lambda record: record.metrics["perplexity"]), 2)
+    changes = differences([worse for _, worse in pairs], [better for better, _ in pairs])
+    return pd.DataFrame([
+        {
+            "ratio": worse.case.ratio, "kv_ratio": worse.case.kv_ratio, "method": worse.method, "than": better.method,
+            "loss_higher_by": with_interval(change),
+            "perplexity_times": worse.metrics["perplexity"] / better.metrics["perplexity"],
+            "verdict": "within noise" if change.is_noise else f"{better.method} is better",
+        }
+        for (better, worse), change in zip(pairs, changes, strict=True) if change
+    ])  # fmt: skip
 
 
 def _dense_first(column: pd.Series) -> pd.Series:

@@ -106,8 +106,10 @@ def test_report_compares_only_what_is_comparable(tmp_path):
     assert "900.00" in table
     assert " 1.50 " in table  # activation over dense
     assert " 2.00 " not in table
-    kinds = {"perplexity": ("md", "csv", "png", "svg"), "differences": ("md", "csv")}
-    assert [file.name for file in files] == [f"{stem}.{kind}" for stem, suffixes in kinds.items() for kind in suffixes]
+    kinds = {"perplexity": ("md", "csv", "tex", "png", "svg"), "differences": ("md", "csv", "tex")}
+    names = [f"{stem}.{kind}" for stem, suffixes in kinds.items() for kind in suffixes]
+    assert [file.name for file in files][: len(names)] == names
+    assert files[-1].name == "report.html"
     assert all(file.stat().st_size > 0 for file in files)
     rows = (tmp_path / "perplexity.csv").read_text().splitlines()
     assert len(rows) == 4
