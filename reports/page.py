@@ -11,11 +11,12 @@ import pandas as pd
 
 from bench.records import Case, Record
 
-from .plots import INK
+from .plots import INK, STYLES
 from .sets import SHARED, RecordSet
 from .tables import html_table
 
 MOST_ROWS = 60  # a longer table is in its CSV file
+FEW_WINDOWS = 20  # percentile intervals of fewer hold the truth less often than they say
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
@@ -79,6 +80,7 @@ def summary(chosen: RecordSet, answered: Sequence[Section]) -> str:
         "bootstrap over these windows. “Beyond chance” means that the interval of that one comparison leaves out zero: "
         "of twenty comparisons of equals about one will. The intervals do not cover another choice of calibration "
         "text, seed or evaluation text."
+        + (" So few windows give intervals that are too narrow." if case.evaluation_windows < FEW_WINDOWS else "")
     )
     left_out = "; ".join(f"{count:,} of {reason}" for reason, count in chosen.left_out.items())
     note = f"<p>Left out, since they cannot be compared with these: {html.escape(left_out)}.</p>" if left_out else ""
@@ -117,7 +119,7 @@ def picture_html(section: Section) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.DOTALL)
-    svg = svg.replace(INK, "currentColor")
+    svg = svg.replace(INK, "currentColor").replace(STYLES[0][0].lower(), "var(--blue)")  # brighter on a dark page
     # pictures share a page: their names must not
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{section.name}-", svg)
     label = f'<svg role="img" aria-label="{html.escape(section.title)}" '
@@ -172,7 +174,7 @@ def environment(chosen: RecordSet) -> str:
     everything = html.escape(command_of("ablations", chosen))
     return (
         '<section id="environment"><h2>Where this was measured</h2>'
-        f'<div class="scroll" tabindex="0"><table class="facts"><tbody>{rows}</tbody></table></div>'
+        f'<table class="facts"><tbody>{rows}</tbody></table>'
         f"<h3>Measure everything again</h3><pre><code>{everything}</code></pre></section>"
     )
 
@@ -180,11 +182,21 @@ def environment(chosen: RecordSet) -> str:
 def command_of(file: str, chosen: RecordSet) -> str:
     """The command that measures the cells of an ablation file as these records were measured."""
     case = chosen.newest.case
-    options = {"--model": case.model, "--evaluation": case.evaluation_text, "--windows": case.evaluation_windows,
-               "--seq-len": case.evaluation_seq_len, "--windowing": case.evaluation_windowing}  # fmt: skip
+    options = {
+        "--model": case.model,
+        "--evaluation": text_named(case.evaluation_text),
+        "--windows": case.evaluation_windows,
+        "--seq-len": case.evaluation_seq_len,
+        "--windowing": case.evaluation_windowing,
+    }
     if chosen.calibration:
         text, _, samples, _, seed = chosen.calibration
-        options |= {"--calibration": text, "--samples": samples, "--seed": seed}
+        options |= {"--calibration": text_named(text), "--samples": samples, "--seed": seed}
     options |= {"--dtype": case.dtype, "--device": case.device}
     words = ["python", "-m", "pytest", file, *(str(word) for option in options.items() for word in option)]
     return shlex.join([*words, "--bos"] if case.evaluation_bos else words)
+
+
+def text_named(name: str) -> str:
+    """The name that a text was asked for by: a record's also says which part of it was taken."""
+    return re.sub(":(calibration|evaluation)$", "", name)

@@ -231,7 +231,7 @@ def plot_heat_map(found: Answer) -> Figure:
     if not len(frame):
         return plot_dots(found)
     groups = list(frame.groupby("group", sort=False))
-    figure = Figure(figsize=(max(6.5, 5 * len(groups)), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(8, 5 * len(groups)), 4.8), layout="constrained")
     norm = LogNorm(frame[value].min(), max(frame[value].max(), frame[value].min() * 1.01))
     for axes, (group, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         grid = rows.assign(x=(rows["attention_removed"] * 100).round(1), y=(rows["mlp_removed"] * 100).round(1))

@@ -176,7 +176,7 @@ def _methods(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, li
         )
     shown = [name for name in COLUMNS[1:15] if frame[name].notna().any()]
     section = Section("overview", title, table=frame[shown], picture=directory / "perplexity.svg")
-    return section, files, markdown_table(frame, COLUMNS[1:15])
+    return section, files, markdown_table(frame, shown)
 
 
 def _capability(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, list[Path], str]:
