@@ -220,7 +220,7 @@ def _field_words(name: str, value) -> str:
     if value in (None, "", False):
         return ""
     if name in ("ratio", "kv_ratio"):
-        return f"{percent(value)} of the KV cache" if name == "kv_ratio" else f"{percent(value)} removed"
+        return f"{percent(value)} of the KV cache removed" if name == "kv_ratio" else f"{percent(value)} removed"
     return str(value) if isinstance(value, str) else f"{name.replace('_', ' ')} {value}"
 
 
@@ -278,7 +278,7 @@ def differences(records: Sequence[Record], references: Sequence[Record | None]) 
 
 
 def _columns(name: str, found: Difference | None) -> dict:
-    mean, low, high = (found.mean, found.low, found.high) if found else (None, None, None)
+    mean, low, high = (found.mean, found.low, found.high) if found else (np.nan, np.nan, np.nan)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
@@ -303,9 +303,11 @@ def widths_total(record: Record) -> tuple[int, int] | None:
 
 
 def setting_words(question: Question, record: Record) -> str:
-    """Where along the question a record stands: "30 % removed with 50 % of the KV cache"."""
-    words = [_field_words(name, getattr(record.case, name)) for name in question.along]
-    return " with ".join(filter(None, words))
+    """Where along the question a record stands: "30 % removed", "30 % (KV cache 50 %) removed"."""
+    if "ratio" not in question.along:
+        return ""
+    cache = record.case.kv_ratio if "kv_ratio" in question.along else None
+    return f"{percent(record.case.ratio)}{f' (KV cache {percent(cache)})' if cache else ''} removed"
 
 
 def table_of(found: Answer) -> pd.DataFrame:

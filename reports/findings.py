@@ -28,11 +28,14 @@ def settings_listed(settings) -> str:
 
 def by_interval(row, name: str = "behind") -> str:
     """The nats of a row with the interval at 95 %."""
+    if pd.isna(row[name]):
+        return "a loss that cannot be paired"
     return with_interval(Difference(row[name], row[f"{name}_low"], row[f"{name}_high"], 0.0)) + " nats"
 
 
 def is_noise(row, name: str = "behind") -> bool:
-    return row[f"{name}_low"] <= 0 <= row[f"{name}_high"]
+    """Whether the row's interval holds zero, or there is none: what cannot be told is not beyond chance."""
+    return not (row[f"{name}_low"] > 0 or row[f"{name}_high"] < 0)
 
 
 def perplexity_of(row) -> str:

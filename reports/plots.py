@@ -167,7 +167,7 @@ def plot_lines(found: Answer) -> Figure:
     """Perplexity against the fraction removed, one line for each value; dots where each has one fraction only."""
     frame = found.frame.assign(line=line_names(found.frame))
     if frame["kv_ratio"].notna().any():
-        budgets = frame["kv_ratio"].map(lambda ratio: "" if pd.isna(ratio) else f", {percent(ratio)} of the KV cache")
+        budgets = frame["kv_ratio"].map(lambda ratio: "" if pd.isna(ratio) else f", KV cache {percent(ratio)}")
         frame["line"] += budgets
     if frame.groupby("line")["ratio"].nunique().max() < 2 or frame["line"].nunique() > 24:
         return plot_dots(found)
