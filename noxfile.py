@@ -68,7 +68,7 @@ def engines(session: nox.Session) -> None:
 def report(session: nox.Session) -> None:
     """Tables, pictures and one page of the records in `results`, or of those named; nothing is measured."""
     install(session)
-    session.run("python", "-m", "reports", *(session.posargs or ["results/records.jsonl"]))
+    session.run("python", "-m", "reports", *(session.posargs or ["results"]))
 
 
 @nox.session

@@ -1,4 +1,7 @@
-"""`python -m reports RECORDS... [--out DIR]`: tables, pictures and one page from record files."""
+"""`python -m reports RECORDS... [--out DIR]`: tables, pictures and one page from record files.
+
+A directory stands for its `records*.jsonl`: one run's, or those of its shards.
+"""
 
 import argparse
 import sys
@@ -13,11 +16,12 @@ MOST_COMPLAINTS = 10
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="reports", description=__doc__)
-    parser.add_argument("records", type=Path, nargs="+", help="files of records, one JSON object a line")
-    parser.add_argument("--out", type=Path, help="directory to write (that of the first file)")
+    parser.add_argument("records", type=Path, nargs="+", help="files of records, or directories of them")
+    parser.add_argument("--out", type=Path, help="directory to write (that of the first records)")
     options = parser.parse_args(arguments)
     try:
-        return report(options.records, options.out or options.records[0].parent)
+        first = options.records[0]
+        return report(options.records, options.out or (first if first.is_dir() else first.parent))
     except OSError as error:
         print(f"reports: error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
         return 1
@@ -25,21 +29,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(paths: list[Path], directory: Path) -> int:
     """Read, write, print; 2 where there is nothing to report. Raises OSError where a file cannot be read or written."""
+    files = [file for path in paths for file in (sorted(path.glob("records*.jsonl")) if path.is_dir() else [path])]
+    missing = [path for path in files if not path.is_file()] or (paths if not files else [])
+    if missing:
+        print(f"reports: error: no record file {str(missing[0])!r}", file=sys.stderr)
+        return 2
     records, complaints = [], []
-    for path in paths:
-        if not path.is_file():
-            print(f"reports: error: no record file {str(path)!r}", file=sys.stderr)
-            return 2
-        read, complained = read_records(path)
+    for file in files:
+        read, complained = read_records(file)
         records += read
         complaints += complained
     print_complaints(complaints)
-    printed, files = write_report(records, directory)
-    if not files:
+    printed, made = write_report(records, directory)
+    if not made:
         print(f"reports: error: {printed} in {', '.join(map(str, paths))}", file=sys.stderr)
         return 2
     print(printed)
-    print(written(files))
+    print(written(made))
     return 0
 
 

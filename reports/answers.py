@@ -87,7 +87,7 @@ class Question:
         values = [getattr(record.case, name) for name in fields]
         if "criterion" in self.subject and len(self.subject) > 1:  # presets are chosen by name
             values = [record.method, *(getattr(record.case, name) for name in self.along)]
-        return " and ".join(str(value) for value in values if value not in (None, "", False))
+        return " and ".join(text_named(str(value)) for value in values if value not in (None, "", False))
 
 
 def file_of(name: str) -> str:
@@ -310,20 +310,28 @@ def setting_words(question: Question, record: Record) -> str:
     return f"{percent(record.case.ratio)}{f' (KV cache {percent(cache)})' if cache else ''} removed"
 
 
+def text_named(name: str) -> str:
+    """The name that a text was asked for by: a record's also says which part of it was taken."""
+    return re.sub(":(calibration|evaluation)$", "", name)
+
+
 def table_of(found: Answer) -> pd.DataFrame:
     """What readers of the table want: only columns that say something, in words where there are words."""
     frame, question = found.frame, found.question
-    varies = [name for name in (*question.along, "fraction_removed", "kv_fraction_removed")
-              if name in frame and frame[name].nunique(dropna=False) > 1]  # fmt: skip
     table = pd.DataFrame({question.name: frame["label"]})
     if frame["group"].any():
         table.insert(0, "of", frame["group"])
-    for name in (*varies, "perplexity", "perplexity_standard_error", "times_dense"):
-        if name in frame:
-            table[name] = frame[name]
+
+    def add(names: Sequence[str], values: int = 1) -> None:
+        """The columns of the frame that take at least so many values."""
+        for name in names:
+            if name in frame and frame[name].nunique(dropna=False) >= values:
+                table[name] = frame[name]
+
+    add(question.along, 2)
+    add(("perplexity", "perplexity_standard_error", "times_dense"))
     table["loss_over_dense"] = interval_column(frame, "rise")
     table["loss_over_best"] = interval_column(frame, "behind")
-    for name in question.columns:
-        if name in frame:
-            table[name] = frame[name]
+    add(("fraction_removed", "kv_fraction_removed"), 2)
+    add(question.columns)
     return table.dropna(axis="columns", how="all")

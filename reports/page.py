@@ -11,6 +11,7 @@ import pandas as pd
 
 from bench.records import Case, Record
 
+from .answers import text_named
 from .plots import INK, STYLES
 from .sets import SHARED, RecordSet
 from .tables import html_table
@@ -195,8 +196,3 @@ def command_of(file: str, chosen: RecordSet) -> str:
     options |= {"--dtype": case.dtype, "--device": case.device}
     words = ["python", "-m", "pytest", file, *(str(word) for option in options.items() for word in option)]
     return shlex.join([*words, "--bos"] if case.evaluation_bos else words)
-
-
-def text_named(name: str) -> str:
-    """The name that a text was asked for by: a record's also says which part of it was taken."""
-    return re.sub(":(calibration|evaluation)$", "", name)

@@ -122,21 +122,17 @@ def line_names(frame: pd.DataFrame) -> pd.Series:
     return frame["group"].where(frame["group"] == "", frame["group"] + ": ") + frame["label"]
 
 
-def legend(figure: Figure, axes: Axes, title: str | None = None) -> None:
-    """A legend outside of the data: on the right where it is short, in columns above where it is not."""
+def legend(figure: Figure, axes: Axes) -> None:
+    """A legend below the data, in as many columns as its longest label leaves room for."""
     handles, labels = axes.get_legend_handles_labels()
-    if not labels:
-        return
-    longest = max(map(len, labels))
-    if longest <= 24:
-        figure.legend(handles, labels, title=title, loc="outside right upper")
-    else:
-        figure.legend(handles, labels, loc="outside upper center", ncols=max(1, 90 // (longest + 8)))
+    if labels:
+        columns = 84 // (max(map(len, labels)) + 8)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(max(columns, 1), 4))
 
 
 def plot_perplexity(frame: pd.DataFrame, title: str = "") -> Figure:
     """Perplexity (logarithmic) against the fraction removed, one line for each method, error bars of one error."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     dense = frame[frame["method"] == "dense"]
     pruned = frame[frame["method"] != "dense"]
@@ -148,7 +144,7 @@ def plot_perplexity(frame: pd.DataFrame, title: str = "") -> Figure:
     fraction_axis(axes, frame)
     axes.grid(which="both")
     axes.set_title(title)
-    legend(figure, axes, "method")
+    legend(figure, axes)
     return figure
 
 
@@ -171,7 +167,7 @@ def plot_lines(found: Answer) -> Figure:
         frame["line"] += budgets
     if frame.groupby("line")["ratio"].nunique().max() < 2 or frame["line"].nunique() > 24:
         return plot_dots(found)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     styles = styles_of(frame["line"], frame["method"])
     for line, points in frame.groupby("line", sort=False):
@@ -202,7 +198,7 @@ def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int
     several = frame[["group", "setting"]].drop_duplicates().shape[0] > 1
     rows = frame[["label"]] if not several else frame[["group", "setting", "label"]]
     names = [", ".join(filter(None, row)) for row in rows.itertuples(index=False)]
-    figure = Figure(figsize=(8, 1.3 + 0.3 * len(frame)), layout="constrained")
+    figure = Figure(figsize=(7, 1.3 + 0.3 * len(frame)), layout="constrained")
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     styles = styles_of(frame["label"], frame["method"])
     for axes, metric in zip(panels, metrics, strict=True):
@@ -231,7 +227,7 @@ def plot_heat_map(found: Answer) -> Figure:
     if not len(frame):
         return plot_dots(found)
     groups = list(frame.groupby("group", sort=False))
-    figure = Figure(figsize=(max(8, 5 * len(groups)), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(7, 5 * len(groups)), 4.4), layout="constrained")
     norm = LogNorm(frame[value].min(), max(frame[value].max(), frame[value].min() * 1.01))
     for axes, (group, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         grid = rows.assign(x=(rows["attention_removed"] * 100).round(1), y=(rows["mlp_removed"] * 100).round(1))
@@ -259,7 +255,7 @@ def plot_layers(found: Answer) -> Figure:
     frame = found.frame.dropna(subset=["rise"])
     if not len(frame):
         return plot_dots(found)
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, ((group, setting), rows) in enumerate(frame.groupby(["group", "setting"], sort=False)):
         rows = rows.sort_values("only_layer")
@@ -272,13 +268,13 @@ def plot_layers(found: Answer) -> Figure:
     axes.set(xlabel="the one layer that is narrowed", ylabel="rise in loss (nats; bars: 95 % interval)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid()
-    figure.legend(loc="outside upper center", ncols=3)
+    legend(figure, axes)
     return figure
 
 
 def plot_budget(found: Answer) -> Figure:
     """Perplexity against the calibration tokens, one line for each length of windows."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     frame = found.frame
     keys = ["group", "setting", "calibration_seq_len"]
@@ -321,7 +317,7 @@ def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: di
 def plot_trade_off(found: Answer) -> Figure:
     """Perplexity against what is removed of the parameters, and of the KV cache, with the front of each."""
     frame = found.frame.assign(line=line_names(found.frame))
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     styles = styles_of(frame["line"], ())
     for axes, x, words in zip(
@@ -330,8 +326,7 @@ def plot_trade_off(found: Answer) -> Figure:
         draw_front(axes, frame.dropna(subset=[x]), x, 100, styles)
         axes.set_xlabel(f"{words} removed (%)")
     panels[1].set_ylabel("")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4))
+    legend(figure, panels[0])
     return figure
 
 
@@ -343,7 +338,7 @@ def plot_speed(found: Answer) -> Figure:
         row = {"line": "dense", "label": "dense", "method": "dense", "ratio": 0.0, **dense.metrics}
         row |= {f"{name}_standard_error": error for name, error in dense.standard_errors.items()}
         frame = pd.concat([pd.DataFrame([row]), frame], ignore_index=True)
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     draw_front(axes, frame, "decode_tokens_per_s", 1, styles_of(frame["line"], frame["method"]))
     axes.set_xlabel(f"decoded tokens per second ({BARS})")
@@ -353,7 +348,7 @@ def plot_speed(found: Answer) -> Figure:
 
 def plot_training(found: Answer) -> Figure:
     """Held-out perplexity against the tokens trained on, a curve for each way; each begins at the untrained model."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     names, number, highest, lowest = line_names(found.frame), 0, 0.0, np.inf
     for place, record in enumerate(found.records):
@@ -387,7 +382,7 @@ def plot_tasks(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy of every task, one marker for each method with a bar of one standard error; guessing as a grey tick."""
     frame = frame[frame["metric"] == "acc"]
     tasks = list(dict.fromkeys(frame["task"]))
-    figure = Figure(figsize=(8, 1.4 + 0.42 * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.4 + 0.42 * len(tasks)), layout="constrained")
     axes = figure.subplots()
     methods = list(dict.fromkeys(zip(frame["method"], frame["ratio"], strict=True)))
     markers = cycle("osD^vP")
@@ -413,5 +408,5 @@ def plot_tasks(frame: pd.DataFrame, title: str = "") -> Figure:
     axes.set(xlabel=f"accuracy ({BARS})", xlim=(-0.02, 1.02))
     axes.set_title(title)
     axes.grid()
-    figure.legend(loc="outside upper center", ncols=3)
+    legend(figure, axes)
     return figure

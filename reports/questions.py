@@ -5,7 +5,7 @@ from functools import partial
 from bench.records import Record
 
 from . import findings, plots
-from .answers import Question
+from .answers import Question, text_named
 
 RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots")
 PAPER = {"granularity": ("dims",), "allocation": ("uniform",), "compensation": ("none",), "rope": ("pairs",),
@@ -71,7 +71,7 @@ QUESTIONS = (
              label=calibration_label, belongs=lambda record: record.case.calibration_sha256 is not None,
              columns=("calibration_tokens",)),
     Question("domain", ("calibration_text", "calibration_sha256"), plots.plot_lines, findings.alternatives,
-             label=lambda record: record.case.calibration_text,
+             label=lambda record: text_named(record.case.calibration_text),
              belongs=lambda record: record.case.calibration_sha256 is not None),
     Question("rope", ("rope",), plots.plot_lines, findings.alternatives),
     Question("compensation", ("compensation", "ridge"), plots.plot_lines, findings.alternatives, label=ridge_label),

@@ -74,18 +74,18 @@ def latex_table(title: str, note: str, frame: pd.DataFrame, columns: Sequence[st
 
 def html_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
     """The columns as an HTML table in a box of its own, which scrolls where the table is wider than the page."""
-    kinds = ['<td class="word">' if text else "<td>" for text in text_columns(frame, columns)]
-    head = "".join(
-        f'<th class="{"word" if "word" in kind else "figure"}">{html.escape(name.replace("_", " "))}</th>'
-        for name, kind in zip(columns, kinds, strict=True)
-    )
-    body = "\n".join(
-        "<tr>" + "".join(f"{kind}{html.escape(value)}</td>" for kind, value in zip(kinds, row, strict=True)) + "</tr>"
-        for row in cells_of(frame, columns)
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-    )
+    kinds = ["command" if name == "-k" else "word" if text else "figure"
+             for name, text in zip(columns, text_columns(frame, columns), strict=True)]  # fmt: skip
+
+    def row_of(values: Sequence[str], tag: str) -> str:
+        cells = (
+            f'<{tag} class="{kind}">{html.escape(value)}</{tag}>' for kind, value in zip(kinds, values, strict=True)
+        )
+        return f"<tr>{''.join(cells)}</tr>"
+
+    head = row_of([name.replace("_", " ") for name in columns], "th")
+    body = "\n".join(row_of(row, "td") for row in cells_of(frame, columns))
+    return f'<div class="scroll" tabindex="0"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def write_table(stem: Path, title: str, note: str, frame: pd.DataFrame, columns: Sequence[str]) -> list[Path]:

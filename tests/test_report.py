@@ -219,6 +219,15 @@ def test_shards_are_read_together(tmp_path, records, capsys):
     assert (tmp_path / "out" / "criterion.md").read_text() == (tmp_path / "out2" / "criterion.md").read_text()
 
 
+def test_a_directory_stands_for_its_records(tmp_path, records, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "no record file" in capsys.readouterr().err
+    for shard in range(2):
+        write_records(tmp_path / f"records-{shard + 1}of2.jsonl", records[shard:10:2])
+    assert main([str(tmp_path)]) == 0
+    assert len((tmp_path / "cells.csv").read_text().splitlines()) == 1 + 9  # the dense model's two are one cell
+
+
 def test_bad_lines_are_complained_of_briefly(tmp_path, records, capsys):
     path = tmp_path / "records.jsonl"
     line = json.dumps(asdict(records[0]) | {"schema": 1})
