@@ -101,8 +101,9 @@ def section_html(section: Section, chosen: RecordSet) -> str:
     shown = html_table(table.head(MOST_ROWS), list(table))
     command = (
         f"<details><summary>Measure again</summary><pre><code>{html.escape(command_of(section.file, chosen))}</code>"
-        "</pre><p>One row alone: the same with <code>-k</code> and the words in its last column, which select the "
-        "cells whose names hold them. Cells that have a record are not measured again.</p></details>"
+        "</pre><p>One row alone: the same with <code>-k</code> and what stands in its last column, which selects the "
+        "cells whose names hold it. Cells that have a record are not measured again, and those of another profile's "
+        "grid want its <code>--profile</code>.</p></details>"
         if section.file
         else ""
     )

@@ -148,15 +148,22 @@ def plot_perplexity(frame: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
+def perplexity_bars(frame: pd.DataFrame) -> np.ndarray:
+    """What one standard error of the loss takes from the perplexity and adds to it, (2, rows): never below zero."""
+    perplexity = frame["perplexity"].to_numpy(dtype=float)
+    if "perplexity_standard_error" not in frame:
+        return np.zeros((2, len(frame)))
+    relative = np.nan_to_num(frame["perplexity_standard_error"].to_numpy(dtype=float) / perplexity)
+    return np.stack([perplexity * -np.expm1(-relative), perplexity * np.expm1(relative)])
+
+
 def draw_line(axes: Axes, points: pd.DataFrame, x: str, name: str, style: tuple, scale: float = 1) -> None:
     """Perplexity of the points with bars of one standard error, joined in the order of the frame."""
     colour, marker, dashes = style
-    errors = points.get("perplexity_standard_error")
     every = 1 + len(points) // 30  # of thousands of points not every one is marked
     axes.errorbar((points[x] * scale).astype(float), points["perplexity"].astype(float),
-                  yerr=None if errors is None else errors.astype(float).fillna(0), label=name, color=colour,
-                  marker=marker, markersize=5, linestyle=dashes, linewidth=1.5, capsize=3, markevery=every,
-                  errorevery=every)  # fmt: skip
+                  yerr=perplexity_bars(points), label=name, color=colour, marker=marker, markersize=5,
+                  linestyle=dashes, linewidth=1.5, capsize=3, markevery=every, errorevery=every)  # fmt: skip
 
 
 def plot_lines(found: Answer) -> Figure:
@@ -203,9 +210,10 @@ def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int
     styles = styles_of(frame["label"], frame["method"])
     for axes, metric in zip(panels, metrics, strict=True):
         errors = frame.get(f"{metric}_standard_error", pd.Series(0.0, frame.index)).astype(float).fillna(0)
-        for place, (label, value, error) in enumerate(zip(frame["label"], frame[metric], errors, strict=True)):
+        bars = perplexity_bars(frame) if metric == "perplexity" else np.stack([errors, errors])
+        for place, (label, value) in enumerate(zip(frame["label"], frame[metric], strict=True)):
             colour, marker, _ = styles[label]
-            axes.errorbar(value, place, xerr=error or None, color=colour, marker=marker, capsize=3)
+            axes.errorbar(value, place, xerr=bars[:, place : place + 1], color=colour, marker=marker, capsize=3)
         if metric == "perplexity":
             perplexity_axis(axes, _with_dense(found), "x", f";\n{BARS}" if len(metrics) > 1 else f"; {BARS}")
             draw_dense(axes, _dense_perplexity(found), "x")
@@ -300,13 +308,10 @@ def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: di
               drawstyle="default", label="beaten by no other")  # fmt: skip
     for line, points in frame.groupby("line", sort=False):
         colour, marker, _ = styles[line]
-        errors = {}
-        for side, name in (("x", x), ("y", "perplexity")):
-            if f"{name}_standard_error" in points:
-                factor = scale if side == "x" else 1
-                errors[f"{side}err"] = points[f"{name}_standard_error"].astype(float).fillna(0) * factor
-        axes.errorbar(points[x] * scale, points["perplexity"], **errors, label=line, color=colour, marker=marker,
-                      markersize=6, linestyle="none", capsize=2, elinewidth=1)  # fmt: skip
+        errors = points.get(f"{x}_standard_error")
+        across = None if errors is None else errors.astype(float).fillna(0) * scale
+        axes.errorbar(points[x] * scale, points["perplexity"], xerr=across, yerr=perplexity_bars(points), label=line,
+                      color=colour, marker=marker, markersize=6, linestyle="none", capsize=2, elinewidth=1)  # fmt: skip
     for place, ratio, perplexity in zip(front[x] * scale, front["ratio"], front["perplexity"], strict=True):
         if ratio:
             axes.annotate(percent(ratio), (place, perplexity), xytext=(6, -11), textcoords="offset points", fontsize=8)

@@ -22,6 +22,15 @@ def is_timed(record: Record) -> bool:
     return "decode_tokens_per_s" in record.metrics
 
 
+def is_allocated(record: Record) -> bool:
+    """Whether it is of the recipe whose allocation is compared, or FLAP's, which has an allocation of its own."""
+    case = record.case
+    recipe = (case.criterion, case.granularity, case.compensation)
+    return recipe == (
+        ("fluctuation", "heads", "bias") if case.allocation == "global" else ("predicted-loss", "dims", "dense")
+    )
+
+
 def method(record: Record) -> str:
     return record.method
 
@@ -75,8 +84,9 @@ QUESTIONS = (
              belongs=lambda record: record.case.calibration_sha256 is not None),
     Question("rope", ("rope",), plots.plot_lines, findings.alternatives),
     Question("compensation", ("compensation", "ridge"), plots.plot_lines, findings.alternatives, label=ridge_label),
-    Question("allocation", ("allocation",), plots.plot_trade_off, findings.trade_off, along=("ratio", "kv_ratio"),
-             columns=("parameters", "kv_bytes_per_token")),
+    Question("allocation", ("allocation", "criterion", "granularity", "compensation"), plots.plot_trade_off,
+             findings.trade_off, along=("ratio", "kv_ratio"), belongs=is_allocated,
+             label=lambda record: record.case.allocation, columns=("parameters", "kv_bytes_per_token")),
     Question("alignment", ("head_multiple", "mlp_multiple"),
              partial(plots.plot_dots, metrics=("perplexity", "decode_tokens_per_s")), findings.alternatives,
              label=multiples_label, columns=("decode_tokens_per_s", "decode_tokens_per_s_standard_error")),

@@ -120,7 +120,8 @@ class Maker:
             if compensation in ("dense", "pruned"):
                 yield self.record(replace(best, compensation=compensation, ratio=ratio, ridge=0.01))
         for allocation, ratio, kv_ratio in product(("uniform", "searched", "plain"), (0.1, 0.3, 0.5), (None, 0.5)):
-            yield self.record(replace(best, allocation=allocation, ratio=ratio, kv_ratio=kv_ratio))
+            allocated = replace(best, allocation=allocation, compensation="dense")
+            yield self.record(replace(allocated, ratio=ratio, kv_ratio=kv_ratio))
         for heads, mlp in product((1, 8, 16), (1, 64, 128)):
             yield self.record(replace(BASE, head_multiple=heads, mlp_multiple=mlp, decode_tokens=64))
         yield from self.recoveries()

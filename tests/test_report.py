@@ -122,6 +122,7 @@ def test_the_expected_cells_answer(records):
     assert sizes["criterion"] == 8 * 4
     assert sizes["preset"] == 6 * 3
     assert sizes["redundancy"] == 15
+    assert sizes["allocation"] == 3 * 6 + 3  # FLAP's has no cache budget
     assert sizes["layer"] == 8
     assert sizes["calibration"] == 9
     assert sizes["domain"] == 3
@@ -178,9 +179,9 @@ def test_other_calibration_is_shown_only_where_that_is_the_question(records):
 
 def test_commands_name_the_cell(records, report):
     found = answer(BY_NAME["preset"], newest_set(records))
-    assert "best and 0.3" in [BY_NAME["preset"].selection(record) for record in found.records]
+    assert "best-0.3" in [BY_NAME["preset"].selection(record) for record in found.records]
     found = answer(BY_NAME["criterion"], newest_set(records))
-    assert "activation and 0.3" in [BY_NAME["criterion"].selection(record) for record in found.records]
+    assert "activation-0.3" in [BY_NAME["criterion"].selection(record) for record in found.records]
     text = (report[0] / "report.html").read_text()
     assert "python -m pytest ablations/ablate_criterion.py --model synthetic --evaluation embedded" in text
 
