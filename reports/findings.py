@@ -10,6 +10,11 @@ from bench.significance import Difference
 from .answers import Answer, difference, percent, with_interval
 
 
+def plain(value: float, digits: int) -> str:
+    """The value with so many significant digits, or all those before the point; never as a power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
 def listed(words) -> str:
     """ "a", "a and b", "a, b and c", each once."""
     words = list(dict.fromkeys(words))
@@ -40,7 +45,7 @@ def is_noise(row, name: str = "behind") -> bool:
 
 def perplexity_of(row) -> str:
     times = row["times_dense"]
-    return f"perplexity {row['perplexity']:,.4g}" + ("" if pd.isna(times) else f" ({times:,.3g} times dense)")
+    return f"perplexity {plain(row['perplexity'], 4)}" + ("" if pd.isna(times) else f" ({plain(times, 3)} times dense)")
 
 
 def alternatives(found: Answer) -> list[str]:
@@ -174,14 +179,14 @@ def speed(found: Answer) -> list[str]:
     front = frame[is_on_front(frame, ("perplexity",), ("decode_tokens_per_s",))].sort_values("decode_tokens_per_s")
     fastest = front.iloc[-1]
     dense = found.dense.metrics.get("decode_tokens_per_s") if found.dense else None
-    times = f" ({fastest['decode_tokens_per_s'] / dense:.3g} times the dense model's)" if dense else ""
+    times = f" ({plain(fastest['decode_tokens_per_s'] / dense, 3)} times the dense model's)" if dense else ""
     error = fastest.get("decode_tokens_per_s_standard_error", np.nan)
     error = "" if pd.isna(error) else f" ± {error:.2g}"
     names = listed(f"“{row['label']}” with {row['setting']}" for _, row in front.iterrows())
     return [
         f"{len(front)} of {len(frame)} cells are beaten by no other in quality and speed at once: {names}.",
         f"The fastest of them, “{fastest['label']}” with {fastest['setting']}, decodes "
-        f"{fastest['decode_tokens_per_s']:,.3g}{error} tokens per second{times} at {perplexity_of(fastest)}.",
+        f"{plain(fastest['decode_tokens_per_s'], 3)}{error} tokens per second{times} at {perplexity_of(fastest)}.",
     ]
 
 
@@ -194,8 +199,8 @@ def training(found: Answer) -> list[str]:
                 gain = difference(found.records[place], found.records[before.name])
                 of = ", ".join(filter(None, (group, setting)))
                 sentences.append(
-                    f"{of}: “{row['label']}” brings perplexity from {before['perplexity']:,.4g} to "
-                    f"{row['perplexity']:,.4g} ({with_interval(gain) + ' nats' if gain else 'not paired'})."
+                    f"{of}: “{row['label']}” brings perplexity from {plain(before['perplexity'], 4)} to "
+                    f"{plain(row['perplexity'], 4)} ({with_interval(gain) + ' nats' if gain else 'not paired'})."
                 )
     return sentences[:8]
 

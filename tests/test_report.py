@@ -16,6 +16,7 @@ from bench.records import append_record
 from reports.__main__ import main
 from reports.answers import answer, table_of
 from reports.files import write_whole
+from reports.findings import plain
 from reports.questions import QUESTIONS
 from reports.report import write_report
 from reports.sets import newest_set
@@ -297,3 +298,8 @@ def test_every_ablation_file_has_a_question():
 
     files = {re.fullmatch(r"ablate_(\w+)", path.stem)[1] for path in ABLATIONS.glob("ablate_*.py")}
     assert files <= {*BY_NAME, "capability"}
+
+
+@pytest.mark.parametrize(("value", "text"), [(29_610.4, "29,610"), (38.819, "38.82"), (0.12345, "0.1235")])
+def test_figures_are_plain(value, text):
+    assert plain(value, 4) == text
