@@ -66,9 +66,16 @@ def engines(session: nox.Session) -> None:
 
 @nox.session
 def report(session: nox.Session) -> None:
-    """Tables and pictures of the records in `results`, measuring nothing."""
+    """Tables, pictures and one page of the records in `results`, or of those named; nothing is measured."""
     install(session)
-    session.run("python", "-m", "reports", *(session.posargs or ["results/records.jsonl"]))
+    session.run("python", "-m", "reports", *(session.posargs or ["results"]))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The API page from the docstrings, into build/docs."""
+    install(session)
+    session.run("python", "-m", "pdoc", "--output-directory", "build/docs", "transact", *session.posargs)
 
 
 @nox.session

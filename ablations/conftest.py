@@ -18,7 +18,7 @@ from bench import cluster
 from bench.grid import estimate, in_order, shard_of
 from bench.records import Case, Record, append_record, read_results, sole_writer
 from bench.workbench import Workbench
-from reports.report import write_report
+from reports.report import write_report, written
 from transact.inputs import TEXTS, read_config
 
 from .options import Run, run_of, workbench_arguments
@@ -267,5 +267,5 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
         return
     terminalreporter.section("results")
     terminalreporter.write_line(table)
-    for file in files:
-        terminalreporter.write_line(f"wrote {file}")
+    if files:
+        terminalreporter.write_line(written(files))

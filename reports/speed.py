@@ -10,7 +10,8 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from bench.records import SPEED_SCHEMA, read_lines
 
-from .report import STYLES, markdown_table, write_figure, write_table
+from .plots import STYLES, write_figure
+from .tables import markdown_table, write_table
 
 COLUMNS = ["model", "mode", "prefix", "decode", "batch", "latency_s", "prefill_s", "decode_s", "decode_tokens_per_s",
            "prefill_roofline_fraction", "decode_roofline_fraction", "weight_mib", "kv_bytes_per_token",

@@ -13,7 +13,8 @@ from dataclasses import replace
 import pytest
 
 from bench.records import Case, Record, append_record, read_records, read_results, sole_writer
-from reports.report import markdown_table, records_frame, write_report
+from reports.report import records_frame, write_report
+from reports.tables import markdown_table
 
 CASE = Case(
     model="tiny", model_hash="0" * 16, criterion="activation", granularity="dims", modules="qk+vo+mlp",
@@ -178,8 +179,10 @@ def test_report_compares_only_what_is_comparable(tmp_path):
     assert "900.00" in table
     assert " 1.50 " in table  # activation over dense
     assert " 2.00 " not in table
-    kinds = {"perplexity": ("md", "csv", "png", "svg"), "differences": ("md", "csv")}
-    assert [file.name for file in files] == [f"{stem}.{kind}" for stem, suffixes in kinds.items() for kind in suffixes]
+    kinds = {"perplexity": ("md", "csv", "tex", "png", "svg"), "differences": ("md", "csv", "tex")}
+    names = [f"{stem}.{kind}" for stem, suffixes in kinds.items() for kind in suffixes]
+    assert [file.name for file in files][: len(names)] == names
+    assert files[-1].name == "report.html"
     assert all(file.stat().st_size > 0 for file in files)
     rows = (tmp_path / "perplexity.csv").read_text().splitlines()
     assert len(rows) == 4

@@ -197,5 +197,5 @@ def test_engines_report(tmp_path):
     rows = [{"model": "dense", "engine": "llama.cpp f32", "tokens_per_s": 10.0, "file_mib": 5.0, "same_tokens": 1.0}]
     table, files = write_engines_report(rows, "note", tmp_path)
     assert "| 1.000 " in table.splitlines()[2] or "1.000" in table
-    assert [file.name for file in files] == ["engines.md", "engines.csv"]
+    assert [file.name for file in files] == ["engines.md", "engines.csv", "engines.tex"]
     assert replace(SpeedCase("m", 1, 1, 1, "eager", "float32", "cpu"), batch=2).batch == 2

@@ -1,0 +1,337 @@
+"""A question of an ablation file, the records that answer it, and the frame that tables and pictures are made of."""
+
+import ast
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bench.records import Case, Record
+from bench.significance import Difference, paired_differences
+
+from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference
+
+ABLATIONS = Path(__file__).resolve().parent.parent / "ablations"
+# what every other question leaves alone
+PLAIN = {"mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None, "mlp_multiple": None,
+         "ridge": None, "recovery": "", "quantisation": ""}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """One ablation file, `ablations/ablate_NAME.py`, and how its records are told from others and shown.
+
+    `subject` are the fields of a case that are compared, `along` those that they are compared along. Records answer
+    it that differ in these only, hold the values of `where` (and `PLAIN`'s elsewhere), satisfy `belongs`, and take at
+    least two values of the subject. `label` names a record's value of the subject. `draw` and `find` make a picture
+    and sentences of an answer; `columns` are the metrics its table shows beside perplexity.
+    """
+
+    name: str
+    subject: tuple[str, ...]
+    draw: Callable[["Answer"], object]
+    find: Callable[["Answer"], list[str]]
+    along: tuple[str, ...] = ("ratio",)
+    where: Mapping[str, tuple] = field(default_factory=dict)
+    belongs: Callable[[Record], bool] = lambda record: True
+    label: Callable[[Record], str] | None = None
+    columns: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> str:
+        return file_of(self.name)
+
+    @property
+    def title(self) -> str:
+        return title_of(self.name)
+
+    @property
+    def lead(self) -> str:
+        return lead_of(self.name)
+
+    @cached_property
+    def plain(self) -> dict[str, object]:
+        """The fields that this question leaves alone, with the values that they then have."""
+        return {name: value for name, value in PLAIN.items() if name not in {*self.subject, *self.along, *self.where}}
+
+    def matches(self, record: Record) -> bool:
+        """Whether the record's fields are those that the question is asked at."""
+        fields = vars(record.case)
+        return (
+            not any(fields[name] != value for name, value in self.plain.items())
+            and all(fields[name] in values for name, values in self.where.items())
+            and self.belongs(record)
+        )
+
+    def value(self, record: Record) -> tuple:
+        """The record's values of the subject."""
+        return tuple(getattr(record.case, name) for name in self.subject)
+
+    def setting(self, record: Record) -> tuple:
+        """The record's values of what the subject is compared along."""
+        return tuple(getattr(record.case, name) for name in self.along)
+
+    def label_of(self, record: Record) -> str:
+        if self.label:
+            return self.label(record)
+        return ", ".join(str(value) for value in self.value(record))
+
+    def selection(self, record: Record) -> str:
+        """What pytest's `-k` takes to measure the record's cell, and maybe others whose names hold the same."""
+        fields = [name for name in (*self.subject, *self.along) if not name.endswith("sha256")]
+        values = [getattr(record.case, name) for name in fields]
+        if "criterion" in self.subject and len(self.subject) > 1:  # these are chosen by name
+            values = [self.label_of(record), *self.setting(record)]
+        return "-".join(text_named(str(value)) for value in values if value not in (None, "", False))
+
+
+def file_of(name: str) -> str:
+    """The ablation file of a question."""
+    return f"ablations/ablate_{name}.py"
+
+
+@cache
+def docstring(name: str) -> str:
+    """The docstring of a question's ablation file, read without running it; empty where there is no such file."""
+    path = ABLATIONS / f"ablate_{name}.py"
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") if path.is_file() else ""
+
+
+def title_of(name: str) -> str:
+    """The question itself: what its ablation file's docstring says first; the name where there is no file."""
+    return re.split(r"(?<=[?.])\s", docstring(name), maxsplit=1)[0] or name.replace("_", " ")
+
+
+def lead_of(name: str) -> str:
+    """What the docstring says after the question."""
+    return docstring(name)[len(title_of(name)) :].strip()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The records that answer a question, one row of `frame` each, and the dense model's record if there is one.
+
+    Columns of the frame: `group` (what else differs between records; empty where all are alike), `label` (the value of
+    the subject), `setting` (the values along which it is compared, in words), the fields of the case, metrics and their
+    standard errors; `times_dense`; differences of loss in nats with their intervals at 95 %: `rise`, `rise_low`,
+    `rise_high` over the dense model and `behind`, `behind_low`, `behind_high` over the best of the same group and
+    setting; `attention_removed` and `mlp_removed` as fractions of the dense widths.
+    """
+
+    question: Question
+    frame: pd.DataFrame
+    dense: Record | None
+    records: tuple[Record, ...]
+
+
+def answer(question: Question, chosen: RecordSet) -> Answer | None:
+    """The answer that the records give, or None where fewer than two can be compared."""
+    varying = {*question.subject, *question.along}
+    identity = attrgetter(*(n for n in Case.__dataclass_fields__ if n not in {*varying, *ASIDE, *SHARED, *CALIBRATION}))
+    free = [name for name in CALIBRATION if name in varying]
+    groups: dict[tuple, dict[tuple, Record]] = {}
+    for record in sorted(chosen.records, key=lambda record: record.case.decode_tokens > 0):  # of two, the one timed
+        if is_reference(record) and "quantisation" not in question.subject:
+            continue
+        if question.matches(record) and chosen.is_calibrated_alike(record, but=free):
+            groups.setdefault(identity(record.case), {})[QUALITY(record.case)] = record
+    asked = compared(question, [list(group.values()) for group in groups.values()])
+    if not asked:
+        return None
+    dense = next((r for r in reversed(chosen.records) if is_reference(r) and question.belongs(r)), None)
+    dense = dense or next((r for r in reversed(chosen.records) if is_reference(r)), None)
+    names = group_names(question, asked)
+    rows = [row for name, group in zip(names, asked, strict=True) for row in group_rows(question, name, group, dense)]
+    records = tuple(record for group in asked for record in group)
+    frame = pd.DataFrame(rows).assign(position=range(len(records)))
+    order = ["group", "ratio", "kv_ratio", *question.subject]
+    frame = frame.sort_values(order, key=_sortable, kind="stable", ignore_index=True)
+    records = tuple(records[position] for position in frame.pop("position"))
+    return Answer(question, frame, dense, records)
+
+
+def compared(question: Question, groups: Sequence[Sequence[Record]]) -> list[list[Record]]:
+    """The groups, each without the records that have no other value of the subject at the same setting.
+
+    Where one group has three values or more, those of two are chance meetings of other questions' records, and left
+    out.
+    """
+
+    def values(group: Sequence[Record]) -> int:
+        return len({question.value(record) for record in group})
+
+    asked = []
+    for group in groups:
+        at_setting: dict[tuple, list[Record]] = {}
+        for record in group:
+            at_setting.setdefault(question.setting(record), []).append(record)
+        asked.append([record for rivals in at_setting.values() if values(rivals) > 1 for record in rivals])
+    least = 3 if max(map(values, asked), default=0) >= 3 else 2
+    return [group for group in asked if values(group) >= least]
+
+
+def _sortable(column: pd.Series) -> pd.Series:
+    """Numbers by size, words in their order of appearance, what is missing first."""
+    if pd.api.types.is_numeric_dtype(column):
+        return column.fillna(-1)
+    if column.map(lambda value: value is None or isinstance(value, int | float)).all():
+        return pd.to_numeric(column).fillna(-1)
+    return pd.Series(pd.factorize(column)[0], index=column.index)
+
+
+def group_names(question: Question, groups: Sequence[Sequence[Record]]) -> list[str]:
+    """What tells the groups apart: the preset that one of its records is, or else the fields that differ."""
+    if len(groups) == 1:
+        return [""]
+    aside = {*question.subject, *question.along, *ASIDE, *CALIBRATION}
+    fields = [name for name in Case.__dataclass_fields__ if name not in aside]
+    differing = [name for name in fields if len({getattr(group[0].case, name) for group in groups}) > 1]
+
+    def words(group: Sequence[Record], names: Sequence[str]) -> list[str]:
+        return [word for name in names if (word := _field_words(name, getattr(group[0].case, name)))]
+
+    names = []
+    for group in groups:
+        preset = next((record.method for record in group if record.method != record.case.criterion), None)
+        dense = group[0].case.criterion == "dense"
+        names.append([preset] if preset else ["dense"] if dense else words(group, differing))
+    if len(set(map(tuple, names))) < len(names):  # the same preset at several ratios, or otherwise changed
+        added = [name for name in differing if len({getattr(g[0].case, name) for g in _pruned(groups)}) > 1]
+        names = [name + [word for word in words(group, added) if word not in name] if name != ["dense"] else name
+                 for name, group in zip(names, groups, strict=True)]  # fmt: skip
+    return [", ".join(name) for name in names]
+
+
+def _pruned(groups: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
+    return [group for group in groups if group[0].case.criterion != "dense"]
+
+
+def percent(fraction: float) -> str:
+    """ "12.5 %"."""
+    return f"{fraction * 100:.3g} %"
+
+
+def _field_words(name: str, value) -> str:
+    if value in (None, "", False):
+        return ""
+    if name in ("ratio", "kv_ratio"):
+        return f"{percent(value)} of the KV cache removed" if name == "kv_ratio" else f"{percent(value)} removed"
+    return str(value) if isinstance(value, str) else f"{name.replace('_', ' ')} {value}"
+
+
+def group_rows(question: Question, name: str, group: Sequence[Record], dense: Record | None) -> list[dict]:
+    """The rows of one group; see `Answer`."""
+    best: dict[tuple, Record] = {}
+    for record in group:
+        rival = best.setdefault(question.setting(record), record)
+        if record.metrics["perplexity"] < rival.metrics["perplexity"]:
+            best[question.setting(record)] = record
+    full = widths_total(dense) if dense else None
+    rises = differences(group, [dense] * len(group))
+    lags = differences(group, [best[question.setting(record)] for record in group])
+    rows = []
+    for record, rise, lag in zip(group, rises, lags, strict=True):
+        row = {
+            "group": name, "label": question.label_of(record), "setting": setting_words(question, record),
+            "method": record.method, **vars(record.case), **record.metrics,
+        }  # fmt: skip
+        row |= {f"{metric}_standard_error": error for metric, error in record.standard_errors.items()}
+        row["weight_mib"] = record.metrics["weight_bytes"] / 2**20 if "weight_bytes" in record.metrics else None
+        row["calibration_tokens"] = record.case.calibration_samples * record.case.calibration_seq_len
+        row["times_dense"] = record.metrics["perplexity"] / dense.metrics["perplexity"] if dense else None
+        row |= _columns("rise", rise) | _columns("behind", lag)
+        total = widths_total(record)
+        kept = [mine / whole for mine, whole in zip(total, full, strict=True)] if total and full else (None, None)
+        row["attention_removed"], row["mlp_removed"] = (None if share is None else 1 - share for share in kept)
+        rows.append(row)
+    return rows
+
+
+def difference(record: Record, reference: Record | None) -> Difference | None:
+    """By how many nats the record's loss is higher; None where there is nothing to pair it with."""
+    return differences([record], [reference])[0]
+
+
+def differences(records: Sequence[Record], references: Sequence[Record | None]) -> list[Difference | None]:
+    """`difference` of each record and its reference."""
+    found: list[Difference | None] = [None] * len(records)
+    by_count: dict[int, list[int]] = {}
+    for place, (record, reference) in enumerate(zip(records, references, strict=True)):
+        if (
+            reference is not None
+            and reference is not record
+            and record.losses
+            and len(record.losses) == len(reference.losses)
+        ):
+            by_count.setdefault(len(record.losses), []).append(place)
+    for places in by_count.values():
+        scores, others = (np.array([one[place].losses for place in places], dtype=np.float64)
+                          for one in (records, references))  # fmt: skip
+        for place, one in zip(places, paired_differences(scores, others), strict=True):
+            found[place] = one
+    return found
+
+
+def _columns(name: str, found: Difference | None) -> dict:
+    mean, low, high = (found.mean, found.low, found.high) if found else (np.nan, np.nan, np.nan)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def with_interval(found: Difference) -> str:
+    """The difference with its interval, marked with ≈ where that holds zero: it may be chance."""
+    mark = " ≈" if found.is_noise else ""
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{mark}"
+
+
+def interval_column(frame: pd.DataFrame, name: str) -> list[str | None]:
+    """The columns NAME, NAME_low and NAME_high as the text of `with_interval`."""
+    triples = zip(*(frame[column] for column in (name, f"{name}_low", f"{name}_high")), strict=True)
+    return [None if pd.isna(mean) else with_interval(Difference(mean, low, high, 0.0)) for mean, low, high in triples]
+
+
+def widths_total(record: Record) -> tuple[int, int] | None:
+    """Widths of all layers added up: attention's (elements of the KV cache), and the MLP's."""
+    if not record.widths:
+        return None
+    attention = sum(one["kv_heads"] * (one["qk_head_dim"] + one["v_head_dim"]) for one in record.widths)
+    return attention, sum(one["mlp"] for one in record.widths)
+
+
+def setting_words(question: Question, record: Record) -> str:
+    """Where along the question a record stands: "30 % removed", "30 % (KV cache 50 %) removed"."""
+    if "ratio" not in question.along:
+        return ""
+    cache = record.case.kv_ratio if "kv_ratio" in question.along else None
+    return f"{percent(record.case.ratio)}{f' (KV cache {percent(cache)})' if cache else ''} removed"
+
+
+def text_named(name: str) -> str:
+    """The name that a text was asked for by: a record's also says which part of it was taken."""
+    return re.sub(":(calibration|evaluation)$", "", name)
+
+
+def table_of(found: Answer) -> pd.DataFrame:
+    """What readers of the table want: only columns that say something, in words where there are words."""
+    frame, question = found.frame, found.question
+    table = pd.DataFrame({question.name: frame["label"]})
+    if frame["group"].any():
+        table.insert(0, "of", frame["group"])
+
+    def add(names: Sequence[str], values: int = 1) -> None:
+        """The columns of the frame that take at least so many values."""
+        for name in names:
+            if name in frame and frame[name].nunique(dropna=False) >= values:
+                table[name] = frame[name]
+
+    add(question.along, 2)
+    add(("perplexity", "perplexity_standard_error", "times_dense"))
+    table["loss_over_dense"] = interval_column(frame, "rise")
+    table["loss_over_best"] = interval_column(frame, "behind")
+    add(("fraction_removed", "kv_fraction_removed"), 2)
+    add(question.columns)
+    return table.dropna(axis="columns", how="all")

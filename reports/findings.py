@@ -1,0 +1,220 @@
+"""What was found, in words, and how sure that is: computed from paired bootstrap differences and nothing else."""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+
+from bench.significance import Difference
+
+from .answers import Answer, difference, percent, with_interval
+
+
+def plain(value: float, digits: int) -> str:
+    """The value with so many significant digits, or all those before the point; never as a power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def listed(words) -> str:
+    """ "a", "a and b", "a, b and c", each once."""
+    words = list(dict.fromkeys(words))
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def settings_listed(settings) -> str:
+    """ "10 %, 20 % and 30 % removed": what all end with is said once."""
+    settings = list(settings)
+    if len(settings) > 6:
+        return f"{len(settings)} settings"
+    if all(setting.endswith(" removed") for setting in settings):
+        return listed(setting.removesuffix(" removed") for setting in settings) + " removed"
+    return listed(settings)
+
+
+def by_interval(row, name: str = "behind") -> str:
+    """The nats of a row with the interval at 95 %."""
+    if pd.isna(row[name]):
+        return "a loss that cannot be paired"
+    return with_interval(Difference(row[name], row[f"{name}_low"], row[f"{name}_high"], 0.0)) + " nats"
+
+
+def is_noise(row, name: str = "behind") -> bool:
+    """Whether the row's interval holds zero, or there is none: what cannot be told is not beyond chance."""
+    return not (row[f"{name}_low"] > 0 or row[f"{name}_high"] < 0)
+
+
+def perplexity_of(row) -> str:
+    times = row["times_dense"]
+    return f"perplexity {plain(row['perplexity'], 4)}" + ("" if pd.isna(times) else f" ({plain(times, 3)} times dense)")
+
+
+def alternatives(found: Answer) -> list[str]:
+    """Which value of the subject loses least, where, beyond chance or not; then figures of the hardest setting."""
+    groups = [_races(group) for _, group in found.frame.groupby("group", sort=False)]
+    return [_winner(races) for races in groups] + [_figures(races) for races in groups]
+
+
+def _races(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each setting, best first."""
+    races = dict(list(frame.sort_values("perplexity", kind="stable").groupby("setting", sort=False)))
+    return [(setting, races[setting]) for setting in dict.fromkeys(frame["setting"])]
+
+
+def _of(races: list[tuple[str, pd.DataFrame]]) -> str:
+    group = races[0][1]["group"].iloc[0]
+    return f"{group}: " if group else ""
+
+
+def _winner(races: list[tuple[str, pd.DataFrame]]) -> str:
+    wins: dict[str, list[str]] = {}
+    for setting, rows in races:
+        wins.setdefault(rows.iloc[0]["label"], []).append(setting)
+    sure = sum(not is_noise(rows.iloc[1]) for _, rows in races)
+    if len(races) == 1:
+        verdict = "beyond chance" if sure else "but within noise of the next"
+        return f"{_of(races)}“{next(iter(wins))}” loses least, {verdict}."
+    lead = f"the lead over the next is beyond chance in {sure or 'none'} of {len(races)} comparisons"
+    if len(wins) == 1:
+        return f"{_of(races)}“{next(iter(wins))}” loses least everywhere; {lead}."
+    parts = "; ".join(f"“{label}” at {settings_listed(settings)}" for label, settings in wins.items())
+    return f"{_of(races)}{'Which loses least depends' if sure else 'No clear winner'}: {parts}; {lead}."
+
+
+def _figures(races: list[tuple[str, pd.DataFrame]]) -> str:
+    """Best, next and last at the setting that compares most, the largest fraction removed among such."""
+    setting, rows = max(races, key=lambda race: (len(race[1]), race[1]["ratio"].iloc[0]))
+    best, second, last = rows.iloc[0], rows.iloc[1], rows.iloc[-1]
+    worst = f", “{last['label']}” is last at {by_interval(last)}" if len(rows) > 2 else ""
+    at = f"With {setting}, " if setting else ""
+    return (
+        f"{_of(races)}{at}“{best['label']}” has {perplexity_of(best)}; “{second['label']}” follows at "
+        f"{by_interval(second)}{worst}."
+    )
+
+
+def budget(found: Answer) -> list[str]:
+    """How many calibration tokens are enough: the fewest that are within noise of the best."""
+    sentences = []
+    for (group, setting), rows in found.frame.groupby(["group", "setting"], sort=False):
+        rows = rows.sort_values(["calibration_tokens", "perplexity"])
+        best = rows.loc[rows["perplexity"].idxmin()]
+        enough = next(row for _, row in rows.iterrows() if row["perplexity"] == best["perplexity"] or is_noise(row))
+        least = rows.iloc[0]
+        of = ", ".join(filter(None, (group, setting)))
+        words = f"{of}: " if of else ""
+        words += f"Of {len(rows)} budgets {best['label']} is best, with {perplexity_of(best)}"
+        if enough is not best and enough["label"] != best["label"]:
+            words += f"; {enough['label']} is within noise of it"
+        if least["label"] != best["label"]:
+            words += f"; the smallest, {least['label']}, costs {by_interval(least)}"
+        sentences.append(words + ".")
+    return sentences
+
+
+def redundancy(found: Answer) -> list[str]:
+    """What removing the same share of attention alone and of the MLP alone costs."""
+    sentences = []
+    for group, rows in found.frame.dropna(subset=["attention_removed"]).groupby("group", sort=False):
+        near = 0.02
+        attention = rows[rows["mlp_removed"] < near].sort_values("attention_removed")
+        mlp = rows[rows["attention_removed"] < near].sort_values("mlp_removed")
+        for place, row in attention[attention["attention_removed"] >= near].iterrows():
+            same = mlp[(mlp["mlp_removed"] - row["attention_removed"]).abs() < 0.05]
+            if not len(same):
+                continue
+            other = same.iloc[0]
+            gap = difference(found.records[place], found.records[other.name])
+            if gap is None:
+                continue
+            dearer = "attention" if gap.mean > 0 else "the MLP"
+            sure = "within noise of each other" if gap.is_noise else f"{dearer} is dearer, beyond chance"
+            of = f"{group}: " if group else ""
+            sentences.append(
+                f"{of}Removing {percent(row['attention_removed'])} of attention alone gives {perplexity_of(row)}, "
+                f"{percent(other['mlp_removed'])} of the MLP alone {perplexity_of(other)}: {sure} "
+                f"(attention less MLP {with_interval(gap)} nats; {percent(row['fraction_removed'])} and "
+                f"{percent(other['fraction_removed'])} of the parameters)."
+            )
+    if len(sentences) > 3:
+        sentences = [sentences[0], sentences[len(sentences) // 2], sentences[-1]]
+    return sentences or alternatives(found)
+
+
+def layers(found: Answer) -> list[str]:
+    """Which layer bears narrowing least and most."""
+    sentences = []
+    for (group, setting), rows in found.frame.dropna(subset=["rise"]).groupby(["group", "setting"], sort=False):
+        rows = rows.sort_values("rise")
+        least, most = rows.iloc[0], rows.iloc[-1]
+        quiet = sum(is_noise(row, "rise") for _, row in rows.iterrows())
+        of = ", ".join(filter(None, (group, setting)))
+        sentences.append(
+            f"{of + ': ' if of else ''}Layer {most['only_layer']:.0f} suffers most from being narrowed alone, "
+            f"{by_interval(most, 'rise')}; layer {least['only_layer']:.0f} least, {by_interval(least, 'rise')}. "
+            f"{quiet} of {len(rows)} layers are within noise of the dense model."
+        )
+    return sentences
+
+
+def is_on_front(frame: pd.DataFrame, smaller: tuple[str, ...], larger: tuple[str, ...] = ()) -> np.ndarray:
+    """Which rows no other row beats: at least as good in all columns and better in one; (rows,) of bool."""
+    values = np.column_stack([*(frame[name] for name in smaller), *(-frame[name] for name in larger)]).astype(float)
+    return np.array([not ((values <= row).all(axis=1) & (values < row).any(axis=1)).any() for row in values])
+
+
+def trade_off(found: Answer) -> list[str]:
+    """Which allocations lie on the front of parameters, KV cache and perplexity; then what `alternatives` says."""
+    front = found.frame[is_on_front(found.frame, ("perplexity",), ("fraction_removed", "kv_fraction_removed"))]
+    counts = Counter(front["label"])
+    return [
+        f"{len(front)} of {len(found.frame)} cells are beaten by no other in parameters, KV cache and perplexity at "
+        f"once: {listed(f'{count} of “{label}”' for label, count in counts.most_common())}.",
+        *alternatives(found),
+    ]
+
+
+def speed(found: Answer) -> list[str]:
+    """Which cells no other beats in perplexity and decoding speed at once, and what the fastest costs."""
+    frame = found.frame
+    front = frame[is_on_front(frame, ("perplexity",), ("decode_tokens_per_s",))].sort_values("decode_tokens_per_s")
+    fastest = front.iloc[-1]
+    dense = found.dense.metrics.get("decode_tokens_per_s") if found.dense else None
+    times = f" ({plain(fastest['decode_tokens_per_s'] / dense, 3)} times the dense model's)" if dense else ""
+    error = fastest.get("decode_tokens_per_s_standard_error", np.nan)
+    error = "" if pd.isna(error) else f" ± {error:.2g}"
+    names = listed(f"“{row['label']}” with {row['setting']}" for _, row in front.iterrows())
+    return [
+        f"{len(front)} of {len(frame)} cells are beaten by no other in quality and speed at once: {names}.",
+        f"The fastest of them, “{fastest['label']}” with {fastest['setting']}, decodes "
+        f"{plain(fastest['decode_tokens_per_s'], 3)}{error} tokens per second{times} at {perplexity_of(fastest)}.",
+    ]
+
+
+def training(found: Answer) -> list[str]:
+    """Which way of training gives back most, then what each does for the same model untrained."""
+    sentences = alternatives(found)
+    for (group, setting), rows in found.frame.groupby(["group", "setting"], sort=False):
+        for _, before in rows[rows["recovery"] == ""].iterrows():
+            for place, row in rows[rows["recovery"] != ""].iterrows():
+                gain = difference(found.records[place], found.records[before.name])
+                of = ", ".join(filter(None, (group, setting)))
+                sentences.append(
+                    f"{of}: “{row['label']}” brings perplexity from {plain(before['perplexity'], 4)} to "
+                    f"{plain(row['perplexity'], 4)} ({with_interval(gain) + ' nats' if gain else 'not paired'})."
+                )
+    return sentences[:8]
+
+
+def tasks(frame: pd.DataFrame) -> list[str]:
+    """For each pruned method: on how many tasks it is worse than dense beyond chance, and where it falls furthest."""
+    scored = frame[(frame["metric"] == "acc") & frame["over_dense_mean"].notna()]
+    sentences = []
+    for (method, ratio), rows in scored.groupby(["method", "ratio"], sort=False):
+        worse = (rows["over_dense_high"] < 0).sum()
+        row = rows.loc[rows["over_dense_mean"].idxmin()]
+        sentences.append(
+            f"“{method}” with {percent(ratio)} removed is less accurate than the dense model, beyond chance, on "
+            f"{worse} of {len(rows)} tasks; it falls furthest on {row['task']}: {row['over_dense']}, "
+            f"to {row['value']:.2f}."
+        )
+    return sentences

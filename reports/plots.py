@@ -1,0 +1,417 @@
+"""Pictures in one style: colour-blind-safe, markers and dashes for print, units on every axis, bars of errors."""
+
+import io
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from .answers import Answer, percent
+from .files import write_whole
+from .findings import is_on_front
+
+INK, FAINT = "#1f2328", "#808080"  # the page turns ink into the colour of its text; the grey suits light and dark
+# Okabe and Ito's colour-blind-safe colours; markers and dashes tell the lines apart in print
+STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"),
+          ("#E69F00", "v", "-"), ("#56B4E9", "P", "--"), (INK, "X", "-."), ("#A6761D", "<", ":"),
+          ("#808080", ">", "-"), ("#7A68C8", "h", "--")]  # fmt: skip
+METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "dense", "magnitude", "random")
+LOOK = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+        "axes.facecolor": "none", "figure.facecolor": "#ffffff", "axes.spines.top": False, "axes.spines.right": False,
+        "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "transact", "grid.color": FAINT,
+        "grid.alpha": 0.25, "axes.axisbelow": True}  # fmt: skip
+BARS = "bars: one standard error"
+
+
+def style_of(method: str, others: Sequence[str] = ()) -> tuple[str, str, str]:
+    """Colour, marker and dashes of a method, the same in every picture; `others` are those that METHODS lacks."""
+    known = [*METHODS, *sorted(set(others) - set(METHODS))]
+    return style_number(known.index(method))
+
+
+def style_number(number: int) -> tuple[str, str, str]:
+    """Colour, marker and dashes of the line of that number; beyond ten, colours come again with other markers."""
+    colour, _, dashes = STYLES[number % len(STYLES)]
+    return colour, STYLES[(number + number // len(STYLES)) % len(STYLES)][1], dashes
+
+
+def styles_of(labels: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[str, str, str]]:
+    """The style of each label: a method's own where labels are methods, else in order."""
+    labels = list(dict.fromkeys(labels))
+    if set(labels) <= set(methods):
+        return {label: style_of(label, labels) for label in labels}
+    return {label: style_number(number) for number, label in enumerate(labels)}
+
+
+def draw(picture: Callable[..., Figure], *arguments) -> Figure:
+    """The picture in the common style."""
+    with matplotlib.rc_context(LOOK):
+        return picture(*arguments)
+
+
+def write_figure(stem: Path, figure: Figure) -> list[Path]:
+    """The figure as PNG and SVG; returns the files."""
+    files = []
+    for suffix in (".png", ".svg"):
+        content = io.BytesIO()
+        with matplotlib.rc_context(LOOK):  # the same records give the same file
+            figure.savefig(
+                content, format=suffix[1:], dpi=160, metadata={"Date": None} if suffix == ".svg" else None,
+            )  # fmt: skip
+        figure.set_layout_engine("none")  # laid out once is enough
+        files.append(write_whole(stem.with_suffix(suffix), content.getvalue()))
+    return files
+
+
+def plain_number(value: float, _=None) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
+
+
+def plain_log_axis(axis: Axis, low: float, high: float) -> None:
+    """Ticks in plain numbers: as many as a logarithmic axis from `low` to `high` has room for."""
+    span = np.log10(high / low) if low > 0 else 1
+    subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if span < 0.7 else (1, 2, 5) if span < 2.5 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=50))
+    axis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=50) if span >= 2.5 else NullLocator())
+    axis.set_major_formatter(FuncFormatter(plain_number))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def perplexity_axis(axes: Axes, values: pd.Series, which: str = "y", bars: str = f"; {BARS}") -> None:
+    """Make it a logarithmic axis of perplexity in plain numbers."""
+    getattr(axes, f"set_{which}scale")("log")
+    getattr(axes, f"set_{which}label")(f"perplexity (log scale{bars})")
+    plain_log_axis(getattr(axes, f"{which}axis"), values.min(), values.max())
+
+
+def fraction_axis(axes: Axes, frame: pd.DataFrame) -> None:
+    """Ticks across where something was measured, as long as these are few."""
+    axes.set_xlabel("decoder linear parameters removed (%)")
+    ratios = sorted(set(frame["ratio"]))
+    if len(ratios) <= 8:
+        axes.set_xticks([ratio * 100 for ratio in ratios], [f"{ratio * 100:.3g}" for ratio in ratios])
+
+
+def draw_dense(axes: Axes, perplexity: float | None, which: str = "y") -> None:
+    """A grey line where the dense model is."""
+    if perplexity is None:
+        return
+    line = axes.axhline if which == "y" else axes.axvline
+    line(perplexity, color=FAINT, linewidth=1, zorder=0)
+    place = (
+        ((1, perplexity), axes.get_yaxis_transform()) if which == "y" else ((perplexity, 1), axes.get_xaxis_transform())
+    )
+    axes.annotate("dense", place[0], xycoords=place[1], color=FAINT, ha="right" if which == "y" else "left",
+                  va="bottom", xytext=(-3, 2) if which == "y" else (2, 1), textcoords="offset points")  # fmt: skip
+
+
+def _dense_perplexity(found: Answer) -> float | None:
+    return found.dense.metrics["perplexity"] if found.dense else None
+
+
+def line_names(frame: pd.DataFrame) -> pd.Series:
+    """What a legend calls each row's line: its group and label."""
+    return frame["group"].where(frame["group"] == "", frame["group"] + ": ") + frame["label"]
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """A legend below the data, in as many columns as its longest label leaves room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = 84 // (max(map(len, labels)) + 8)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(max(columns, 1), 4))
+
+
+def plot_perplexity(frame: pd.DataFrame, title: str = "") -> Figure:
+    """Perplexity (logarithmic) against the fraction removed, one line for each method, error bars of one error."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    dense = frame[frame["method"] == "dense"]
+    pruned = frame[frame["method"] != "dense"]
+    for method, group in pruned.groupby("method"):
+        points = pd.concat([dense, group]).sort_values("fraction_removed")
+        draw_line(axes, points, "fraction_removed", method, style_of(method, frame["method"]), scale=100)
+    draw_dense(axes, dense["perplexity"].iloc[0] if len(dense) else None)
+    perplexity_axis(axes, frame["perplexity"])
+    fraction_axis(axes, frame)
+    axes.grid(which="both")
+    axes.set_title(title)
+    legend(figure, axes)
+    return figure
+
+
+def perplexity_bars(frame: pd.DataFrame) -> np.ndarray:
+    """What one standard error of the loss takes from the perplexity and adds to it, (2, rows): never below zero."""
+    perplexity = frame["perplexity"].to_numpy(dtype=float)
+    if "perplexity_standard_error" not in frame:
+        return np.zeros((2, len(frame)))
+    relative = np.nan_to_num(frame["perplexity_standard_error"].to_numpy(dtype=float) / perplexity)
+    return np.stack([perplexity * -np.expm1(-relative), perplexity * np.expm1(relative)])
+
+
+def draw_line(axes: Axes, points: pd.DataFrame, x: str, name: str, style: tuple, scale: float = 1) -> None:
+    """Perplexity of the points with bars of one standard error, joined in the order of the frame."""
+    colour, marker, dashes = style
+    every = 1 + len(points) // 30  # of thousands of points not every one is marked
+    axes.errorbar((points[x] * scale).astype(float), points["perplexity"].astype(float),
+                  yerr=perplexity_bars(points), label=name, color=colour, marker=marker, markersize=5,
+                  linestyle=dashes, linewidth=1.5, capsize=3, markevery=every, errorevery=every)  # fmt: skip
+
+
+def plot_lines(found: Answer) -> Figure:
+    """Perplexity against the fraction removed, one line for each value; dots where each has one fraction only."""
+    frame = found.frame.assign(line=line_names(found.frame))
+    if frame["kv_ratio"].notna().any():
+        budgets = frame["kv_ratio"].map(lambda ratio: "" if pd.isna(ratio) else f", KV cache {percent(ratio)}")
+        frame["line"] += budgets
+    if frame.groupby("line")["ratio"].nunique().max() < 2 or frame["line"].nunique() > 24:
+        return plot_dots(found)
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    styles = styles_of(frame["line"], frame["method"])
+    for line, points in frame.groupby("line", sort=False):
+        draw_line(axes, points.sort_values("fraction_removed"), "fraction_removed", line, styles[line], scale=100)
+    draw_dense(axes, _dense_perplexity(found))
+    perplexity_axis(axes, _with_dense(found))
+    fraction_axis(axes, frame)
+    axes.grid(which="both")
+    legend(figure, axes)
+    return figure
+
+
+def _with_dense(found: Answer) -> pd.Series:
+    dense = _dense_perplexity(found)
+    return pd.concat([found.frame["perplexity"], pd.Series([] if dense is None else [dense], dtype=float)])
+
+
+PANELS = {"perplexity": "perplexity", "decode_tokens_per_s": "decoded tokens per second", "weight_mib": "weights (MiB)"}
+
+
+def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int = 40) -> Figure:
+    """One row for each group, setting and value, one panel for each metric; the `most` rows of the least perplexity."""
+    frame = found.frame
+    left_out = len(frame) - most
+    if left_out > 0:
+        frame = frame.nsmallest(most, "perplexity").sort_index()
+    metrics = [name for name in metrics if name in frame and frame[name].notna().any()]
+    several = frame[["group", "setting"]].drop_duplicates().shape[0] > 1
+    rows = frame[["label"]] if not several else frame[["group", "setting", "label"]]
+    names = [", ".join(filter(None, row)) for row in rows.itertuples(index=False)]
+    figure = Figure(figsize=(7, 1.3 + 0.3 * len(frame)), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    styles = styles_of(frame["label"], frame["method"])
+    for axes, metric in zip(panels, metrics, strict=True):
+        errors = frame.get(f"{metric}_standard_error", pd.Series(0.0, frame.index)).astype(float).fillna(0)
+        bars = perplexity_bars(frame) if metric == "perplexity" else np.stack([errors, errors])
+        for place, (label, value) in enumerate(zip(frame["label"], frame[metric], strict=True)):
+            colour, marker, _ = styles[label]
+            axes.errorbar(value, place, xerr=bars[:, place : place + 1], color=colour, marker=marker, capsize=3)
+        if metric == "perplexity":
+            perplexity_axis(axes, _with_dense(found), "x", f";\n{BARS}" if len(metrics) > 1 else f"; {BARS}")
+            draw_dense(axes, _dense_perplexity(found), "x")
+        else:
+            axes.set_xlabel(PANELS[metric] + (f"\n({BARS})" if (errors > 0).any() else ""))
+            axes.set_xlim(0, frame[metric].max() * 1.1)
+        axes.grid(which="both")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    if left_out > 0:
+        figure.suptitle(f"the {most} of the least perplexity; {left_out} more are in the table", fontsize=10)
+    return figure
+
+
+def plot_heat_map(found: Answer) -> Figure:
+    """Perplexity over the dense model's: what is removed of attention across, of the MLP upwards."""
+    frame = found.frame.dropna(subset=["attention_removed", "mlp_removed"])
+    value, words = ("times_dense", "times the dense model's") if found.dense else ("perplexity", "log scale")
+    if not len(frame):
+        return plot_dots(found)
+    groups = list(frame.groupby("group", sort=False))
+    figure = Figure(figsize=(max(7, 5 * len(groups)), 4.4), layout="constrained")
+    norm = LogNorm(frame[value].min(), max(frame[value].max(), frame[value].min() * 1.01))
+    for axes, (group, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        grid = rows.assign(x=(rows["attention_removed"] * 100).round(1), y=(rows["mlp_removed"] * 100).round(1))
+        grid = grid.pivot_table(index="y", columns="x", values=value, aggfunc="last")
+        mesh = axes.pcolormesh(np.ma.masked_invalid(grid.to_numpy()), cmap="cividis_r", norm=norm, edgecolor="white")
+        for y, x in np.ndindex(grid.shape):
+            number = grid.iat[y, x]
+            if not np.isnan(number) and grid.size <= 150:
+                colour = "#000000" if norm(number) < 0.5 else "#ffffff"
+                axes.text(x + 0.5, y + 0.5, f"{number:,.3g}", ha="center", va="center", color=colour, fontsize=9)
+        axes.set_xticks(np.arange(grid.shape[1]) + 0.5, [f"{x:g}" for x in grid.columns])
+        axes.set_yticks(np.arange(grid.shape[0]) + 0.5, [f"{y:g}" for y in grid.index])
+        axes.set(xlabel="attention removed (% of its width)", ylabel="MLP removed (% of its width)", title=group)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    bar = figure.colorbar(mesh, ax=figure.axes, label=f"perplexity ({words})")
+    bar.outline.set_visible(False)
+    bar.solids.set(rasterized=False, edgecolor="face")
+    plain_log_axis(bar.ax.yaxis, norm.vmin, norm.vmax)
+    return figure
+
+
+def plot_layers(found: Answer) -> Figure:
+    """By how many nats the loss rises when one layer is narrowed, with intervals at 95 %, against the layer."""
+    frame = found.frame.dropna(subset=["rise"])
+    if not len(frame):
+        return plot_dots(found)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, ((group, setting), rows) in enumerate(frame.groupby(["group", "setting"], sort=False)):
+        rows = rows.sort_values("only_layer")
+        colour, marker, dashes = style_number(number)
+        bars = (rows["rise"] - rows["rise_low"], rows["rise_high"] - rows["rise"])
+        axes.errorbar(rows["only_layer"].astype(int), rows["rise"], yerr=np.clip(bars, 0, None), color=colour,
+                      marker=marker, markersize=5, linestyle=dashes, linewidth=1, capsize=2,
+                      label=", ".join(filter(None, (group, f"{setting} of the layer" if setting else ""))))  # fmt: skip
+    axes.axhline(0, color=FAINT, linewidth=1, zorder=0)
+    axes.set(xlabel="the one layer that is narrowed", ylabel="rise in loss (nats; bars: 95 % interval)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid()
+    legend(figure, axes)
+    return figure
+
+
+def plot_budget(found: Answer) -> Figure:
+    """Perplexity against the calibration tokens, one line for each length of windows."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    frame = found.frame
+    keys = ["group", "setting", "calibration_seq_len"]
+    for number, ((group, setting, length), rows) in enumerate(frame.groupby(keys, sort=False)):
+        name = ", ".join(filter(None, (group, setting, f"windows of {length}")))
+        draw_line(axes, rows.sort_values("calibration_tokens"), "calibration_tokens", name, style_number(number))
+    axes.set_xscale("log", base=2)
+    ticks = sorted(set(frame["calibration_tokens"]))
+    axes.xaxis.set_major_locator(FixedLocator(ticks[:: 1 + len(ticks) // 9]))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
+    axes.xaxis.set_minor_locator(NullLocator())
+    perplexity_axis(axes, frame["perplexity"])
+    axes.set_xlabel("calibration tokens (log scale)")
+    axes.grid(which="both")
+    legend(figure, axes)
+    return figure
+
+
+def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: dict) -> None:
+    """Points of each label, and a line through those that no other beats, with the fraction removed beside these."""
+    front = frame[is_on_front(frame, ("perplexity",), (x,))].sort_values(x)
+    axes.plot(front[x] * scale, front["perplexity"], color=FAINT, linewidth=1, linestyle="-", zorder=1,
+              drawstyle="default", label="beaten by no other")  # fmt: skip
+    for line, points in frame.groupby("line", sort=False):
+        colour, marker, _ = styles[line]
+        errors = points.get(f"{x}_standard_error")
+        across = None if errors is None else errors.astype(float).fillna(0) * scale
+        axes.errorbar(points[x] * scale, points["perplexity"], xerr=across, yerr=perplexity_bars(points), label=line,
+                      color=colour, marker=marker, markersize=6, linestyle="none", capsize=2, elinewidth=1)  # fmt: skip
+    for place, ratio, perplexity in zip(front[x] * scale, front["ratio"], front["perplexity"], strict=True):
+        if ratio:
+            axes.annotate(percent(ratio), (place, perplexity), xytext=(6, -11), textcoords="offset points", fontsize=8)
+    perplexity_axis(axes, frame["perplexity"])
+    axes.grid(which="both")
+
+
+def plot_trade_off(found: Answer) -> Figure:
+    """Perplexity against what is removed of the parameters, and of the KV cache, with the front of each."""
+    frame = found.frame.assign(line=line_names(found.frame))
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    styles = styles_of(frame["line"], ())
+    for axes, x, words in zip(
+        panels, ("fraction_removed", "kv_fraction_removed"), ("decoder linear parameters", "KV cache"), strict=True
+    ):
+        draw_front(axes, frame.dropna(subset=[x]), x, 100, styles)
+        axes.set_xlabel(f"{words} removed (%)")
+    panels[1].set_ylabel("")
+    legend(figure, panels[0])
+    return figure
+
+
+def plot_speed(found: Answer) -> Figure:
+    """Perplexity against decoded tokens per second, with the front; small figures: the fraction removed."""
+    frame = found.frame.assign(line=line_names(found.frame))
+    dense = found.dense
+    if dense and "decode_tokens_per_s" in dense.metrics:
+        row = {"line": "dense", "label": "dense", "method": "dense", "ratio": 0.0, **dense.metrics}
+        row |= {f"{name}_standard_error": error for name, error in dense.standard_errors.items()}
+        frame = pd.concat([pd.DataFrame([row]), frame], ignore_index=True)
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    draw_front(axes, frame, "decode_tokens_per_s", 1, styles_of(frame["line"], frame["method"]))
+    axes.set_xlabel(f"decoded tokens per second ({BARS})")
+    legend(figure, axes)
+    return figure
+
+
+def plot_training(found: Answer) -> Figure:
+    """Held-out perplexity against the tokens trained on, a curve for each way; each begins at the untrained model."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    names, number, highest, lowest = line_names(found.frame), 0, 0.0, np.inf
+    for place, record in enumerate(found.records):
+        points = [(one["tokens"], _history_perplexity(one)) for one in record.history]
+        if not points:
+            continue
+        row = found.frame.loc[place]
+        name = ", ".join(filter(None, (names[place], row["setting"])))
+        colour, marker, dashes = style_number(number)
+        tokens, values = zip(*points, strict=True)
+        axes.plot(tokens, values, label=name, color=colour, marker=marker, markersize=4, linestyle=dashes)
+        number, highest, lowest = number + 1, max(highest, *values), min(lowest, *values)
+    if not number:
+        return plot_dots(found)
+    draw_dense(axes, _dense_perplexity(found))
+    dense = _dense_perplexity(found)
+    perplexity_axis(axes, pd.Series([highest, lowest, *([] if dense is None else [dense])]), bars="")
+    axes.set_ylabel("held-out perplexity (log scale)")
+    axes.set_xlabel("tokens trained on")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.grid(which="both")
+    legend(figure, axes)
+    return figure
+
+
+def _history_perplexity(point: dict) -> float:
+    return point["perplexity"] if "perplexity" in point else float(np.exp(point["loss_nats"]))
+
+
+def plot_tasks(frame: pd.DataFrame, title: str = "") -> Figure:
+    """Accuracy of every task, one marker for each method with a bar of one standard error; guessing as a grey tick."""
+    frame = frame[frame["metric"] == "acc"]
+    tasks = list(dict.fromkeys(frame["task"]))
+    figure = Figure(figsize=(7.5, 1.4 + 0.42 * len(tasks)), layout="constrained")
+    axes = figure.subplots()
+    methods = list(dict.fromkeys(zip(frame["method"], frame["ratio"], strict=True)))
+    markers = cycle("osD^vP")
+    for number, (method, ratio) in enumerate(methods):
+        colour, marker, _ = style_of(method, frame["method"])
+        group = frame[(frame["method"] == method) & (frame["ratio"] == ratio)]
+        if [one for one, _ in methods].count(method) > 1:  # the same method at several fractions
+            marker = next(markers)
+        offset = 0.5 * (number / max(1, len(methods) - 1) - 0.5)
+        places = [tasks.index(task) + offset for task in group["task"]]
+        label = method if method == "dense" else f"{method}, {percent(ratio)} removed"
+        axes.errorbar(group["value"], places, xerr=group["standard_error"], label=label, color=colour, marker=marker,
+                      linestyle="none", markersize=5, capsize=2)  # fmt: skip
+    for place, task in enumerate(tasks):
+        chance = frame[frame["task"] == task]["chance"].iloc[0]
+        if pd.notna(chance):
+            axes.plot([chance, chance], [place - 0.35, place + 0.35], color=FAINT, linewidth=1.5, zorder=3,
+                      label="guessing" if place == 0 else None)  # fmt: skip
+    capabilities = frame.drop_duplicates("task").set_index("task")["capability"]
+    labels = [f"{task} ({capabilities[task]})" if pd.notna(capabilities[task]) else task for task in tasks]
+    axes.set_yticks(range(len(tasks)), labels)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"accuracy ({BARS})", xlim=(-0.02, 1.02))
+    axes.set_title(title)
+    axes.grid()
+    legend(figure, axes)
+    return figure

@@ -1,0 +1,106 @@
+"""The questions of the ablation suite, one for each of its files; `reports.answers` says what they are made of."""
+
+from functools import partial
+
+from bench.records import Record
+
+from . import findings, plots
+from .answers import Question, text_named
+
+RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots")
+PAPER = {"granularity": ("dims",), "allocation": ("uniform",), "compensation": ("none",), "rope": ("pairs",),
+         "shots": (1,)}  # fmt: skip
+TRAINED = ("full", "lora", "distillation")
+
+
+def is_preset(record: Record) -> bool:
+    """Whether its recipe has a name of its own."""
+    return record.method not in ("dense", record.case.criterion)
+
+
+def is_timed(record: Record) -> bool:
+    return "decode_tokens_per_s" in record.metrics
+
+
+def is_allocated(record: Record) -> bool:
+    """Whether it is of the recipe whose allocation is compared, or FLAP's, which has an allocation of its own."""
+    case = record.case
+    recipe = (case.criterion, case.granularity, case.compensation)
+    return recipe == (
+        ("fluctuation", "heads", "bias") if case.allocation == "global" else ("predicted-loss", "dims", "dense")
+    )
+
+
+def method(record: Record) -> str:
+    return record.method
+
+
+def calibration_label(record: Record) -> str:
+    case = record.case
+    return f"{case.calibration_samples:,} windows of {case.calibration_seq_len:,}"
+
+
+def ridge_label(record: Record) -> str:
+    case = record.case
+    return case.compensation if case.ridge is None else f"{case.compensation}, ridge {case.ridge:g}"
+
+
+def multiples_label(record: Record) -> str:
+    multiples = (record.case.head_multiple, record.case.mlp_multiple)
+    return "heads {}, MLP {}".format(*("as fits" if one is None else f"by {one}" for one in multiples))
+
+
+def widths_label(record: Record) -> str:
+    widths = (record.case.mha_dim, record.case.mlp_dim)
+    return "A {}, M {}".format(*("whole" if one is None else one for one in widths))
+
+
+def recovery_label(record: Record) -> str:
+    case = record.case
+    if not case.recovery:
+        return "untrained"
+    rate = "" if case.learning_rate is None else f", rate {case.learning_rate:g}"
+    return f"{case.recovery}, {case.recovery_tokens:,} tokens{rate}"
+
+
+TRAINING = ("recovery", "recovery_tokens", "recovery_sha256", "learning_rate")
+QUESTIONS = (
+    Question("preset", RECIPE, plots.plot_lines, findings.alternatives, along=("ratio", "kv_ratio"),
+             belongs=is_preset, label=method),
+    Question("criterion", ("criterion",), plots.plot_lines, findings.alternatives, where=PAPER),
+    Question("granularity", ("granularity",), plots.plot_lines, findings.alternatives),
+    Question("redundancy", ("mha_dim", "mlp_dim"), plots.plot_heat_map, findings.redundancy, along=(),
+             belongs=lambda record: record.case.mha_dim is not None or record.case.mlp_dim is not None,
+             label=widths_label, columns=("attention_removed", "mlp_removed")),
+    Question("layer", ("only_layer",), plots.plot_layers, findings.layers,
+             belongs=lambda record: record.case.only_layer is not None),
+    Question("shots", ("shots",), plots.plot_lines, findings.alternatives,
+             label=lambda record: f"{record.case.shots} shot" + "s" * (record.case.shots != 1)),
+    Question("calibration", ("calibration_samples", "calibration_seq_len"), plots.plot_budget, findings.budget,
+             label=calibration_label, belongs=lambda record: record.case.calibration_sha256 is not None,
+             columns=("calibration_tokens",)),
+    Question("domain", ("calibration_text", "calibration_sha256"), plots.plot_lines, findings.alternatives,
+             label=lambda record: text_named(record.case.calibration_text),
+             belongs=lambda record: record.case.calibration_sha256 is not None),
+    Question("rope", ("rope",), plots.plot_lines, findings.alternatives),
+    Question("compensation", ("compensation", "ridge"), plots.plot_lines, findings.alternatives, label=ridge_label),
+    Question("allocation", ("allocation", "criterion", "granularity", "compensation"), plots.plot_trade_off,
+             findings.trade_off, along=("ratio", "kv_ratio"), belongs=is_allocated,
+             label=lambda record: record.case.allocation, columns=("parameters", "kv_bytes_per_token")),
+    Question("alignment", ("head_multiple", "mlp_multiple"),
+             partial(plots.plot_dots, metrics=("perplexity", "decode_tokens_per_s")), findings.alternatives,
+             label=multiples_label, columns=("decode_tokens_per_s", "decode_tokens_per_s_standard_error")),
+    Question("speed", RECIPE, plots.plot_speed, findings.speed, along=("ratio", "kv_ratio"), belongs=is_timed,
+             label=method, columns=("decode_tokens_per_s", "decode_tokens_per_s_standard_error", "weight_mib",
+                                    "kv_bytes_per_token")),
+    Question("recovery", TRAINING, plots.plot_training, findings.training, label=recovery_label,
+             columns=("recovery_tokens",)),
+    Question("recovery_shots", ("shots",), plots.plot_lines, findings.alternatives, where={"recovery": TRAINED},
+             label=lambda record: f"{record.case.shots} shot" + "s" * (record.case.shots != 1)),
+    Question("recovery_criterion", ("criterion",), plots.plot_lines, findings.alternatives,
+             where={"recovery": TRAINED}),
+    Question("quantisation", ("quantisation",),
+             partial(plots.plot_dots, metrics=("perplexity", "weight_mib", "decode_tokens_per_s")),
+             findings.alternatives, along=(), label=lambda record: record.case.quantisation or record.case.dtype,
+             columns=("weight_mib", "decode_tokens_per_s", "decode_tokens_per_s_standard_error")),
+)  # fmt: skip

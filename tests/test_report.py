@@ -1,0 +1,305 @@
+"""The report: every question drawn and put into words from records alone, fast, whole, and never invented."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from bench.records import append_record
+from reports.__main__ import main
+from reports.answers import answer, table_of
+from reports.files import write_whole
+from reports.findings import plain
+from reports.questions import QUESTIONS
+from reports.report import write_report
+from reports.sets import newest_set
+from reports.tables import latex_table
+from tests.synthetic import BASE, DENSE, PRESETS, Maker
+
+BY_NAME = {question.name: question for question in QUESTIONS}
+
+
+@pytest.fixture(scope="module")
+def records():
+    return list(Maker().every_question())
+
+
+@pytest.fixture(scope="module")
+def report(records, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("report")
+    failed = replace(records[2], case=replace(BASE, ratio=0.9), metrics={}, losses=(), status="failed",
+                     error="OutOfMemoryError: <none> left")  # fmt: skip
+    older = replace(records[2], case=replace(records[2].case, code="older"))
+    printed, _ = write_report([older, *records, failed], directory)
+    return directory, printed
+
+
+def write_records(path, records):
+    path.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
+    return path
+
+
+class Outline(HTMLParser):
+    """What a page holds: tags, identifiers, where links go; complains of tags that do not close."""
+
+    VOID = {"meta", "br", "use", "path", "rect"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.identifiers, self.links, self.sources = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.identifiers += [attributes["id"]] if "id" in attributes else []
+        self.links += [value for name, value in attributes.items() if name in ("href", "xlink:href")]
+        self.sources += [attributes["src"]] if "src" in attributes else []
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_every_question_has_table_picture_and_words(report):
+    directory, printed = report
+    for question in QUESTIONS:
+        for suffix in ("md", "csv", "tex", "png", "svg"):
+            assert (directory / f"{question.name}.{suffix}").stat().st_size > 0
+        assert question.title in printed
+        ElementTree.parse(directory / f"{question.name}.svg")
+    assert not list(directory.glob(".*"))  # temporary files
+
+
+def test_the_page_holds_everything_in_itself(report):
+    text = (report[0] / "report.html").read_text()
+    outline = Outline(text)
+    assert outline.sources == []
+    assert all(link.startswith("#") for link in outline.links)
+    assert {link[1:] for link in outline.links} <= set(outline.identifiers)
+    assert len(outline.identifiers) == len(set(outline.identifiers))
+    assert "OutOfMemoryError: &lt;none&gt; left" in text
+    assert "1 of code older" in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_questions_without_records_are_said_to_have_none(tmp_path):
+    write_report([Maker().record(DENSE), Maker().record(BASE)], tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    silent = text[text.index('id="silent"') :]
+    assert silent.count("<li>") == len(QUESTIONS) + 1
+    assert "No question has enough records" in text
+    assert not (tmp_path / "layer.csv").exists()
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_question_takes_records_that_differ_in_its_fields_only(records, name):
+    question = BY_NAME[name]
+    found = answer(question, newest_set(records))
+    free = {*question.subject, *question.along, "tasks", "task_limit", "decode_tokens", "seed"}
+    fixed = [field for field in vars(BASE) if field not in free and not field.startswith("calibration")]
+    for _, group in found.frame.groupby("group"):
+        assert all(group[field].nunique(dropna=False) == 1 for field in fixed)
+        assert group.groupby("setting")["label"].nunique().min() > 1
+    assert len(found.frame) == len(found.records)
+    assert all(found.frame["ratio"] == [record.case.ratio for record in found.records])
+
+
+def test_the_expected_cells_answer(records):
+    chosen = newest_set(records)
+    sizes = {name: len(answer(question, chosen).frame) for name, question in BY_NAME.items()}
+    assert sizes["criterion"] == 8 * 4
+    assert sizes["preset"] == 6 * 3
+    assert sizes["redundancy"] == 15
+    assert sizes["allocation"] == 3 * 6 + 3  # FLAP's has no cache budget
+    assert sizes["layer"] == 8
+    assert sizes["calibration"] == 9
+    assert sizes["domain"] == 3
+    assert sizes["recovery"] == 4
+    assert sizes["quantisation"] == 6
+
+
+def test_words_follow_the_figures():
+    maker = Maker()
+    rivals = [replace(BASE, granularity=granularity) for granularity in ("dims", "heads")]
+    better, worse = (maker.record(case) for case in rivals)
+    question = BY_NAME["granularity"]
+
+    def said(*records):
+        return " ".join(question.find(answer(question, newest_set(records))))
+
+    assert "“dims” loses least, beyond chance" in said(maker.record(DENSE), better, worse)
+    swapped = [replace(better, case=worse.case), replace(worse, case=better.case)]
+    assert "“heads” loses least, beyond chance" in said(maker.record(DENSE), *swapped)
+    assert "but within noise" in said(maker.record(DENSE), better, replace(better, case=worse.case))
+
+
+def test_differences_are_over_the_best_of_the_same_setting(records):
+    frame = answer(BY_NAME["criterion"], newest_set(records)).frame
+    best = frame.loc[frame.groupby("setting")["perplexity"].idxmin()]
+    assert best["behind"].isna().all()
+    others = frame.drop(best.index)
+    assert (others["behind"] > 0).all()
+    expected = others["loss_nats"] - others["setting"].map(best.set_index("setting")["loss_nats"])
+    assert others["behind"].to_numpy() == pytest.approx(expected.to_numpy())
+    assert table_of(answer(BY_NAME["criterion"], newest_set(records)))["loss_over_best"].isna().sum() == len(best)
+
+
+def test_only_the_newest_comparable_set_is_shown(records):
+    other = [replace(record, case=replace(record.case, device="cuda")) for record in records[:5]]
+    chosen = newest_set([*other, *records])
+    assert len(chosen.records) == len(records)
+    assert chosen.left_out == {"device cuda": 5}
+    assert len(newest_set([*records, *other]).records) == 5
+
+
+def test_a_cell_that_failed_and_then_succeeded_is_no_failure(records):
+    failed = replace(records[3], status="failed", metrics={}, losses=())
+    assert newest_set([failed, *records]).failed == ()
+    assert newest_set([*records[:2], failed]).failed == (failed,)
+
+
+def test_other_calibration_is_shown_only_where_that_is_the_question(records):
+    chosen = newest_set(records)
+    assert chosen.calibration[2:] == (64, 256, 0)
+    assert set(answer(BY_NAME["criterion"], chosen).frame["calibration_samples"]) == {0, 64}
+    assert len(set(answer(BY_NAME["calibration"], chosen).frame["calibration_tokens"])) == 5
+
+
+def test_commands_name_the_cell(records, report):
+    found = answer(BY_NAME["preset"], newest_set(records))
+    assert "best-0.3" in [BY_NAME["preset"].selection(record) for record in found.records]
+    found = answer(BY_NAME["criterion"], newest_set(records))
+    assert "activation-0.3" in [BY_NAME["criterion"].selection(record) for record in found.records]
+    text = (report[0] / "report.html").read_text()
+    assert "python -m pytest ablations/ablate_criterion.py --model synthetic --evaluation embedded" in text
+
+
+def test_latex_is_escaped(records):
+    table = latex_table("50 % & more", "a_b", table_of(answer(BY_NAME["rope"], newest_set(records))), ["rope"])
+    assert r"\caption{50 \% \& more a\_b}" in table
+    assert table.count(r"\\") == table.count("\n") - table.count(r"\toprule") - 8
+    assert r"\bottomrule" in table
+
+
+@pytest.mark.slow
+def test_ten_thousand_records_take_less_than_twenty_seconds(tmp_path):
+    maker = Maker()
+    records = list(maker.every_question())
+    ratios = [number / 20_000 for number in range(1, 10_001 - len(records))]
+    criteria = ("activation", "wanda", "taylor", "obs")
+    records += [
+        maker.record(replace(BASE, criterion=criteria[i % 4], ratio=ratios[i // 4])) for i in range(len(ratios))
+    ]
+    path = write_records(tmp_path / "records.jsonl", records)
+    assert len(records) == 10_000
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "reports", str(path)], check=True, capture_output=True, env=environment)
+    after = os.times()  # on one thread the processor's time is what a machine without other work takes
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 20
+    assert (tmp_path / "report.html").stat().st_size < 5e6
+
+
+def test_shards_are_read_together(tmp_path, records, capsys):
+    paths = [write_records(tmp_path / f"{i}.jsonl", records[i::3]) for i in range(3)]
+    assert main([*map(str, paths), "--out", str(tmp_path / "out")]) == 0
+    together = write_records(tmp_path / "all.jsonl", [one for i in range(3) for one in records[i::3]])
+    assert main([str(together), "--out", str(tmp_path / "out2")]) == 0
+    assert (tmp_path / "out" / "criterion.md").read_text() == (tmp_path / "out2" / "criterion.md").read_text()
+
+
+def test_a_directory_stands_for_its_records(tmp_path, records, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "no record file" in capsys.readouterr().err
+    for shard in range(2):
+        write_records(tmp_path / f"records-{shard + 1}of2.jsonl", records[shard:10:2])
+    assert main([str(tmp_path)]) == 0
+    assert len((tmp_path / "cells.csv").read_text().splitlines()) == 1 + 9  # the dense model's two are one cell
+
+
+def test_bad_lines_are_complained_of_briefly(tmp_path, records, capsys):
+    path = tmp_path / "records.jsonl"
+    line = json.dumps(asdict(records[0]) | {"schema": 1})
+    path.write_text(f"{line}\n" * 250)
+    append_record(path, records[0])
+    with path.open("a") as file:
+        file.write('{"torn')
+    assert main([str(path), "--out", str(tmp_path)]) == 0
+    complaints = capsys.readouterr().err.splitlines()
+    assert len(complaints) == 11
+    assert complaints[-1] == "and 241 more"
+
+
+@pytest.mark.parametrize("content", ["", "nonsense\n"])
+def test_without_records_there_is_no_report(tmp_path, capsys, content):
+    (tmp_path / "r.jsonl").write_text(content)
+    assert main([str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    assert "no successful record yet" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_or_a_directory_that_cannot_be_made_is_one_line(tmp_path, records, capsys):
+    assert main([str(tmp_path / "none")]) == 2
+    path = write_records(tmp_path / "r.jsonl", records[:3])
+    (tmp_path / "file").write_text("")
+    assert main([str(path), "--out", str(tmp_path / "file" / "out")]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert all(line.startswith("reports: error: ") for line in errors)
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch, records, capsys):
+    (tmp_path / "report.html").write_text("old")
+    path = write_records(tmp_path / "r.jsonl", records[:3])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.replace", full)
+    assert main([str(path), "--out", str(tmp_path)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "report.html", "new")
+    assert (tmp_path / "report.html").read_text() == "old"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["r.jsonl", "report.html"]
+
+
+def test_the_same_records_give_the_same_files(tmp_path, report, records):
+    failed = replace(records[2], case=replace(BASE, ratio=0.9), metrics={}, losses=(), status="failed",
+                     error="OutOfMemoryError: <none> left")  # fmt: skip
+    older = replace(records[2], case=replace(records[2].case, code="older"))
+    write_report([older, *records, failed], tmp_path)
+    for name in ("report.html", "layer.svg", "cells.csv"):
+        assert (tmp_path / name).read_bytes() == (report[0] / name).read_bytes()
+
+
+def test_presets_of_the_synthetic_records_are_those_of_the_core():
+    from transact import PRESETS as REAL
+
+    for name, fields in PRESETS.items():
+        assert all(getattr(REAL[name], field) == value for field, value in fields.items())
+
+
+def test_every_ablation_file_has_a_question():
+    from reports.answers import ABLATIONS
+
+    files = {re.fullmatch(r"ablate_(\w+)", path.stem)[1] for path in ABLATIONS.glob("ablate_*.py")}
+    assert files <= {*BY_NAME, "capability"}
+
+
+@pytest.mark.parametrize(("value", "text"), [(29_610.4, "29,610"), (38.819, "38.82"), (0.12345, "0.1235")])
+def test_figures_are_plain(value, text):
+    assert plain(value, 4) == text
