@@ -1,0 +1,393 @@
+"""Recovery: train a narrowed model, between shots of pruning or after them, on transformers' Trainer.
+
+Legend: N windows, T tokens of a window, V vocabulary, L layers, D hidden size.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from .calibration import check_windows
+from .configuration_transact import TransActConfig
+from .modeling_transact import TransActForCausalLM
+
+WAYS = ("distillation", "full", "lora", "lora-distillation")
+SETTINGS = "recovery.json"  # what the checkpoints of a run belong to
+
+
+class NonFiniteLossError(ValueError):
+    """Training has diverged: the loss or a weight is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that decides how a model is trained, but for text and teacher.
+
+    `way`: "distillation" moves all weights towards the dense model's predictions, "full" towards the text, "lora" and
+    "lora-distillation" do so in low-rank adapters of `rank`, merged at the end. `tokens` is the budget, in tokens of
+    text seen, repetitions included. `learning_rate` None is `default_learning_rate`. A step takes `batch` windows,
+    `device_batch` of them at once on each device. `layer_weight` adds to a distillation the relative squared error of
+    every layer's output, which pruning inside modules leaves as wide as the dense model's. `bf16` None: where there is
+    a CUDA device.
+    """
+
+    tokens: int
+    way: str = "distillation"
+    learning_rate: float | None = None
+    batch: int = 8
+    device_batch: int = 8
+    layer_weight: float = 0.0
+    rank: int = 16
+    bf16: bool | None = None
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ValueError for a value that is not allowed."""
+        if self.way not in WAYS:
+            raise ValueError(f"unknown way {self.way!r}, allowed: {', '.join(WAYS)}")
+        for name in ("tokens", "batch", "device_batch", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning-rate must be positive and finite, got {self.learning_rate}")
+        if not 0 <= self.layer_weight < math.inf:
+            raise ValueError(f"layer-weight must be at least 0, got {self.layer_weight}")
+        if self.layer_weight and not self.needs_teacher():
+            raise ValueError(f"layer-weight compares layers with the dense model's: way {self.way!r} has no teacher")
+
+    def needs_teacher(self) -> bool:
+        return "distillation" in self.way
+
+
+@dataclass
+class Recovered:
+    """The trained model, the tokens and epochs that it saw, seconds, and what was measured on the way.
+
+    `history` holds, in order, rows of `tokens` with the training `loss` since the last one, or with what `evaluate`
+    gave. `is_main` is False in all but one of several processes: only that one should save.
+    """
+
+    model: TransActForCausalLM
+    tokens: int
+    epochs: float
+    seconds: float
+    history: list[dict[str, float]] = field(default_factory=list)
+    is_main: bool = True
+
+
+def default_learning_rate(hidden_size: int, way: str) -> float:
+    """The paper's 5e-5 at the hidden size of its 7B model, and in inverse proportion to it elsewhere (as muP has it).
+
+    Adapters, whose product starts from zero, take four times as much.
+    """
+    return 0.2048 / hidden_size * (4 if "lora" in way else 1)
+
+
+def shot_budgets(tokens: int, shots: int, learning_rate: float) -> list[tuple[int, float]]:
+    """Tokens and learning rate after each shot (the paper, "Iterative schedule"); they add up to `tokens`.
+
+    With T = tokens / shots, shot k trains T/2 + T (k - 1)/(shots - 1) tokens at learning_rate x 2 k / shots. One shot
+    takes the whole budget at the learning rate itself, where the paper trains nothing.
+    """
+    if shots == 1:
+        return [(tokens, learning_rate)]
+    share = tokens / shots
+    ends = [share * (k / 2 + k * (k - 1) / 2 / (shots - 1)) for k in range(shots + 1)]  # sums of the first k shots
+    return [
+        (round(ends[k]) - round(ends[k - 1]), learning_rate * 2 * k / shots) for k in range(1, shots + 1)
+    ]
+
+
+def window_order(count: int, available: int, seed: int) -> torch.Tensor:
+    """Indices (count,) of windows: every epoch all `available` ones in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(count / available)
+    return torch.cat([torch.randperm(available, generator=generator) for _ in range(epochs)])[:count]
+
+
+def check_recoverable(model: nn.Module, training: Training, teacher: nn.Module | None) -> None:
+    """Raise ValueError unless this is a narrowed model that can be trained so, by this teacher."""
+    training.check()
+    if model.config.model_type != TransActConfig.model_type:
+        raise ValueError(f"the model is not pruned (type {model.config.model_type!r}): prune it first")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name} is quantised ({parameter.dtype}): train the model first, quantise it afterwards")
+    if not training.needs_teacher():
+        return
+    if teacher is None:
+        raise ValueError(f"way {training.way!r} needs the dense model as teacher")
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the teacher's vocabulary has {teacher.config.vocab_size} tokens, the model's {model.config.vocab_size}: "
+            "they must be of one family"
+        )
+    if training.layer_weight and (teacher.config.num_hidden_layers, teacher.config.hidden_size) != (
+        model.config.num_hidden_layers, model.config.hidden_size,
+    ):  # fmt: skip
+        raise ValueError("layer-weight needs a teacher with the model's layers and hidden size")
+
+
+def recover(
+    model: TransActForCausalLM,
+    windows: torch.Tensor,
+    training: Training,
+    *,
+    teacher: nn.Module | None = None,
+    checkpoints: Path | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    evaluations: int = 4,
+    progress: bool = False,
+) -> Recovered:
+    """Train a narrowed model on windows (N, T) of token ids; the model given is changed.
+
+    AdamW with betas 0.9 and 0.95, gradients clipped at 1, a tenth of the steps to warm up, then a cosine down to
+    nothing; weights are kept in float32 meanwhile unless they are only adapted. Runs wherever Trainer does: one device,
+    or several under `accelerate launch`. With a directory for `checkpoints`, ten are written on the way (the last two
+    kept), and the same call goes on from the newest one to the same result. `evaluate` is called before training and
+    at `evaluations` equal distances.
+
+    Raises ValueError for what cannot be trained so, or checkpoints of another run, and NonFiniteLossError where
+    training diverges, with the last good checkpoint left where it is.
+    """
+    check_recoverable(model, training, teacher)
+    check_windows(model, windows)
+    count = training.tokens // windows.shape[1]
+    if count == 0:
+        raise ValueError(f"tokens {training.tokens} are less than one window of {windows.shape[1]}")
+    resumed = None
+    if checkpoints is not None:
+        resumed = _last_checkpoint(checkpoints, _settings(model, windows, training))
+    before, student = model.dtype, model
+    with torch.random.fork_rng():  # Trainer and adapters seed globally
+        if training.gradient_checkpointing:
+            _checkpointing(model, "enable")({"use_reentrant": False})
+        if "lora" in training.way:
+            student = _with_adapters(model, training)
+        else:
+            _cast_parameters(model, torch.float32)
+        trainer = _RecoveryTrainer(
+            model=student,
+            args=_arguments(model, count, training, checkpoints),
+            train_dataset=_Windows(windows, window_order(count, len(windows), training.seed)),
+            teacher=teacher, layer_weight=training.layer_weight,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Milestones(trainer, evaluate, evaluations))
+        if progress and trainer.is_world_process_zero():
+            trainer.add_callback(_Bar(count * windows.shape[1]))
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=resumed)
+    seconds = time.perf_counter() - start
+    if student is not model:
+        model = student.merge_and_unload()
+    elif trainer.is_fsdp_enabled:
+        model.load_state_dict(trainer.accelerator.get_state_dict(trainer.model_wrapped), assign=True)
+    _cast_parameters(model, before)
+    if training.gradient_checkpointing:
+        _checkpointing(model, "disable")()
+    model.requires_grad_(True).eval()
+    tokens_per_step = training.batch * windows.shape[1]
+    history = [
+        {"tokens": min(row["step"] * tokens_per_step, count * windows.shape[1])}
+        | {name: value for name, value in row.items() if name not in ("step", "epoch")}
+        for row in trainer.state.log_history
+        if "train_runtime" not in row
+    ]
+    return Recovered(
+        model, count * windows.shape[1], count / len(windows), seconds, history, trainer.is_world_process_zero()
+    )
+
+
+def _checkpointing(model: nn.Module, verb: str) -> Callable:
+    """transformers' method that enables or disables recomputing activations; newer releases have another name."""
+    new, old = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"
+    return getattr(model, new if hasattr(model, new) else old)
+
+
+def _with_adapters(model: nn.Module, training: Training) -> nn.Module:
+    from peft import LoraConfig, get_peft_model  # takes a second to import
+
+    torch.manual_seed(training.seed)
+    adapters = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks for names that new transformers call otherwise
+        return get_peft_model(model, adapters)
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():  # not `model.to`: it would round the RoPE frequencies as well
+        parameter.data = parameter.data.to(dtype)
+
+
+def _arguments(model: nn.Module, count: int, training: Training, checkpoints: Path | None) -> TrainingArguments:
+    on_cpu = model.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints or "unused"), num_train_epochs=1, train_sampling_strategy="sequential",
+        learning_rate=training.learning_rate or default_learning_rate(model.config.hidden_size, training.way),
+        lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0,
+        max_grad_norm=1.0, bf16=not on_cpu if training.bf16 is None else training.bf16, seed=training.seed,
+        use_cpu=on_cpu, report_to="none", disable_tqdm=True,
+        save_strategy="no" if checkpoints is None else "steps", save_steps=0.1, save_total_limit=2,
+        logging_steps=0.01, remove_unused_columns=False, dataloader_pin_memory=not on_cpu,
+    )  # fmt: skip
+    if arguments.n_gpu > 1:  # one process, one GPU: several are for `accelerate launch`, not for DataParallel
+        arguments._n_gpu = 1
+    shares = arguments.world_size
+    if training.batch % shares:
+        raise ValueError(f"batch {training.batch} does not divide among {shares} processes")
+    at_once = math.gcd(training.batch // shares, training.device_batch)
+    arguments.per_device_train_batch_size = at_once
+    arguments.gradient_accumulation_steps = training.batch // shares // at_once
+    return arguments
+
+
+class _Windows(torch.utils.data.Dataset):
+    """Windows in the order in which they are trained on, each once for every time that it is seen."""
+
+    def __init__(self, windows: torch.Tensor, order: torch.Tensor):
+        self.windows, self.order = windows.cpu(), order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.windows[self.order[position]]}
+
+
+class _RecoveryTrainer(Trainer):
+    """Trainer with the losses of recovery, which refuses what is not finite."""
+
+    def __init__(self, *, teacher: nn.Module | None, layer_weight: float, **options):
+        super().__init__(**options)
+        self.model_accepts_loss_kwargs = False  # losses are means: Trainer divides by the accumulated batches
+        self.layer_weight = layer_weight
+        self.teacher = teacher.to(self.args.device).eval() if teacher is not None else None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean over the batch: KL from the teacher's predictions (plus layers), or cross-entropy of the next token."""
+        ids, with_layers = inputs["input_ids"], self.layer_weight > 0
+        outputs = model(input_ids=ids, use_cache=False, output_hidden_states=with_layers)
+        if self.teacher is None:
+            loss = functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        else:
+            with torch.no_grad():
+                wanted = self.teacher(input_ids=ids, use_cache=False, output_hidden_states=with_layers)
+            loss = divergence(outputs.logits, wanted.logits)
+            if with_layers:
+                pairs = zip(outputs.hidden_states[1:], wanted.hidden_states[1:], strict=True)
+                errors = [(mine - its).float().square().mean() / its.float().square().mean() for mine, its in pairs]
+                loss = loss + self.layer_weight * torch.stack(errors).mean()
+        if not loss.isfinite():
+            raise NonFiniteLossError(f"the loss is {loss.item()} in step {self.state.global_step + 1}")
+        return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model, trial):
+        for name, parameter in self.model.named_parameters():
+            if not parameter.detach().sum(dtype=torch.float64).isfinite():
+                raise NonFiniteLossError(f"{name} is not finite after step {self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+
+def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean over all tokens of KL(wanted || given), in nats, of logits (batch, T, V)."""
+    given, wanted = (functional.log_softmax(one.float(), dim=-1).flatten(0, 1) for one in (logits, wanted))
+    return functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
+
+
+class _Milestones(TrainerCallback):
+    """Calls `evaluate` before the first step and after every n-th of all steps; results go into the log."""
+
+    def __init__(self, trainer: Trainer, evaluate: Callable | None, evaluations: int):
+        self.trainer, self.evaluate, self.evaluations = trainer, evaluate, evaluations
+
+    def _measure(self, model: nn.Module) -> None:
+        model.eval()
+        with torch.no_grad():
+            self.trainer.log(dict(self.evaluate(model)))
+        model.train()
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.evaluate and state.global_step == 0:
+            self._measure(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        due = {round(state.max_steps * part / self.evaluations) for part in range(1, self.evaluations + 1)}
+        if self.evaluate and state.global_step in due:
+            self._measure(model)
+        if state.global_step == state.max_steps and args.save_strategy != "no":
+            control.should_save = True  # the last one tells a later call that there is nothing left to do
+
+
+class _Bar(TrainerCallback):
+    """A progress bar in tokens, with the training loss; tqdm adds tokens a second and the time that is left."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=self.tokens, desc="recover", unit="token", unit_scale=True, disable=None)
+        self.bar.update(self.tokens * state.global_step // state.max_steps)
+        self.bar.unpause()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(self.tokens * state.global_step // state.max_steps - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.4f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def _settings(model: nn.Module, windows: torch.Tensor, training: Training) -> dict:
+    """What must be the same for a run to go on from its checkpoints."""
+    digest = hashlib.sha256(windows.cpu().numpy().tobytes())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return {**asdict(training), "windows": list(windows.shape), "weights_and_text": digest.hexdigest()[:16]}
+
+
+def _last_checkpoint(directory: Path, settings: dict) -> str | None:
+    """The newest whole checkpoint of the run with these settings; the directory is made where there is none.
+
+    Raises ValueError where it holds those of another run. What a killed run left half-written is deleted.
+    """
+    settings_file = directory / SETTINGS
+    if settings_file.exists():
+        kept = json.loads(settings_file.read_text(encoding="utf-8"))
+        other = [f"{name} {kept.get(name)} (now {value})" for name, value in settings.items() if kept.get(name) != value]
+        if other:
+            raise ValueError(f"{str(directory)!r} holds checkpoints of another run: {', '.join(other)}; delete it first")
+    elif directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"checkpoint directory {str(directory)!r} holds something else: name another")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        settings_file.write_text(json.dumps(settings), encoding="utf-8")
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    whole = [path for path in found if _is_whole(path)]
+    for path in set(found) - set(whole):
+        shutil.rmtree(path)
+    return str(whole[-1]) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:  # Trainer writes its state last
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
