@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import transact
+from bench.__main__ import main
 from bench.grid import in_order
 from bench.memory import weight_bytes
 from bench.quantise import FORMATS, check_format, group_of, packed_weight_bytes
@@ -151,3 +152,13 @@ def test_a_model_is_pruned_once_and_its_formats_share_no_figures(tiny_directory,
     assert "torchao.quantization" in sys.modules
     with pytest.raises(ValueError, match="unknown quantisation 'int2'"):
         bench.case("transact", 0.3, quantisation="int2")
+
+
+def test_the_command_prints_one_row_a_format(tiny_directory, tiny_text, capsys):
+    settings = ["--text", str(tiny_text), "--windows", "2", "--seq-len", "32", "--decode", "2", "--device", "cpu"]
+    assert main(["quantise", str(tiny_directory), "--formats", "int3", *settings]) == 2
+    assert capsys.readouterr().err.splitlines() == ["bench: error: unknown quantisation 'int3', allowed: int8, int4"]
+    pytest.importorskip("torchao")
+    assert main(["quantise", str(tiny_directory), "--dense", str(tiny_directory), *settings, "--dtype", "float32"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[1] for row in rows[2:]] == ["float32", *FORMATS] * 2
