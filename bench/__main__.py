@@ -13,9 +13,10 @@ from transact.inputs import TEXTS, load_model, load_text, resolve_device
 from . import regression
 from .memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
 from .perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
+from .quantise import FORMATS, check_format, packed_weight_bytes, quantised
 from .records import append_line, finite
 from .shapes import SHAPES
-from .speed import GRIDS, MODES
+from .speed import GRIDS, MODES, decode_rate
 
 
 def print_json(value: dict) -> None:
@@ -52,6 +53,28 @@ def memory_command(options: argparse.Namespace) -> None:
         "kv_bytes_per_token": kv_bytes_per_token(model), "peak_memory_mib": round(peak_memory_mib(model.device), 1),
         "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
     })  # fmt: skip
+
+
+def quantise_command(options: argparse.Namespace) -> None:
+    formats = options.formats.split(",")
+    for name in formats:
+        check_format(name)
+    if options.decode < 1:
+        raise ValueError(f"decode must be at least 1 token, got {options.decode}")
+    text = load_text(options.text, split="evaluation")
+    print("| model | weights | perplexity | MiB in memory | MiB packed | decoded tokens per second |")
+    print("|---|---|---|---|---|---|")
+    for path in filter(None, (options.dense, options.model)):
+        model, tokenizer = load_model(path, dtype=options.dtype, device=options.device)
+        windows = evaluation_windows(text, tokenizer, length=options.seq_len, count=options.windows)
+        for name in ("", *formats):
+            copied = quantised(model, name) if name else model
+            perplexity = measure_perplexity(copied, windows, progress=True).perplexity
+            rate, error = decode_rate(copied, options.decode)
+            held, packed = weight_bytes(copied) / 2**20, packed_weight_bytes(copied) / 2**20
+            weights = name or str(model.dtype).removeprefix("torch.")
+            print(f"| {Path(path).name} | {weights} | {perplexity:,.2f} | {held:.1f} | {packed:.1f} | "
+                  f"{rate:.1f} ± {error:.1f} |", flush=True)  # fmt: skip
 
 
 def zero_shot_command(options: argparse.Namespace) -> None:
@@ -173,13 +196,21 @@ def build_parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--bos", action="store_true", help="begin each block with a BOS token")
     memory = commands.add_parser("memory", help="parameters, weight bytes, KV bytes per token, peak memory")
     memory.set_defaults(run=memory_command)
+    quantise = commands.add_parser("quantise", help="a table of a model in its dtype and quantised by torchao")
+    quantise.set_defaults(run=quantise_command)
+    quantise.add_argument("--formats", default=",".join(FORMATS), help="with commas (int8,int4)")
+    quantise.add_argument("--dense", help="a model to compare with, quantised as well")
+    quantise.add_argument("--text", default="embedded", help=f"{', '.join(TEXTS)} or a text file (embedded)")
+    quantise.add_argument("--seq-len", type=int, default=256, help="tokens of a window (256)")
+    quantise.add_argument("--windows", type=int, default=20, help="the first N windows (20)")
+    quantise.add_argument("--decode", type=int, default=16, help="tokens decoded to time it (16)")
     zero_shot = commands.add_parser("zero-shot", help="zero-shot and few-shot tasks by lm-eval")
     zero_shot.set_defaults(run=zero_shot_command)
     zero_shot.add_argument("--tasks", default="probes", help="tasks separated by commas: probes, paper, names; "
                            "name@25 for 25 shots (probes)")  # fmt: skip
     zero_shot.add_argument("--tasks-path", type=Path, help="a folder of lm-eval task files (*.yaml)")
     zero_shot.add_argument("--limit", type=int, help="the first N items of each task (all)")
-    for command in (perplexity, memory, zero_shot):
+    for command in (perplexity, memory, quantise, zero_shot):
         command.add_argument("model", help="smollm2-135m (embedded), a checkpoint directory or a Hugging Face id")
         add_model_options(command)
     probes = commands.add_parser("probes", help="write the bundled probes as lm-eval tasks, for other clients")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .records import Case, Record
-from .workbench import recipe_of, weights_of
+from .workbench import pruning_of, recipe_of, weights_of
 
 OPERATIONS_PER_SECOND = {"cpu": 2.4e11, "cuda": 3e13}  # of two CPU cores in float32, of a GPU in bfloat16; stated low
 # how many forward passes over the calibration text each step costs (measured on two CPU cores with SmolLM2-135M)
@@ -28,15 +28,17 @@ def in_order(cases: Iterable[Case]) -> list[Case]:
     """Distinct cases in the order that calibrates each text once and prunes each model once.
 
     Cases of the same windows follow each other, first those that need second moments, which serve all others; so do
-    cases of the same weights. Beyond that, and for the texts, first come, first served.
+    cases of the same pruning, and of the same weights. Beyond that, and for the texts, first come, first served.
     """
     cases = list(dict.fromkeys(cases))
     calibrations = list(dict.fromkeys([None, *map(calibration_of, cases)]))
+    prunings = {made: rank for rank, made in enumerate(dict.fromkeys(map(pruning_of, cases)))}
     weights = {made: rank for rank, made in enumerate(dict.fromkeys(map(weights_of, cases)))}
 
-    def rank(case: Case) -> tuple[int, bool, int]:
+    def rank(case: Case) -> tuple[int, bool, int, int]:
         wants_less = case.criterion == "dense" or not recipe_of(case).needs_moments()
-        return calibrations.index(calibration_of(case)), wants_less, weights[weights_of(case)]
+        first = calibrations.index(calibration_of(case))
+        return first, wants_less, prunings[pruning_of(case)], weights[weights_of(case)]
 
     return sorted(cases, key=rank)
 
@@ -112,8 +114,10 @@ def _forward_tokens(case: Case, made: set) -> float:
         return beside
     made.add(weights_of(case))
     evaluation = case.evaluation_windows * case.evaluation_seq_len
-    if case.calibration_sha256 is None:
+    pruning = "pruning", pruning_of(case)
+    if case.calibration_sha256 is None or pruning in made:
         return beside + evaluation
+    made.add(pruning)
     recipe = recipe_of(case)
     steps = ["second moments" if recipe.needs_moments() else "first moments", recipe.gradients()]
     passes = [PASSES[step] for step in steps if step] * (case.shots - 1)

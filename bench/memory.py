@@ -13,8 +13,16 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes that all parameters hold in memory, tied ones once; of quantised ones values, scales and zero points."""
+    tensors = [tensor for parameter in model.parameters() for tensor in _stored(parameter)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _stored(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a parameter is made of: itself, or what a tensor subclass wraps."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return [parameter]
+    return [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
 
 
 @torch.no_grad()

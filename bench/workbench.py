@@ -16,6 +16,7 @@ from transact.inputs import Text
 from .environment import code_hash, environment, fast_dtype
 from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
 from .perplexity import Perplexity, evaluation_windows, measure_perplexity
+from .quantise import check_format, packed_weight_bytes, quantised, torchao_version
 from .records import Case, Record
 from .speed import decode_rate
 
@@ -54,6 +55,11 @@ def method_of(case: Case) -> str:
 def weights_of(case: Case) -> Case:
     """What decides a case's weights: two cases with the same differ in what is measured beside perplexity."""
     return replace(case, tasks="", task_limit=None, decode_tokens=0)
+
+
+def pruning_of(case: Case) -> Case:
+    """What decides a case's pruned model: two cases with the same differ in quantisation, or in what is measured."""
+    return replace(weights_of(case), quantisation="")
 
 
 class Calibrations:
@@ -188,6 +194,7 @@ class Workbench:
         head_multiple: int | None = None,
         mlp_multiple: int | None = None,
         decode_tokens: int = 0,
+        quantisation: str = "",
         calibration: str | None = None,
         samples: int | None = None,
         seq_len: int | None = None,
@@ -220,7 +227,13 @@ class Workbench:
             decode_tokens=decode_tokens, **fields,
         )  # fmt: skip
         self.widths(case)
-        return case
+        return self.with_quantisation(case, quantisation)
+
+    def with_quantisation(self, case: Case, name: str) -> Case:
+        """The same case with linear weights in a format ("": the dtype). Raises ValueError where it cannot be had."""
+        if name:
+            check_format(name)
+        return replace(case, quantisation=name)
 
     def with_tasks(self, case: Case) -> Case:
         """The same case with the workbench's tasks measured as well."""
@@ -264,17 +277,22 @@ class Workbench:
         return environment(self.dense.device)
 
     def measure(self, case: Case) -> Record:
-        """The record of one case: prune, then measure. Errors are the caller's to record."""
+        """The record of one case: prune, quantise, then measure. Errors are the caller's to record."""
         start = time.perf_counter()
         reset_peak_memory(self.dense.device)
-        record = self.measure_model(*self.pruned(case), case)
+        model, seconds = self.pruned(case)
+        if case.quantisation:
+            quantising = time.perf_counter()
+            model = quantised(model, case.quantisation)
+            seconds = {**seconds, "quantise_s": time.perf_counter() - quantising}
+        record = self.measure_model(model, seconds, case)
         return replace(record, metrics={**record.metrics, "cell_s": time.perf_counter() - start})
 
     def pruned(self, case: Case) -> tuple[nn.Module, dict[str, float]]:
-        """The model of a case, and the seconds that making it took; the last one is kept."""
+        """The model of a case before it is quantised, and the seconds that making it took; the last one is kept."""
         if case.criterion == "dense":
             return self.dense, {}
-        made = weights_of(case)
+        made = pruning_of(case)
         if self._pruned is None or self._pruned[0] != made:
             self._pruned = None  # before the next one takes memory
             self._pruned = made, *self._prune(case)
@@ -333,6 +351,10 @@ class Workbench:
             "perplexity": quality.perplexity * quality.standard_error,  # delta method: perplexity is exp(loss)
             "bits_per_byte": quality.bits_per_byte * quality.standard_error / quality.loss,
         }
+        environment = self.environment()
+        if case.quantisation:
+            metrics["packed_weight_bytes"] = packed_weight_bytes(model)
+            environment = {**environment, "torchao": torchao_version()}
         if case.decode_tokens:
             rate, standard_errors["decode_tokens_per_s"] = decode_rate(model, case.decode_tokens)
             metrics["decode_tokens_per_s"] = rate
@@ -341,7 +363,7 @@ class Workbench:
             method=method_of(case),
             metrics=metrics,
             standard_errors=standard_errors,
-            environment=self.environment(),
+            environment=environment,
             losses=quality.losses,
             widths=tuple(asdict(layer) for layer in widths),
             tasks={name: asdict(result) for name, result in tasks.items()},

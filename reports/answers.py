@@ -242,6 +242,8 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
         }  # fmt: skip
         row |= {f"{metric}_standard_error": error for metric, error in record.standard_errors.items()}
         row["weight_mib"] = record.metrics["weight_bytes"] / 2**20 if "weight_bytes" in record.metrics else None
+        packed = record.metrics.get("packed_weight_bytes", record.metrics.get("weight_bytes"))
+        row["packed_weight_mib"] = None if packed is None else packed / 2**20
         row["calibration_tokens"] = record.case.calibration_samples * record.case.calibration_seq_len
         row["times_dense"] = record.metrics["perplexity"] / dense.metrics["perplexity"] if dense else None
         row |= _columns("rise", rise) | _columns("behind", lag)

@@ -102,5 +102,6 @@ QUESTIONS = (
     Question("quantisation", ("quantisation",),
              partial(plots.plot_dots, metrics=("perplexity", "weight_mib", "decode_tokens_per_s")),
              findings.alternatives, along=(), label=lambda record: record.case.quantisation or record.case.dtype,
-             columns=("weight_mib", "decode_tokens_per_s", "decode_tokens_per_s_standard_error")),
+             columns=("weight_mib", "packed_weight_mib", "decode_tokens_per_s",
+                      "decode_tokens_per_s_standard_error")),
 )  # fmt: skip

@@ -6,6 +6,7 @@ transformers' Auto classes, so `AutoModelForCausalLM.from_pretrained` loads a pr
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from . import _transformers  # noqa: F401 (before anything that imports models)
 from .allocate import global_widths, searched_widths
 from .calibration import LayerStatistics, Statistics, calibrate
 from .checkpoint import load_plan, save_checkpoint
