@@ -18,6 +18,7 @@ from .modeling_transact import TransActForCausalLM
 from .plan import LayerPlan, Plan, select
 from .prune import apply_plan, check_prunable
 from .recipe import PRESETS, Pruned, Recipe, prune, recipe_by_name
+from .recovery import Recovered, Training, recover, shot_budgets
 from .widths import (
     Widths,
     dense_widths,
@@ -42,7 +43,9 @@ __all__ = [
     "Plan",
     "Pruned",
     "Recipe",
+    "Recovered",
     "Statistics",
+    "Training",
     "TransActConfig",
     "TransActForCausalLM",
     "Widths",
@@ -63,9 +66,11 @@ __all__ = [
     "loss_gradients",
     "prune",
     "recipe_by_name",
+    "recover",
     "save_checkpoint",
     "searched_widths",
     "select",
+    "shot_budgets",
     "tokenise",
     "uniform_widths",
     "widths_by_name",

@@ -1,9 +1,10 @@
-"""The command `transact`: prune a model into a checkpoint directory, or look into one."""
+"""The command `transact`: prune a model into a checkpoint directory, train it, export it, or look into it."""
 
 import argparse
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -16,13 +17,21 @@ import torch
 import transformers
 
 from . import __version__
-from .checkpoint import EXPORTED, all_or_nothing, check_destination, check_export_destination, save_checkpoint
+from .checkpoint import (
+    EXPORTED,
+    all_or_nothing,
+    check_destination,
+    check_export_destination,
+    load_plan,
+    save_checkpoint,
+)
 from .criteria import CRITERIA
 from .export import GGUF_TYPES, plain_llama, write_gguf
 from .inputs import (
     DTYPES,
     EMBEDDED_MODEL,
     TEXTS,
+    Text,
     cut_windows,
     load_model,
     load_text,
@@ -32,6 +41,19 @@ from .inputs import (
 )
 from .prune import check_prunable
 from .recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, prune, recipe_by_name
+from .recovery import (
+    WAYS,
+    NonFiniteLossError,
+    Recovered,
+    Training,
+    check_recoverable,
+    default_learning_rate,
+    held_out_loss,
+    hold_out,
+    parse_tokens,
+    recover,
+    shot_budgets,
+)
 from .widths import (
     GRANULARITIES,
     MODULES,
@@ -88,7 +110,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots", "ridge")
-DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 0.2, 128, 2048
+DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_TRAINING_LENGTH = 0.2, 128, 2048, 512
 
 
 def chosen_recipe(options: argparse.Namespace) -> Recipe:
@@ -106,6 +128,91 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
     recipe = replace(recipe_by_name(options.preset or ("transact" if plain else "best")), **changes)
     recipe.check()
     return recipe
+
+
+def training_of(options: argparse.Namespace, hidden_size: int) -> Training:
+    """What the options say of training, checked, with the learning rate that it will have."""
+    rate = options.learning_rate
+    training = Training(
+        tokens=parse_tokens(options.tokens), way=options.way,
+        learning_rate=default_learning_rate(hidden_size, options.way) if rate is None else rate,
+        batch=options.batch, device_batch=options.device_batch, layer_weight=options.layer_weight, rank=options.rank,
+        gradient_checkpointing=options.gradient_checkpointing, seed=options.seed,
+    )  # fmt: skip
+    training.check()
+    return training
+
+
+def training_windows(
+    options: argparse.Namespace, context: int, tokenizer: transformers.PreTrainedTokenizerBase
+) -> tuple[Text, torch.Tensor, torch.Tensor]:
+    """The text to train on, its windows, and those held out."""
+    text = load_text(options.text)
+    length = min(DEFAULT_TRAINING_LENGTH, context) if options.train_seq_len is None else options.train_seq_len
+    windows, held_out = hold_out(cut_windows(tokenise(text, tokenizer), length=length))
+    budget = parse_tokens(options.tokens)
+    print(f"{budget:,} tokens are {budget / windows.numel():.2f} epochs of {text.name} ({windows.numel():,} tokens)",
+          file=sys.stderr)  # fmt: skip
+    return text, windows, held_out
+
+
+def checkpoints_of(out: Path) -> Path:
+    """Where a run that makes `out` keeps its checkpoints until it is done."""
+    return out.with_name(f"{out.name}.checkpoints")
+
+
+def train_with_advice(checkpoints: Path, *arguments, **options) -> Recovered:
+    """`recover`, with what to do next where the loss is not finite."""
+    try:
+        return recover(*arguments, checkpoints=checkpoints, **options)
+    except NonFiniteLossError as error:
+        kept = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        good = f"the last good checkpoint is {str(kept[-1])!r}" if kept else "there is no checkpoint yet"
+        raise ValueError(
+            f"{error}: training stopped; {good}. Lower --learning-rate, and name another output"
+        ) from error
+
+
+def training_summary(training: Training, text: Text, windows: torch.Tensor, recovered: Recovered) -> dict:
+    """What `pruning.json` says of a training."""
+    return {
+        **asdict(training), "tokens": recovered.tokens, "epochs": recovered.epochs, "text": text.name,
+        "sha256": text.sha256, "seq_len": windows.shape[1], "seconds": round(recovered.seconds, 3),
+        "history": recovered.history,
+    }  # fmt: skip
+
+
+def recover_command(options: argparse.Namespace) -> None:
+    out = check_destination(options.out, overwrite=options.overwrite)
+    parse_tokens(options.tokens)
+    config = read_config(options.directory)
+    training = training_of(options, config.hidden_size)
+    pruning = read_pruning(options.directory)
+    model, tokenizer = load_model(options.directory, dtype=options.dtype, device=options.device)
+    plan, teacher = load_plan(options.directory), None
+    if training.needs_teacher():
+        teacher = load_model(options.teacher or pruning["model"], dtype=options.dtype, device=options.device)[0]
+    check_recoverable(model, training, teacher)
+    text, windows, held_out = training_windows(options, config.max_position_embeddings, tokenizer)
+    recovered = train_with_advice(
+        checkpoints_of(out), model, windows, training, teacher=teacher, progress=True,
+        evaluate=lambda student: held_out_loss(student, held_out),
+    )  # fmt: skip
+    if not recovered.is_main:
+        return
+    trained = training_summary(training, text, windows, recovered)
+    pruning["recovery"] = [*pruning.get("recovery", []), trained]
+    save_checkpoint(out, recovered.model, plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
+    shutil.rmtree(checkpoints_of(out))
+    print_recovery(out, recovered)
+
+
+def print_recovery(out: Path, recovered: Recovered) -> None:
+    measured = [row["held_out_perplexity"] for row in recovered.history if "held_out_perplexity" in row]
+    print(
+        f"{out}: trained on {recovered.tokens:,} tokens ({recovered.epochs:.2f} epochs) in {recovered.seconds:.1f} s, "
+        f"perplexity of held-out windows of the same text {measured[0]:,.2f} -> {measured[-1]:,.2f}"
+    )
 
 
 def prune_command(options: argparse.Namespace) -> None:
@@ -128,6 +235,10 @@ def prune_command(options: argparse.Namespace) -> None:
     if options.seq_len is not None and options.seq_len < 2:
         raise ValueError(f"seq-len must be at least 2, got {options.seq_len}")
     recipe = chosen_recipe(options)
+    if options.tokens is not None:
+        training_of(options, hidden_size=1)  # what is wrong with it is known before the model is read
+        if options.layerwise:
+            raise ValueError("--layerwise keeps the model off the device: it cannot be trained there, drop --tokens")
     out = check_destination(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)
     with stage("load"):
@@ -146,11 +257,33 @@ def prune_command(options: argparse.Namespace) -> None:
             seq_len = min(DEFAULT_SEQ_LEN, context) if options.seq_len is None else options.seq_len
             tokens = tokenise(text, tokenizer)
             windows = cut_windows(tokens, length=seq_len, count=options.samples, seed=options.seed)
+    trainings, train = [], None
+    if options.tokens is not None:
+        training = training_of(options, dense.config.hidden_size)
+        train_text, train_windows, held_out = training_windows(options, dense.config.max_position_embeddings, tokenizer)
+        budgets = shot_budgets(training.tokens, recipe.shots, training.learning_rate)
+        if min(tokens for tokens, _ in budgets) < train_windows.shape[1]:
+            raise ValueError(
+                f"tokens {training.tokens} in {recipe.shots} shots leave less than a window of "
+                f"{train_windows.shape[1]} for one"
+            )
+
+        def train(model: torch.nn.Module, shot: int) -> torch.nn.Module:
+            tokens, rate = budgets[shot - 1]
+            now = replace(training, tokens=tokens, learning_rate=rate)
+            recovered = train_with_advice(
+                checkpoints_of(out) / f"shot-{shot}", model, train_windows, now, progress=True,
+                teacher=dense if now.needs_teacher() else None,
+                evaluate=lambda student: held_out_loss(student, held_out),
+            )  # fmt: skip
+            trainings.append(training_summary(now, train_text, train_windows, recovered))
+            return recovered.model
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     pruned = prune(
         dense, windows, recipe=recipe, ratio=ratio, kv_ratio=options.kv_ratio, widths=widths, seed=options.seed,
-        device=device if options.layerwise else None, progress=True,
+        device=device if options.layerwise else None, train=train, progress=True,
     )  # fmt: skip
 
     parameters_before, parameters_after = dense.num_parameters(), pruned.model.num_parameters()
@@ -172,6 +305,7 @@ def prune_command(options: argparse.Namespace) -> None:
         "kv_elements_per_token_after": kv_elements_per_token(pruned.plan.widths),
         "layers": [vars(layer_widths) for layer_widths in pruned.plan.widths],
         "ridges": pruned.ridges,
+        "recovery": trainings,
         "calibration": text
         and {
             "text": text.name,
@@ -194,6 +328,8 @@ def prune_command(options: argparse.Namespace) -> None:
         },
     }
     save_checkpoint(out, pruned.model, pruned.plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
+    if trainings:
+        shutil.rmtree(checkpoints_of(out))
     print(
         f"{out}: {removed:.1%} of the decoder layers' linear parameters and "
         f"{pruning['kv_fraction_removed']:.1%} of the KV cache removed, "
@@ -245,17 +381,40 @@ def inspect_command(options: argparse.Namespace) -> None:
 
 def _fraction_removed(directory: str, config: transformers.PretrainedConfig) -> float:
     """As `pruning.json` says, which knows the dense model; else as the configuration does."""
-    path = Path(directory) / "pruning.json"
-    if path.is_file():
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))["fraction_removed"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(path)!r} is not what `transact prune` writes") from error
+    if (Path(directory) / "pruning.json").is_file():
+        return read_pruning(directory)["fraction_removed"]
     return fraction_removed(config, widths_of(config))
+
+
+def read_pruning(directory: str) -> dict:
+    """What `transact prune` wrote beside a model. Raises ValueError where there is none or it is something else."""
+    path = Path(directory) / "pruning.json"
+    if not path.is_file():
+        raise ValueError(f"{directory!r} is not a pruned checkpoint: it holds no pruning.json")
+    try:
+        pruning = json.loads(path.read_text(encoding="utf-8"))
+        pruning["fraction_removed"], pruning["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is not what `transact prune` writes") from error
+    return pruning
 
 
 def _parameters(module: torch.nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in module.parameters()):,}"
+
+
+def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """The options that commands which train have."""
+    parser.add_argument("--tokens", required=required, help="budget of training, in tokens seen: 500k, 2M ...")
+    parser.add_argument("--way", default=WAYS[0], help=f"{', '.join(WAYS)} ({WAYS[0]})")
+    parser.add_argument("--text", default="embedded", help=f"to train on: {', '.join(TEXTS)} or a text file (embedded)")
+    parser.add_argument("--train-seq-len", type=int, help=f"tokens of its windows ({DEFAULT_TRAINING_LENGTH})")
+    parser.add_argument("--learning-rate", type=float, help="highest one (5e-5 at hidden size 4096, wider less)")
+    parser.add_argument("--batch", type=int, default=8, help="windows of a step (8)")
+    parser.add_argument("--device-batch", type=int, default=8, help="windows at once on a device (8)")
+    parser.add_argument("--layer-weight", type=float, default=0.0, help="of layer outputs in a distillation (0)")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters (16)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -298,7 +457,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--layerwise", action="store_true", help="keep the model in host memory, one block at a time on the device"
     )
     prune.add_argument("--overwrite", action="store_true", help="replace a pruned checkpoint at OUT")
+    add_training_options(prune, required=False)
     add_model_options(prune)
+
+    recover = command("recover", recover_command, "train a pruned checkpoint, on one device or under accelerate launch")
+    recover.add_argument("directory", help="a pruned checkpoint directory")
+    recover.add_argument("out", help="directory to write; must not exist unless --overwrite is given")
+    add_training_options(recover, required=True)
+    recover.add_argument("--teacher", help="dense model to distil from (the one that was pruned)")
+    recover.add_argument("--seed", type=int, default=0, help="of the order of windows and of the adapters (0)")
+    recover.add_argument("--overwrite", action="store_true", help="replace a pruned checkpoint at OUT")
+    add_model_options(recover)
 
     export = command("export", export_command, "write a pruned checkpoint for tools that know only plain Llamas")
     export.add_argument("directory", help="a pruned checkpoint directory")

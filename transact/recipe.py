@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -161,6 +161,7 @@ def prune(
     statistics: Statistics | None = None,
     seed: int = 0,
     device: torch.device | None = None,
+    train: Callable[[TransActForCausalLM, int], TransActForCausalLM] | None = None,
     progress: bool = False,
 ) -> Pruned:
     """Prune a model of the Llama family by a recipe, or the name of a preset.
@@ -168,7 +169,9 @@ def prune(
     `windows` (samples, length) of token ids are what it is calibrated on; they may be left out where the recipe needs
     no text. `ratio` is the fraction removed of the dense decoder layers' linear parameters, `kv_ratio` the least
     fraction removed of the KV bytes per token; `widths` names them instead. `statistics` of these windows, if there
-    already, serve the first shot. A `device` computes one block at a time there, for models larger than it.
+    already, serve the first shot. `train` is called after each shot with the narrowed model and the shot's number from
+    1 on, and gives the model that the next shot prunes. A `device` computes one block at a time there, for models
+    larger than it.
 
     Raises ValueError for what cannot be pruned, budgets out of reach, and settings that exclude each other.
     """
@@ -197,6 +200,9 @@ def prune(
             result.model = apply_plan(before, plan, rope=recipe.rope)
         with _stage(result.seconds, "compensate"):
             result.ridges = _compensate(recipe, result.model, before, plan, layers, windows, device, progress)
+        if train is not None:
+            with _stage(result.seconds, "train"):
+                result.model = train(result.model, recipe.shots - shots_left + 1)
         result.plan = plan.after(result.plan, head_dim_of(dense.config)) if result.plan else plan
         statistics = None
     return result

@@ -6,6 +6,7 @@ Legend: N windows, T tokens of a window, V vocabulary, L layers, D hidden size.
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 import warnings
@@ -106,9 +107,7 @@ def shot_budgets(tokens: int, shots: int, learning_rate: float) -> list[tuple[in
         return [(tokens, learning_rate)]
     share = tokens / shots
     ends = [share * (k / 2 + k * (k - 1) / 2 / (shots - 1)) for k in range(shots + 1)]  # sums of the first k shots
-    return [
-        (round(ends[k]) - round(ends[k - 1]), learning_rate * 2 * k / shots) for k in range(1, shots + 1)
-    ]
+    return [(round(ends[k]) - round(ends[k - 1]), learning_rate * 2 * k / shots) for k in range(1, shots + 1)]
 
 
 def window_order(count: int, available: int, seed: int) -> torch.Tensor:
@@ -255,6 +254,43 @@ def _arguments(model: nn.Module, count: int, training: Training, checkpoints: Pa
     return arguments
 
 
+def parse_tokens(text: str) -> int:
+    """A number of tokens such as 500000, 500k, 2M or 1.5B. Raises ValueError for anything else."""
+    units = {"k": 10**3, "m": 10**6, "b": 10**9}
+    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
+    try:
+        tokens = float(number) * unit
+    except ValueError:
+        tokens = math.nan
+    if not 1 <= tokens < math.inf:
+        raise ValueError(f"tokens must be a number such as 500000, 500k, 2M or 1.5B, at least 1, got {text!r}")
+    return round(tokens)
+
+
+def hold_out(windows: torch.Tensor, every: int = 16, most: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to train on, and every 16th, at most 32, to judge by. Raises ValueError for fewer than 16 windows."""
+    if len(windows) < every:
+        raise ValueError(
+            f"the text is too short: {len(windows)} windows of {windows.shape[1]} tokens, at least {every} are needed, "
+            "of which one is held out"
+        )
+    held_out = torch.arange(len(windows)) % every == every - 1
+    held_out &= held_out.cumsum(dim=0) <= most
+    return windows[~held_out], windows[held_out]
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, windows: torch.Tensor) -> dict[str, float]:
+    """Mean loss of the next token in windows (N, T), in nats, and the perplexity that it is."""
+    total = 0.0
+    for ids in windows.split(4):
+        ids = ids.to(next(model.parameters()).device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        total += functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").double().item()
+    loss = total / windows[:, 1:].numel()
+    return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}
+
+
 class _Windows(torch.utils.data.Dataset):
     """Windows in the order in which they are trained on, each once for every time that it is seen."""
 
@@ -370,18 +406,22 @@ def _last_checkpoint(directory: Path, settings: dict) -> str | None:
     settings_file = directory / SETTINGS
     if settings_file.exists():
         kept = json.loads(settings_file.read_text(encoding="utf-8"))
-        other = [f"{name} {kept.get(name)} (now {value})" for name, value in settings.items() if kept.get(name) != value]
+        other = [f"{name} {kept.get(name)} (now {new})" for name, new in settings.items() if kept.get(name) != new]
         if other:
-            raise ValueError(f"{str(directory)!r} holds checkpoints of another run: {', '.join(other)}; delete it first")
-    elif directory.exists() and any(directory.iterdir()):
+            raise ValueError(
+                f"{str(directory)!r} holds checkpoints of another run: {', '.join(other)}; delete it first"
+            )
+    elif directory.exists() and {path.name for path in directory.iterdir()} - {SETTINGS}:
         raise ValueError(f"checkpoint directory {str(directory)!r} holds something else: name another")
-    else:
+    else:  # several processes may do this at the same time, with the same content
         directory.mkdir(parents=True, exist_ok=True)
-        settings_file.write_text(json.dumps(settings), encoding="utf-8")
+        partial = directory.parent / f".{directory.name}-{SETTINGS}-{os.getpid()}"
+        partial.write_text(json.dumps(settings), encoding="utf-8")
+        partial.replace(settings_file)
     found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     whole = [path for path in found if _is_whole(path)]
     for path in set(found) - set(whole):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # another process may be at it
     return str(whole[-1]) if whole else None
 
 

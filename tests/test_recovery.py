@@ -1,0 +1,299 @@
+"""Recovery: three ways to train, exact resumption, merged adapters, the token budget, and what is refused."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+import transact
+from tests.tiny import random_plan, tiny_llama
+from transact.__main__ import main
+from transact.recovery import WAYS, NonFiniteLossError, held_out_loss, hold_out, parse_tokens, window_order
+
+DENSE = tiny_llama("gqa")
+WINDOWS = torch.randint(1, 97, (40, 16), generator=torch.Generator().manual_seed(0))
+TOKENS = 40 * 16
+
+
+def narrowed():
+    return transact.apply_plan(DENSE, random_plan(DENSE.config))
+
+
+def training(**changes) -> transact.Training:
+    return transact.Training(**{"tokens": TOKENS, "way": "full", "learning_rate": 1e-2, "batch": 4} | changes)
+
+
+def trained(**changes) -> transact.Recovered:
+    settings = training(**{name: value for name, value in changes.items() if name not in ("checkpoints", "evaluate")})
+    rest = {name: value for name, value in changes.items() if name in ("checkpoints", "evaluate")}
+    return transact.recover(narrowed(), WINDOWS, settings, teacher=DENSE if settings.needs_teacher() else None, **rest)
+
+
+def weights(model) -> dict:
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_lowers_its_loss_and_leaves_a_narrowed_checkpoint(way, tmp_path):
+    recovered = trained(way=way, tokens=4 * TOKENS, rank=4)
+    losses = [row["loss"] for row in recovered.history if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert recovered.tokens == 4 * TOKENS
+    assert recovered.epochs == 4
+    before = narrowed()
+    assert {name: tensor.shape for name, tensor in weights(recovered.model).items()} == {
+        name: tensor.shape for name, tensor in weights(before).items()
+    }
+    recovered.model.save_pretrained(tmp_path)
+    again = transact.TransActForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(weights(again)[name], tensor) for name, tensor in weights(recovered.model).items())
+    moved = [
+        name for name, tensor in weights(recovered.model).items() if not torch.equal(tensor, weights(before)[name])
+    ]
+    assert moved
+    assert not any("rope_pairs" in name for name in moved)
+    assert all("proj" in name for name in moved) == ("lora" in way)
+
+
+def test_merged_adapters_compute_what_the_adapters_did(monkeypatch):
+    from peft import PeftModel
+
+    seen = {}
+    merge = PeftModel.merge_and_unload if hasattr(PeftModel, "merge_and_unload") else None
+    assert merge is None  # peft hands the call on to its tuner: watch that one
+    from peft.tuners.lora import LoraModel
+
+    original = LoraModel.merge_and_unload
+
+    def watched(self, *arguments, **options):
+        with torch.no_grad():
+            seen["logits"] = self.model.eval()(input_ids=WINDOWS[:4]).logits
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", watched)
+    recovered = trained(way="lora", rank=4)
+    with torch.no_grad():
+        merged = recovered.model(input_ids=WINDOWS[:4]).logits
+        untrained = narrowed().eval()(input_ids=WINDOWS[:4]).logits
+    assert (merged - seen["logits"]).abs().max() < 1e-4
+    assert (merged - untrained).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("way", ["distillation", "lora"])
+def test_an_interrupted_run_goes_on_to_the_same_result(way, tmp_path):
+    whole = trained(way=way, rank=4, checkpoints=tmp_path / "whole")
+
+    calls = []
+
+    def interrupted(model):
+        calls.append(model)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return {"calls": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(way=way, rank=4, checkpoints=tmp_path / "cut", evaluate=interrupted)
+    left = sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*"))
+    assert left
+    torn = tmp_path / "cut" / "checkpoint-9"  # killed while it was being written
+    torn.mkdir(exist_ok=True)
+    (torn / "trainer_state.json").write_text('{"global')
+    resumed = trained(way=way, rank=4, checkpoints=tmp_path / "cut")
+    for name, tensor in weights(whole.model).items():
+        assert torch.equal(tensor, weights(resumed.model)[name]), name
+    done = trained(way=way, rank=4, checkpoints=tmp_path / "cut")  # nothing is left to do
+    assert all(torch.equal(tensor, weights(done.model)[name]) for name, tensor in weights(whole.model).items())
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    trained(checkpoints=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another run: learning_rate 0.01 \(now 0.02\)"):
+        trained(checkpoints=tmp_path / "run", learning_rate=2e-2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("")
+    with pytest.raises(ValueError, match="holds something else"):
+        trained(checkpoints=tmp_path / "other")
+
+
+def test_seeds_decide_the_order_and_nothing_outside_is_seeded():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = trained()
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(one, other) for one, other in
+               zip(weights(first.model).values(), weights(trained().model).values(), strict=True))  # fmt: skip
+    other = weights(trained(seed=1).model)
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in weights(first.model).items())
+    order = window_order(95, 40, seed=0)
+    assert sorted(order[:40].tolist()) == sorted(order[40:80].tolist()) == list(range(40))
+    assert order[:40].tolist() != order[40:80].tolist()
+
+
+def test_accumulated_batches_are_one_batch():
+    """The budget ends in the middle of a step, too."""
+    at_once = weights(trained(tokens=38 * 16, batch=8).model)
+    in_parts = weights(trained(tokens=38 * 16, batch=8, device_batch=2).model)
+    for name, tensor in at_once.items():
+        torch.testing.assert_close(tensor, in_parts[name], rtol=1e-3, atol=1e-3)
+
+
+def test_recomputed_activations_and_layer_outputs():
+    plain = weights(trained().model)
+    recomputed = trained(gradient_checkpointing=True)
+    for name, tensor in weights(recomputed.model).items():
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-4)
+    assert not recomputed.model.model.gradient_checkpointing
+    with_layers = trained(way="distillation", layer_weight=1.0)
+    assert with_layers.history[0]["loss"] > trained(way="distillation").history[0]["loss"]
+
+
+def test_a_bfloat16_model_comes_back_in_bfloat16():
+    model = narrowed().to(torch.bfloat16)
+    model.model.rotary_emb = copy.deepcopy(DENSE.model.rotary_emb)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    recovered = transact.recover(model, WINDOWS, training())
+    assert {parameter.dtype for parameter in recovered.model.parameters()} == {torch.bfloat16}
+    assert torch.equal(recovered.model.model.rotary_emb.inv_freq, frequencies)
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    calls = []
+
+    def poisoned(model):
+        calls.append(1)
+        if len(calls) == 3:  # half of the way
+            with torch.no_grad():
+                model.lm_head.weight.fill_(math.nan)
+        return {}
+
+    with pytest.raises(NonFiniteLossError, match="not finite|loss is nan"):
+        trained(checkpoints=tmp_path / "run", evaluate=poisoned)
+    kept = list((tmp_path / "run").glob("checkpoint-*"))
+    assert kept
+    for directory in kept:
+        model = transact.TransActForCausalLM.from_pretrained(directory)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_schedule_of_the_paper():
+    budgets = transact.shot_budgets(1_000_000_000, 8, 5e-5)
+    assert sum(tokens for tokens, _ in budgets) == 1_000_000_000
+    share = 1e9 / 8
+    for k, (tokens, rate) in enumerate(budgets, start=1):
+        assert tokens == pytest.approx(share / 2 + share * (k - 1) / 7, abs=1)
+        assert rate == pytest.approx(5e-5 * 2 * k / 8)
+    assert transact.shot_budgets(100, 1, 1e-3) == [(100, 1e-3)]
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("1000", 1000), ("500k", 500_000), ("2M", 2_000_000), ("1.5B", 1.5e9)])
+def test_parse_tokens(text, tokens):
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "k", "many", "-3", "0", "nan", "inf", "2T"])
+def test_parse_tokens_refuses(text):
+    with pytest.raises(ValueError, match="tokens must be a number"):
+        parse_tokens(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"way": "magic"}, "unknown way 'magic', allowed: distillation, full"),
+        ({"tokens": 5}, "tokens 5 are less than one window of 16"),
+        ({"tokens": 0}, "tokens must be at least 1"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"learning_rate": math.nan}, "learning-rate must be positive"),
+        ({"learning_rate": -1.0}, "learning-rate must be positive"),
+        ({"layer_weight": 1.0}, "has no teacher"),
+    ],
+)
+def test_refused_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        trained(**changes)
+
+
+def test_refused_models():
+    with pytest.raises(ValueError, match="not pruned"):
+        transact.recover(tiny_llama("gqa"), WINDOWS, training())
+    with pytest.raises(ValueError, match="needs the dense model as teacher"):
+        transact.recover(narrowed(), WINDOWS, training(way="distillation"))
+    other = tiny_llama("gqa")
+    other.resize_token_embeddings(50)
+    with pytest.raises(ValueError, match="vocabulary has 50 tokens, the model's 97"):
+        transact.recover(narrowed(), WINDOWS, training(way="distillation"), teacher=other)
+    with pytest.raises(ValueError, match="at least 16 are needed"):
+        hold_out(WINDOWS[:15])
+    fitted, held_out = hold_out(WINDOWS)
+    assert (len(fitted), len(held_out)) == (38, 2)
+
+
+@pytest.fixture
+def pruned(tiny_directory, tiny_text, tmp_path):
+    out = tmp_path / "pruned"
+    assert main(["prune", str(tiny_directory), str(out), "--calibration", str(tiny_text), "--samples", "8",
+                 "--seq-len", "32", "--device", "cpu", "--ratio", "0.3"]) == 0  # fmt: skip
+    return out
+
+
+def options(tiny_text, *more: str) -> list[str]:
+    return ["--tokens", "2k", "--text", str(tiny_text), "--train-seq-len", "32", "--device", "cpu", *more]
+
+
+def test_recover_command(pruned, tiny_directory, tiny_text, tmp_path, capsys):
+    out = tmp_path / "recovered"
+    assert main(["recover", str(pruned), str(out), *options(tiny_text, "--learning-rate", "0.01")]) == 0
+    said = capsys.readouterr()
+    assert "2,000 tokens are 0.53 epochs of words.txt" in said.err
+    assert "perplexity of held-out windows" in said.out
+    assert not list(tmp_path.glob("*.checkpoints"))
+    pruning = json.loads((out / "pruning.json").read_text())
+    (recovery,) = pruning["recovery"]
+    assert recovery["tokens"] == 1984
+    measured = [row["held_out_loss"] for row in recovery["history"] if "held_out_loss" in row]
+    assert len(measured) == 5
+    assert measured[-1] < measured[0]
+    model, tokenizer = transact.load_model(out, device="cpu")
+    windows = hold_out(
+        transact.cut_windows(transact.tokenise(transact.load_text(str(tiny_text)), tokenizer), length=32)
+    )
+    assert held_out_loss(model, windows[1])["held_out_loss"] == pytest.approx(measured[-1], rel=1e-5)
+    assert transact.load_plan(out).widths == transact.load_plan(pruned).widths
+    assert main(["recover", str(out), str(tmp_path / "again"), *options(tiny_text, "--way", "lora")]) == 0
+    assert len(json.loads((tmp_path / "again" / "pruning.json").read_text())["recovery"]) == 2
+
+
+def test_prune_and_train_in_shots(tiny_directory, tiny_text, tmp_path):
+    out = tmp_path / "out"
+    command = ["prune", str(tiny_directory), str(out), "--calibration", str(tiny_text), "--samples", "8", "--seq-len",
+               "32", "--preset", "transact", "--shots", "3", "--ratio", "0.4",
+               *options(tiny_text, "--learning-rate", "0.01")]  # fmt: skip
+    assert main(command) == 0
+    recovery = json.loads((out / "pruning.json").read_text())["recovery"]
+    assert [round(one["learning_rate"], 5) for one in recovery] == [0.00667, 0.01333, 0.02]
+    assert [one["tokens"] for one in recovery] == [320, 640, 992]  # whole windows of 333, 667 and 1000
+    model, _ = transact.load_model(out, device="cpu")
+    assert transact.widths_of(model.config) == transact.load_plan(out).widths
+    assert not list(tmp_path.glob("*.checkpoints"))
+
+
+def test_mistakes_are_one_line(pruned, tiny_directory, tiny_text, tmp_path, capsys):
+    out = tmp_path / "out"
+    short = tmp_path / "short.txt"
+    short.write_text("w1 w2 w3")
+    for arguments, message in [
+        (["recover", str(tiny_directory), str(out), *options(tiny_text)], "not a pruned checkpoint"),
+        (["recover", str(pruned), str(out), *options(tiny_text, "--tokens", "lots")], "tokens must be a number"),
+        (["recover", str(pruned), str(out), *options(short)], "too short"),
+        (["recover", str(pruned), str(out), *options(tiny_text, "--way", "x")], "unknown way"),
+        (["recover", str(pruned), str(pruned), *options(tiny_text)], "exists"),
+        (["recover", str(pruned), str(out), *options(tiny_text, "--learning-rate", "1e30")], "training stopped"),
+        (["prune", str(tiny_directory), str(out), *options(tiny_text, "--layerwise")], "drop --tokens"),
+    ]:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in error
+        assert not out.exists()
