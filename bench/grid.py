@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .records import Case, Record
-from .workbench import pruning_of, recipe_of, weights_of
+from .workbench import EVALUATIONS, pruning_of, recipe_of, weights_of
 
 OPERATIONS_PER_SECOND = {"cpu": 2.4e11, "cuda": 3e13}  # of two CPU cores in float32, of a GPU in bfloat16; stated low
 # how many forward passes over the calibration text each step costs (measured on two CPU cores with SmolLM2-135M)
 PASSES = {"first moments": 1.0, "second moments": 1.5, "outputs": 0.5, "weights": 4.0}
 SCORING_PASSES = {"obs": 2.0, "predicted-loss": 0.7, "leverage": 0.4}
+TRAINING_PASSES = 6.0  # over the text trained on: forward, backward, the teacher's, and their vocabularies
 COMPENSATING_PASSES = {"dense": 0.4, "pruned": 3.5}
 TOKENS_OF_AN_ITEM = 60  # of a task, over all its choices
 ITEMS_WITHOUT_A_LIMIT = 170
@@ -114,6 +115,7 @@ def _forward_tokens(case: Case, made: set) -> float:
         return beside
     made.add(weights_of(case))
     evaluation = case.evaluation_windows * case.evaluation_seq_len
+    training = TRAINING_PASSES * case.recovery_tokens + (EVALUATIONS + 1) * evaluation if case.recovery else 0
     pruning = "pruning", pruning_of(case)
     if case.calibration_sha256 is None or pruning in made:
         return beside + evaluation
@@ -129,4 +131,4 @@ def _forward_tokens(case: Case, made: set) -> float:
             passes.append(PASSES[step])
             made.add((calibration_of(case), step))
     passes += [SCORING_PASSES.get(case.criterion, 0) * case.shots, COMPENSATING_PASSES.get(case.compensation, 0)]
-    return beside + evaluation + sum(passes) * case.calibration_samples * case.calibration_seq_len
+    return beside + evaluation + training + sum(passes) * case.calibration_samples * case.calibration_seq_len

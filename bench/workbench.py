@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import nn
 
 import transact
 from transact.inputs import Text
+from transact.recovery import default_learning_rate
 
 from .environment import code_hash, environment, fast_dtype
 from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
@@ -60,6 +61,9 @@ def weights_of(case: Case) -> Case:
 def pruning_of(case: Case) -> Case:
     """What decides a case's pruned model: two cases with the same differ in quantisation, or in what is measured."""
     return replace(weights_of(case), quantisation="")
+
+
+EVALUATIONS = 3  # of a model on its way through training, beside the one before
 
 
 class Calibrations:
@@ -168,7 +172,7 @@ class Workbench:
             code=code_hash(),
         )
         self._calibrations = Calibrations(self.dense)
-        self._pruned: tuple[Case, nn.Module, dict[str, float]] | None = None
+        self._pruned: tuple[Case, nn.Module, dict[str, float], list[dict[str, float]]] | None = None
         self._quality: tuple[Case, Perplexity, float] | None = None
 
     def text(self, name: str) -> tuple[Text, torch.Tensor]:
@@ -195,6 +199,8 @@ class Workbench:
         mlp_multiple: int | None = None,
         decode_tokens: int = 0,
         quantisation: str = "",
+        recovery: str = "",
+        recovery_tokens: int = 0,
         calibration: str | None = None,
         samples: int | None = None,
         seq_len: int | None = None,
@@ -227,7 +233,49 @@ class Workbench:
             decode_tokens=decode_tokens, **fields,
         )  # fmt: skip
         self.widths(case)
-        return self.with_quantisation(case, quantisation)
+        return self.with_quantisation(self.with_recovery(case, recovery, recovery_tokens), quantisation)
+
+    def with_recovery(self, case: Case, way: str, tokens: int) -> Case:
+        """The same case trained ("": not) on so many tokens of the calibration text, at the default learning rate.
+
+        With several shots, a part of the budget after each. Raises ValueError for an unknown way.
+        """
+        if not way:
+            return case
+        rate = default_learning_rate(self.dense.config.hidden_size, way)
+        transact.Training(tokens=tokens, way=way, learning_rate=rate).check()
+        sha256 = self.text(self.calibration[0])[0].sha256
+        return replace(case, recovery=way, recovery_tokens=tokens, recovery_sha256=sha256, learning_rate=rate)
+
+    def _trainer(self, case: Case, history: list[dict[str, float]]) -> Callable | None:
+        """What `transact.prune` calls after each shot to train the case's model; None where it is not trained.
+
+        `history` receives the loss and perplexity of the evaluation windows on the way, by tokens trained in all.
+        """
+        if not case.recovery:
+            return None
+        name, _, length = self.calibration
+        windows = transact.cut_windows(self.text(name)[1], length=length)
+        budgets = transact.shot_budgets(case.recovery_tokens, case.shots, case.learning_rate)
+
+        def measured(model: nn.Module) -> dict[str, float]:
+            quality = measure_perplexity(model, self.evaluation_windows)
+            return {"loss_nats": quality.loss, "perplexity": quality.perplexity}
+
+        def train(model: nn.Module, shot: int) -> nn.Module:
+            tokens, rate = budgets[shot - 1]
+            training = transact.Training(tokens=tokens, way=case.recovery, learning_rate=rate, device_batch=4,
+                                         seed=self.seed)  # fmt: skip
+            teacher = self.dense if training.needs_teacher() else None
+            recovered = transact.recover(model, windows, training, teacher=teacher, evaluate=measured,
+                                         evaluations=max(1, EVALUATIONS // case.shots), progress=True)  # fmt: skip
+            before = sum(tokens for tokens, _ in budgets[: shot - 1])
+            history.extend(
+                {**row, "tokens": before + row["tokens"]} for row in recovered.history if "perplexity" in row
+            )
+            return recovered.model
+
+        return train
 
     def with_quantisation(self, case: Case, name: str) -> Case:
         """The same case with linear weights in a format ("": the dtype). Raises ValueError where it cannot be had."""
@@ -280,26 +328,27 @@ class Workbench:
         """The record of one case: prune, quantise, then measure. Errors are the caller's to record."""
         start = time.perf_counter()
         reset_peak_memory(self.dense.device)
-        model, seconds = self.pruned(case)
+        model, seconds, history = self.pruned(case)
         if case.quantisation:
             quantising = time.perf_counter()
             model = quantised(model, case.quantisation)
             seconds = {**seconds, "quantise_s": time.perf_counter() - quantising}
         record = self.measure_model(model, seconds, case)
-        return replace(record, metrics={**record.metrics, "cell_s": time.perf_counter() - start})
+        metrics = {**record.metrics, "cell_s": time.perf_counter() - start}
+        return replace(record, metrics=metrics, history=tuple(history))
 
-    def pruned(self, case: Case) -> tuple[nn.Module, dict[str, float]]:
-        """The model of a case before it is quantised, and the seconds that making it took; the last one is kept."""
+    def pruned(self, case: Case) -> tuple[nn.Module, dict[str, float], list[dict[str, float]]]:
+        """The model of a case before it is quantised, the seconds and history of making it; the last one is kept."""
         if case.criterion == "dense":
-            return self.dense, {}
+            return self.dense, {}, []
         made = pruning_of(case)
         if self._pruned is None or self._pruned[0] != made:
             self._pruned = None  # before the next one takes memory
             self._pruned = made, *self._prune(case)
         return self._pruned[1:]
 
-    def _prune(self, case: Case) -> tuple[nn.Module, dict[str, float]]:
-        recipe, seconds = recipe_of(case), {}
+    def _prune(self, case: Case) -> tuple[nn.Module, dict[str, float], list[dict[str, float]]]:
+        recipe, seconds, history = recipe_of(case), {}, []
         statistics = windows = None
         if recipe.needs_text():
             windows = self.windows_of(case)
@@ -307,10 +356,10 @@ class Workbench:
         start = time.perf_counter()
         pruned = transact.prune(
             self.dense, windows, recipe=recipe, ratio=case.ratio, kv_ratio=case.kv_ratio, widths=self.widths(case),
-            statistics=statistics, seed=case.seed, progress=True,
+            statistics=statistics, seed=case.seed, train=self._trainer(case, history), progress=True,
         )  # fmt: skip
         seconds["prune_s"] = time.perf_counter() - start
-        return pruned.model, seconds
+        return pruned.model, seconds, history
 
     def quality(self, model: nn.Module, case: Case) -> tuple[Perplexity, float]:
         """Perplexity of a case's model and the seconds that it took; the last is kept for cases of the same weights."""

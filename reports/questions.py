@@ -10,7 +10,7 @@ from .answers import Question, text_named
 RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots")
 PAPER = {"granularity": ("dims",), "allocation": ("uniform",), "compensation": ("none",), "rope": ("pairs",),
          "shots": (1,)}  # fmt: skip
-TRAINED = ("full", "lora", "distillation")
+TRAINED = ("full", "lora", "distillation", "lora-distillation")
 
 
 def is_preset(record: Record) -> bool:

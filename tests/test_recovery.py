@@ -169,7 +169,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path):
                 model.lm_head.weight.fill_(math.nan)
         return {}
 
-    with pytest.raises(NonFiniteLossError, match="not finite|loss is nan"):
+    with pytest.raises(NonFiniteLossError, match=r"not finite|loss is nan"):
         trained(checkpoints=tmp_path / "run", evaluate=poisoned)
     kept = list((tmp_path / "run").glob("checkpoint-*"))
     assert kept
