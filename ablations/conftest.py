@@ -17,7 +17,7 @@ import pytest
 from bench import cluster
 from bench.grid import estimate, in_order, shard_of
 from bench.records import Case, Record, append_record, read_results, sole_writer
-from bench.workbench import Workbench
+from bench.workbench import Workbench, failed
 from reports.report import write_report, written
 from transact.inputs import TEXTS, read_config
 
@@ -196,7 +196,7 @@ def measure_here(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[C
             with capture.global_and_fixture_disabled():  # progress bars reach the terminal
                 kept[case] = run.workbench.measure(case)
         except Exception as error:
-            append(run.file, cluster.failed(case, error, run.workbench.environment()))
+            append(run.file, failed(case, error, run.workbench.environment()))
             raise
         append(run.file, kept[case])
 

@@ -6,11 +6,11 @@ Ray is the extra `cluster` and is imported on first use.
 import functools
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .records import Case, Record
-from .workbench import Workbench, method_of
+from .workbench import Workbench, failed
 
 RETRIES = 3  # of a cell whose worker died
 # what a worker must share with the driver, or its figures are not those of the case
@@ -23,12 +23,6 @@ def measured(bench: Workbench, case: Case) -> Record:
         return bench.measure(case)
     except Exception as error:
         return failed(case, error, bench.environment())
-
-
-def failed(case: Case, error: Exception, environment: Mapping) -> Record:
-    """A record without figures that names the error."""
-    message = f"{type(error).__name__}: {error}"
-    return Record(case, method_of(case), {}, {}, environment, status="failed", error=message)
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,12 +6,13 @@ floats again as they are multiplied. Without compilation this costs time, on CPU
 
 import copy
 import importlib.util
-import logging
 import warnings
 from importlib import metadata
 
 import torch
 from torch import nn
+
+from transact._transformers import without_logs
 
 from .memory import weight_bytes
 
@@ -82,12 +83,7 @@ def packed_weight_bytes(model: nn.Module) -> int:
 
 def _torchao():
     """torchao's quantisation module; what it says while it is imported does not concern weight-only formats."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import torchao.quantization
-    finally:
-        logging.disable(disabled)
+    with without_logs(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torchao.quantization
     return torchao.quantization

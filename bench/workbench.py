@@ -1,6 +1,5 @@
 """One model, one calibration, many cases: what every ablation measures on."""
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -11,8 +10,9 @@ import torch
 from torch import nn
 
 import transact
+from transact.checkpoint import model_hash
 from transact.inputs import Text
-from transact.recovery import default_learning_rate
+from transact.recovery import shot_trainings
 
 from .environment import code_hash, environment, fast_dtype
 from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
@@ -20,15 +20,6 @@ from .perplexity import Perplexity, evaluation_windows, measure_perplexity
 from .quantise import check_format, packed_weight_bytes, quantised, torchao_version
 from .records import Case, Record
 from .speed import decode_rate
-
-
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 of the weights by name, in their dtype: two models with the same hash compute the same."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def recipe_fields(recipe: transact.Recipe) -> dict:
@@ -51,6 +42,12 @@ def method_of(case: Case) -> str:
     recipe = recipe_of(case)
     presets = [name for name, preset in transact.PRESETS.items() if preset == recipe]
     return presets[0] if presets else case.criterion
+
+
+def failed(case: Case, error: Exception, environment: Mapping) -> Record:
+    """A record without figures that names the error."""
+    message = f"{type(error).__name__}: {error}"
+    return Record(case, method_of(case), {}, {}, environment, status="failed", error=message)
 
 
 def weights_of(case: Case) -> Case:
@@ -242,8 +239,9 @@ class Workbench:
         """
         if not way:
             return case
-        rate = default_learning_rate(self.dense.config.hidden_size, way)
-        transact.Training(tokens=tokens, way=way, learning_rate=rate).check()
+        training = transact.Training(tokens=tokens, way=way)
+        training.check()
+        rate = training.with_rate(self.dense.config.hidden_size).learning_rate
         sha256 = self.text(self.calibration[0])[0].sha256
         return replace(case, recovery=way, recovery_tokens=tokens, recovery_sha256=sha256, learning_rate=rate)
 
@@ -256,20 +254,18 @@ class Workbench:
             return None
         name, _, length = self.calibration
         windows = transact.cut_windows(self.text(name)[1], length=length)
-        budgets = transact.shot_budgets(case.recovery_tokens, case.shots, case.learning_rate)
+        whole = transact.Training(tokens=case.recovery_tokens, way=case.recovery, learning_rate=case.learning_rate,
+                                  device_batch=4, seed=self.seed)  # fmt: skip
+        trainings, teacher = shot_trainings(whole, case.shots), self.dense if whole.needs_teacher() else None
 
         def measured(model: nn.Module) -> dict[str, float]:
             quality = measure_perplexity(model, self.evaluation_windows)
             return {"loss_nats": quality.loss, "perplexity": quality.perplexity}
 
         def train(model: nn.Module, shot: int) -> nn.Module:
-            tokens, rate = budgets[shot - 1]
-            training = transact.Training(tokens=tokens, way=case.recovery, learning_rate=rate, device_batch=4,
-                                         seed=self.seed)  # fmt: skip
-            teacher = self.dense if training.needs_teacher() else None
-            recovered = transact.recover(model, windows, training, teacher=teacher, evaluate=measured,
+            recovered = transact.recover(model, windows, trainings[shot - 1], teacher=teacher, evaluate=measured,
                                          evaluations=max(1, EVALUATIONS // case.shots), progress=True)  # fmt: skip
-            before = sum(tokens for tokens, _ in budgets[: shot - 1])
+            before = sum(one.tokens for one in trainings[: shot - 1])
             history.extend(
                 {**row, "tokens": before + row["tokens"]} for row in recovered.history if "perplexity" in row
             )

@@ -117,6 +117,12 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
         trained(checkpoints=tmp_path / "other")
 
 
+def test_nothing_is_left_where_it_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained()
+    assert not list(tmp_path.iterdir())
+
+
 def test_seeds_decide_the_order_and_nothing_outside_is_seeded():
     torch.manual_seed(5)
     expected = torch.rand(1)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -47,12 +48,12 @@ from .recovery import (
     Recovered,
     Training,
     check_recoverable,
-    default_learning_rate,
+    checkpoints_in,
     held_out_loss,
     hold_out,
     parse_tokens,
     recover,
-    shot_budgets,
+    shot_trainings,
 )
 from .widths import (
     GRANULARITIES,
@@ -131,13 +132,11 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def training_of(options: argparse.Namespace, hidden_size: int) -> Training:
-    """What the options say of training, checked, with the learning rate that it will have."""
-    rate = options.learning_rate
+def training_of(options: argparse.Namespace) -> Training:
+    """What the options say of training, checked."""
     training = Training(
-        tokens=parse_tokens(options.tokens), way=options.way,
-        learning_rate=default_learning_rate(hidden_size, options.way) if rate is None else rate,
-        batch=options.batch, device_batch=options.device_batch, layer_weight=options.layer_weight, rank=options.rank,
+        tokens=parse_tokens(options.tokens), way=options.way, learning_rate=options.learning_rate, batch=options.batch,
+        device_batch=options.device_batch, layer_weight=options.layer_weight, rank=options.rank,
         gradient_checkpointing=options.gradient_checkpointing, seed=options.seed,
     )  # fmt: skip
     training.check()
@@ -145,17 +144,17 @@ def training_of(options: argparse.Namespace, hidden_size: int) -> Training:
 
 
 def training_windows(
-    options: argparse.Namespace, context: int, tokenizer: transformers.PreTrainedTokenizerBase
+    options: argparse.Namespace, training: Training, context: int, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> tuple[Text, torch.Tensor, torch.Tensor]:
     """The text to train on, its windows, and those held out."""
     text = load_text(options.text)
     length = min(DEFAULT_TRAINING_LENGTH, context) if options.train_seq_len is None else options.train_seq_len
     windows, held_out = hold_out(cut_windows(tokenise(text, tokenizer), length=length))
-    budget = parse_tokens(options.tokens)
-    steps = -(-budget // (options.batch * length))
-    epochs = budget / windows.numel()
+    tokens, available = training.tokens, windows.numel()
+    steps = math.ceil(tokens / (training.batch * length))
     print(
-        f"{budget:,} tokens are {epochs:.2f} epochs of {text.name} ({windows.numel():,} tokens), in {steps:,} steps",
+        f"{tokens:,} tokens are {tokens / available:.2f} epochs of {text.name} ({available:,} tokens), "
+        f"in {steps:,} steps",
         file=sys.stderr,
     )
     if steps < FEW_STEPS:
@@ -173,7 +172,7 @@ def train_with_advice(checkpoints: Path, *arguments, **options) -> Recovered:
     try:
         return recover(*arguments, checkpoints=checkpoints, **options)
     except NonFiniteLossError as error:
-        kept = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        kept = checkpoints_in(checkpoints)
         good = f"the last good checkpoint is {str(kept[-1])!r}" if kept else "there is no checkpoint yet"
         raise ValueError(
             f"{error}: training stopped; {good}. Lower --learning-rate, and name another output"
@@ -191,16 +190,16 @@ def training_summary(training: Training, text: Text, windows: torch.Tensor, reco
 
 def recover_command(options: argparse.Namespace) -> None:
     out = check_destination(options.out, overwrite=options.overwrite)
-    parse_tokens(options.tokens)
+    training = training_of(options)
     config = read_config(options.directory)
-    training = training_of(options, config.hidden_size)
+    training = training.with_rate(config.hidden_size)
     pruning = read_pruning(options.directory)
     model, tokenizer = load_model(options.directory, dtype=options.dtype, device=options.device)
     plan, teacher = load_plan(options.directory), None
     if training.needs_teacher():
         teacher = load_model(options.teacher or pruning["model"], dtype=options.dtype, device=options.device)[0]
     check_recoverable(model, training, teacher)
-    text, windows, held_out = training_windows(options, config.max_position_embeddings, tokenizer)
+    text, windows, held_out = training_windows(options, training, config.max_position_embeddings, tokenizer)
     recovered = train_with_advice(
         checkpoints_of(out), model, windows, training, teacher=teacher, progress=True,
         evaluate=lambda student: held_out_loss(student, held_out),
@@ -242,8 +241,9 @@ def prune_command(options: argparse.Namespace) -> None:
     if options.seq_len is not None and options.seq_len < 2:
         raise ValueError(f"seq-len must be at least 2, got {options.seq_len}")
     recipe = chosen_recipe(options)
+    training = None
     if options.tokens is not None:
-        training_of(options, hidden_size=1)  # what is wrong with it is known before the model is read
+        training = training_of(options)
         if options.layerwise:
             raise ValueError("--layerwise keeps the model off the device: it cannot be trained there, drop --tokens")
     out = check_destination(options.out, overwrite=options.overwrite)
@@ -264,27 +264,24 @@ def prune_command(options: argparse.Namespace) -> None:
             seq_len = min(DEFAULT_SEQ_LEN, context) if options.seq_len is None else options.seq_len
             tokens = tokenise(text, tokenizer)
             windows = cut_windows(tokens, length=seq_len, count=options.samples, seed=options.seed)
-    trainings, train = [], None
-    if options.tokens is not None:
-        training = training_of(options, dense.config.hidden_size)
-        train_text, train_windows, held_out = training_windows(options, dense.config.max_position_embeddings, tokenizer)
-        budgets = shot_budgets(training.tokens, recipe.shots, training.learning_rate)
-        if min(tokens for tokens, _ in budgets) < train_windows.shape[1]:
+    recovered, train = [], None
+    if training is not None:
+        context = dense.config.max_position_embeddings
+        train_text, train_windows, held_out = training_windows(options, training, context, tokenizer)
+        trainings = shot_trainings(training.with_rate(dense.config.hidden_size), recipe.shots)
+        if min(one.tokens for one in trainings) < train_windows.shape[1]:
             raise ValueError(
                 f"tokens {training.tokens} in {recipe.shots} shots leave less than a window of "
                 f"{train_windows.shape[1]} for one"
             )
 
         def train(model: torch.nn.Module, shot: int) -> torch.nn.Module:
-            tokens, rate = budgets[shot - 1]
-            now = replace(training, tokens=tokens, learning_rate=rate)
-            recovered = train_with_advice(
-                checkpoints_of(out) / f"shot-{shot}", model, train_windows, now, progress=True,
-                teacher=dense if now.needs_teacher() else None,
+            recovered.append(train_with_advice(
+                checkpoints_of(out) / f"shot-{shot}", model, train_windows, trainings[shot - 1], progress=True,
+                teacher=dense if training.needs_teacher() else None,
                 evaluate=lambda student: held_out_loss(student, held_out),
-            )  # fmt: skip
-            trainings.append(training_summary(now, train_text, train_windows, recovered))
-            return recovered.model
+            ))  # fmt: skip
+            return recovered[-1].model
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -292,6 +289,8 @@ def prune_command(options: argparse.Namespace) -> None:
         dense, windows, recipe=recipe, ratio=ratio, kv_ratio=options.kv_ratio, widths=widths, seed=options.seed,
         device=device if options.layerwise else None, train=train, progress=True,
     )  # fmt: skip
+    if not all(result.is_main for result in recovered):
+        return
 
     parameters_before, parameters_after = dense.num_parameters(), pruned.model.num_parameters()
     removed = fraction_removed(dense.config, pruned.plan.widths)
@@ -312,7 +311,10 @@ def prune_command(options: argparse.Namespace) -> None:
         "kv_elements_per_token_after": kv_elements_per_token(pruned.plan.widths),
         "layers": [vars(layer_widths) for layer_widths in pruned.plan.widths],
         "ridges": pruned.ridges,
-        "recovery": trainings,
+        "recovery": [
+            training_summary(one, train_text, train_windows, result)
+            for one, result in zip(trainings if recovered else (), recovered, strict=True)
+        ],
         "calibration": text
         and {
             "text": text.name,
@@ -335,7 +337,7 @@ def prune_command(options: argparse.Namespace) -> None:
         },
     }
     save_checkpoint(out, pruned.model, pruned.plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
-    if trainings:
+    if recovered:
         shutil.rmtree(checkpoints_of(out))
     print(
         f"{out}: {removed:.1%} of the decoder layers' linear parameters and "

@@ -1,5 +1,6 @@
 """Checkpoint directories: a narrowed model, what was kept, and how it came about. Never half-written."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .plan import Plan
@@ -108,6 +111,15 @@ def _is_gguf(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 of the weights by name, in their dtype: two models with the same hash compute the same."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_plan(directory: str | os.PathLike) -> Plan:

@@ -8,10 +8,11 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .calibration import check_windows
+from .checkpoint import model_hash
 from .configuration_transact import TransActConfig
 from .modeling_transact import TransActForCausalLM
 
@@ -72,6 +74,11 @@ class Training:
     def needs_teacher(self) -> bool:
         return "distillation" in self.way
 
+    def with_rate(self, hidden_size: int) -> "Training":
+        """The same, with the default learning rate of a model of this hidden size where it names none."""
+        rate = self.learning_rate
+        return replace(self, learning_rate=default_learning_rate(hidden_size, self.way) if rate is None else rate)
+
 
 @dataclass
 class Recovered:
@@ -108,6 +115,12 @@ def shot_budgets(tokens: int, shots: int, learning_rate: float) -> list[tuple[in
     share = tokens / shots
     ends = [share * (k / 2 + k * (k - 1) / 2 / (shots - 1)) for k in range(shots + 1)]  # sums of the first k shots
     return [(round(ends[k]) - round(ends[k - 1]), learning_rate * 2 * k / shots) for k in range(1, shots + 1)]
+
+
+def shot_trainings(training: Training, shots: int) -> list[Training]:
+    """The training after each shot: a part of the budget and of the learning rate, which must be named."""
+    budgets = shot_budgets(training.tokens, shots, training.learning_rate)
+    return [replace(training, tokens=tokens, learning_rate=rate) for tokens, rate in budgets]
 
 
 def window_order(count: int, available: int, seed: int) -> torch.Tensor:
@@ -164,6 +177,7 @@ def recover(
     """
     check_recoverable(model, training, teacher)
     check_windows(model, windows)
+    training = training.with_rate(model.config.hidden_size)
     count = training.tokens // windows.shape[1]
     if count == 0:
         raise ValueError(f"tokens {training.tokens} are less than one window of {windows.shape[1]}")
@@ -171,7 +185,8 @@ def recover(
     if checkpoints is not None:
         resumed = _last_checkpoint(checkpoints, _settings(model, windows, training))
     before, student = model.dtype, model
-    with torch.random.fork_rng():  # Trainer and adapters seed globally
+    # Trainer and adapters seed globally, and Trainer makes its directory even where nothing is saved
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as scratch:
         if training.gradient_checkpointing:
             _checkpointing(model, "enable")({"use_reentrant": False})
         if "lora" in training.way:
@@ -180,7 +195,7 @@ def recover(
             _cast_parameters(model, torch.float32)
         trainer = _RecoveryTrainer(
             model=student,
-            args=_arguments(model, count, training, checkpoints),
+            args=_arguments(model, training, checkpoints or scratch, saves=checkpoints is not None),
             train_dataset=_Windows(windows, window_order(count, len(windows), training.seed)),
             teacher=teacher, layer_weight=training.layer_weight,
         )  # fmt: skip
@@ -232,15 +247,15 @@ def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _arguments(model: nn.Module, count: int, training: Training, checkpoints: Path | None) -> TrainingArguments:
+def _arguments(model: nn.Module, training: Training, directory: str | Path, *, saves: bool) -> TrainingArguments:
     on_cpu = model.device.type == "cpu"
     arguments = TrainingArguments(
-        output_dir=str(checkpoints or "unused"), num_train_epochs=1, train_sampling_strategy="sequential",
-        learning_rate=training.learning_rate or default_learning_rate(model.config.hidden_size, training.way),
-        lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0,
+        output_dir=str(directory), num_train_epochs=1, train_sampling_strategy="sequential",
+        learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta1=0.9,
+        adam_beta2=0.95, weight_decay=0.0,
         max_grad_norm=1.0, bf16=not on_cpu if training.bf16 is None else training.bf16, seed=training.seed,
         use_cpu=on_cpu, report_to="none", disable_tqdm=True,
-        save_strategy="no" if checkpoints is None else "steps", save_steps=0.1, save_total_limit=2,
+        save_strategy="steps" if saves else "no", save_steps=0.1, save_total_limit=2,
         logging_steps=0.01, remove_unused_columns=False, dataloader_pin_memory=not on_cpu,
     )  # fmt: skip
     if arguments.n_gpu > 1:  # one process, one GPU: several are for `accelerate launch`, not for DataParallel
@@ -392,10 +407,8 @@ class _Bar(TrainerCallback):
 
 def _settings(model: nn.Module, windows: torch.Tensor, training: Training) -> dict:
     """What must be the same for a run to go on from its checkpoints."""
-    digest = hashlib.sha256(windows.cpu().numpy().tobytes())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return {**asdict(training), "windows": list(windows.shape), "weights_and_text": digest.hexdigest()[:16]}
+    text = hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()[:16]
+    return {**asdict(training), "windows": list(windows.shape), "text": text, "weights": model_hash(model)}
 
 
 def _last_checkpoint(directory: Path, settings: dict) -> str | None:
@@ -418,11 +431,16 @@ def _last_checkpoint(directory: Path, settings: dict) -> str | None:
         partial = directory.parent / f".{directory.name}-{SETTINGS}-{os.getpid()}"
         partial.write_text(json.dumps(settings), encoding="utf-8")
         partial.replace(settings_file)
-    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = checkpoints_in(directory)
     whole = [path for path in found if _is_whole(path)]
     for path in set(found) - set(whole):
         shutil.rmtree(path, ignore_errors=True)  # another process may be at it
     return str(whole[-1]) if whole else None
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """What Trainer has saved there, the newest last."""
+    return sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
 def _is_whole(checkpoint: Path) -> bool:
