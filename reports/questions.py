@@ -59,7 +59,7 @@ def recovery_label(record: Record) -> str:
     case = record.case
     if not case.recovery:
         return "untrained"
-    rate = "" if case.learning_rate is None else f", rate {case.learning_rate:g}"
+    rate = "" if case.learning_rate is None else f", rate {case.learning_rate:.3g}"
     return f"{case.recovery}, {case.recovery_tokens:,} tokens{rate}"
 
 
