@@ -92,6 +92,29 @@ def perplexity_axis(axes: Axes, values: pd.Series, which: str = "y", bars: str =
     plain_log_axis(getattr(axes, f"{which}axis"), values.min(), values.max())
 
 
+def highest_shown(perplexities: pd.Series, gap: float = 4) -> float:
+    """The perplexity above which lines leave the picture: the last before a wide gap in the upper half, or the highest.
+
+    One criterion that breaks the model would press all the others into one line.
+    """
+    values = np.sort(perplexities.dropna().to_numpy(dtype=float))
+    wide = [place for place in range(len(values) // 2, len(values) - 1) if values[place + 1] > gap * values[place]]
+    return values[wide[0]] if wide else values[-1]
+
+
+def cut_above(axes: Axes, frame: pd.DataFrame, highest: float, names: str) -> None:
+    """End the axis above `highest`, and name what lies beyond with its perplexities."""
+    beyond = frame[frame["perplexity"] > highest]
+    if not len(beyond):
+        return
+    axes.set_ylim(min(frame["perplexity"].min(), *axes.yaxis.get_data_interval()) / 1.15, highest * 1.25)
+    words = [
+        f"{name} {', '.join(map(plain_number, rows.sort_values('fraction_removed')['perplexity']))}"
+        for name, rows in beyond.groupby(names, sort=False)
+    ]
+    axes.set_title("\n".join(["above the picture:", *words]), fontsize=8, color=FAINT, loc="left")
+
+
 def fraction_axis(axes: Axes, frame: pd.DataFrame) -> None:
     """Ticks across where something was measured, as long as these are few."""
     axes.set_xlabel("decoder linear parameters removed (%)")
@@ -106,11 +129,12 @@ def draw_dense(axes: Axes, perplexity: float | None, which: str = "y") -> None:
         return
     line = axes.axhline if which == "y" else axes.axvline
     line(perplexity, color=FAINT, linewidth=1, zorder=0)
-    place = (
-        ((1, perplexity), axes.get_yaxis_transform()) if which == "y" else ((perplexity, 1), axes.get_xaxis_transform())
-    )
-    axes.annotate("dense", place[0], xycoords=place[1], color=FAINT, ha="right" if which == "y" else "left",
-                  va="bottom", xytext=(-3, 2) if which == "y" else (2, 1), textcoords="offset points")  # fmt: skip
+    if which == "y":
+        place, transform, offset, vertical = (1, perplexity), axes.get_yaxis_transform(), (3, 0), "center"
+    else:
+        place, transform, offset, vertical = (perplexity, 1), axes.get_xaxis_transform(), (2, 1), "bottom"
+    axes.annotate("dense", place, xycoords=transform, color=FAINT, ha="left", va=vertical, xytext=offset,
+                  textcoords="offset points")  # fmt: skip
 
 
 def _dense_perplexity(found: Answer) -> float | None:
@@ -123,11 +147,12 @@ def line_names(frame: pd.DataFrame) -> pd.Series:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """A legend below the data, in as many columns as its longest label leaves room for."""
+    """A legend below the data, in as many columns as its longest label leaves room for; it lengthens the figure."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        columns = 84 // (max(map(len, labels)) + 8)
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(max(columns, 1), 4))
+        columns = min(max(84 // (max(map(len, labels)) + 8), 1), 4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        figure.set_figheight(figure.get_figheight() + 0.22 * max(0, -(-len(labels) // columns) - 2))
 
 
 def plot_perplexity(frame: pd.DataFrame, title: str = "") -> Figure:
@@ -140,10 +165,12 @@ def plot_perplexity(frame: pd.DataFrame, title: str = "") -> Figure:
         points = pd.concat([dense, group]).sort_values("fraction_removed")
         draw_line(axes, points, "fraction_removed", method, style_of(method, frame["method"]), scale=100)
     draw_dense(axes, dense["perplexity"].iloc[0] if len(dense) else None)
-    perplexity_axis(axes, frame["perplexity"])
+    highest = highest_shown(frame["perplexity"])
+    perplexity_axis(axes, frame["perplexity"].clip(upper=highest))
     fraction_axis(axes, frame)
     axes.grid(which="both")
-    axes.set_title(title)
+    figure.suptitle(title, fontsize=10)
+    cut_above(axes, frame, highest, "method")
     legend(figure, axes)
     return figure
 
@@ -180,9 +207,11 @@ def plot_lines(found: Answer) -> Figure:
     for line, points in frame.groupby("line", sort=False):
         draw_line(axes, points.sort_values("fraction_removed"), "fraction_removed", line, styles[line], scale=100)
     draw_dense(axes, _dense_perplexity(found))
-    perplexity_axis(axes, _with_dense(found))
+    highest = highest_shown(frame["perplexity"])
+    perplexity_axis(axes, _with_dense(found).clip(upper=highest))
     fraction_axis(axes, frame)
     axes.grid(which="both")
+    cut_above(axes, frame, highest, "line")
     legend(figure, axes)
     return figure
 

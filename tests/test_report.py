@@ -303,3 +303,25 @@ def test_every_ablation_file_has_a_question():
 @pytest.mark.parametrize(("value", "text"), [(29_610.4, "29,610"), (38.819, "38.82"), (0.12345, "0.1235")])
 def test_figures_are_plain(value, text):
     assert plain(value, 4) == text
+
+
+def test_lines_far_above_the_others_leave_the_picture_and_are_named():
+    from pandas import DataFrame
+
+    from reports.plots import draw, highest_shown, plot_perplexity
+
+    rows = [
+        ("dense", 0.0, 23.0),
+        ("best", 0.3, 32.0),
+        ("flap", 0.3, 47.0),
+        ("random", 0.1, 1316.0),
+        ("random", 0.3, 29871.0),
+    ]
+    frame = DataFrame(rows, columns=["method", "fraction_removed", "perplexity"]).assign(
+        ratio=lambda one: one["fraction_removed"]
+    )
+    assert highest_shown(frame["perplexity"]) == 47
+    assert highest_shown(frame["perplexity"][:3]) == 47  # nothing is far off: nothing is cut
+    axes = draw(plot_perplexity, frame).axes[0]
+    assert axes.get_ylim()[1] < 100
+    assert axes.get_title(loc="left").splitlines() == ["above the picture:", "random 1,316, 29,871"]

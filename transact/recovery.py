@@ -123,6 +123,14 @@ def shot_trainings(training: Training, shots: int) -> list[Training]:
     return [replace(training, tokens=tokens, learning_rate=rate) for tokens, rate in budgets]
 
 
+def rate_of_step(step: int, steps: int) -> float:
+    """Learning rate of a step (counted from 0) as a fraction of the highest: a tenth of the steps up, a cosine down."""
+    rising = math.ceil(steps / 10)
+    if step < rising:
+        return (step + 1) / rising
+    return (1 + math.cos(math.pi * (step + 1 - rising) / (steps + 1 - rising))) / 2
+
+
 def window_order(count: int, available: int, seed: int) -> torch.Tensor:
     """Indices (count,) of windows: every epoch all `available` ones in an order of its own."""
     generator = torch.Generator().manual_seed(seed)
@@ -251,8 +259,7 @@ def _arguments(model: nn.Module, training: Training, directory: str | Path, *, s
     on_cpu = model.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(directory), num_train_epochs=1, train_sampling_strategy="sequential",
-        learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta1=0.9,
-        adam_beta2=0.95, weight_decay=0.0,
+        learning_rate=training.learning_rate, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0,
         max_grad_norm=1.0, bf16=not on_cpu if training.bf16 is None else training.bf16, seed=training.seed,
         use_cpu=on_cpu, report_to="none", disable_tqdm=True,
         save_strategy="steps" if saves else "no", save_steps=0.1, save_total_limit=2,
@@ -327,6 +334,13 @@ class _RecoveryTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # losses are means: Trainer divides by the accumulated batches
         self.layer_weight = layer_weight
         self.teacher = teacher.to(self.args.device).eval() if teacher is not None else None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """`rate_of_step` in place of transformers' schedules, whose first step has rate 0 and changes nothing."""
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: rate_of_step(step, num_training_steps)
+        )
+        return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the batch: KL from the teacher's predictions (plus layers), or cross-entropy of the next token."""
