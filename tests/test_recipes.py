@@ -140,6 +140,14 @@ def test_search_removes_what_costs_least():
     assert fraction_removed(config, widths) == pytest.approx(0.2, abs=0.015)  # an MLP step is that large
 
 
+@pytest.mark.parametrize("preset", ["best", "flap", "transact"])
+def test_budgets_out_of_reach_are_refused_before_any_forward_pass(preset):
+    dense = tiny_llama("gqa")
+    dense.model.forward = lambda *_, **__: pytest.fail("the model was run")
+    with pytest.raises(ValueError, match=r"ratio 0\.99 is out of reach"):
+        transact.prune(dense, WINDOWS, recipe=preset, ratio=0.99)
+
+
 def test_budgets_that_cannot_be_met_say_what_can():
     dense = tiny_llama("gqa")
     scores = scores_of(dense, "predicted-loss", WINDOWS)

@@ -41,7 +41,7 @@ from .inputs import (
     tokenise,
 )
 from .prune import check_prunable
-from .recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, prune, recipe_by_name
+from .recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Pruned, Recipe, prune, recipe_by_name
 from .recovery import (
     WAYS,
     NonFiniteLossError,
@@ -221,6 +221,66 @@ def print_recovery(out: Path, recovered: Recovered) -> None:
     )
 
 
+class ShotTraining:
+    """Trains after each shot, by a part of the budget, and keeps what came of it."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        shots: int,
+        dense: torch.nn.Module,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        checkpoints: Path,
+    ):
+        training = training_of(options).with_rate(dense.config.hidden_size)
+        context = dense.config.max_position_embeddings
+        self.text, self.windows, self.held_out = training_windows(options, training, context, tokenizer)
+        self.trainings = shot_trainings(training, shots)
+        if min(one.tokens for one in self.trainings) < self.windows.shape[1]:
+            raise ValueError(
+                f"tokens {training.tokens} in {shots} shots leave less than a window of {self.windows.shape[1]} for one"
+            )
+        self.teacher = dense if training.needs_teacher() else None
+        self.checkpoints = checkpoints
+        self.recovered: list[Recovered] = []
+
+    def __call__(self, model: torch.nn.Module, shot: int) -> torch.nn.Module:
+        recovered = train_with_advice(
+            self.checkpoints / f"shot-{shot}", model, self.windows, self.trainings[shot - 1], teacher=self.teacher,
+            progress=True, evaluate=lambda student: held_out_loss(student, self.held_out),
+        )  # fmt: skip
+        self.recovered.append(recovered)
+        return recovered.model
+
+    def summaries(self) -> list[dict]:
+        pairs = zip(self.trainings, self.recovered, strict=True)
+        return [training_summary(training, self.text, self.windows, recovered) for training, recovered in pairs]
+
+
+def check_prune_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that are not allowed and options that exclude each other."""
+    if _names_widths(options) and (options.ratio is not None or options.kv_ratio is not None):
+        raise ValueError("--ratio/--kv-ratio and --mha-dim/--mlp-dim both name widths; give one of them")
+    check_ratio("ratio", _ratio(options))
+    check_ratio("kv-ratio", options.kv_ratio)
+    if options.samples < 1:
+        raise ValueError(f"at least one window is needed, got --samples {options.samples}")
+    if options.seq_len is not None and options.seq_len < 2:
+        raise ValueError(f"seq-len must be at least 2, got {options.seq_len}")
+    if options.tokens is not None:
+        training_of(options)
+        if options.layerwise:
+            raise ValueError("--layerwise keeps the model off the device: it cannot be trained there, drop --tokens")
+
+
+def _names_widths(options: argparse.Namespace) -> bool:
+    return options.mha_dim is not None or options.mlp_dim is not None
+
+
+def _ratio(options: argparse.Namespace) -> float:
+    return DEFAULT_RATIO if options.ratio is None else options.ratio
+
+
 def prune_command(options: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
 
@@ -230,105 +290,79 @@ def prune_command(options: argparse.Namespace) -> None:
         yield
         seconds[name] = time.perf_counter() - start
 
-    by_name = options.mha_dim is not None or options.mlp_dim is not None
-    if by_name and (options.ratio is not None or options.kv_ratio is not None):
-        raise ValueError("--ratio/--kv-ratio and --mha-dim/--mlp-dim both name widths; give one of them")
-    ratio = DEFAULT_RATIO if options.ratio is None else options.ratio
-    check_ratio("ratio", ratio)
-    check_ratio("kv-ratio", options.kv_ratio)
-    if options.samples < 1:
-        raise ValueError(f"at least one window is needed, got --samples {options.samples}")
-    if options.seq_len is not None and options.seq_len < 2:
-        raise ValueError(f"seq-len must be at least 2, got {options.seq_len}")
+    check_prune_options(options)
     recipe = chosen_recipe(options)
-    training = None
-    if options.tokens is not None:
-        training = training_of(options)
-        if options.layerwise:
-            raise ValueError("--layerwise keeps the model off the device: it cannot be trained there, drop --tokens")
     out = check_destination(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)
     with stage("load"):
         home = "cpu" if options.layerwise else options.device
         dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)
         check_prunable(dense)
-    widths = text = windows = None
-    if by_name:
+    widths = text = windows = train = None
+    if _names_widths(options):
         widths = widths_by_name(
             dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
         )
     if recipe.needs_text():
         with stage("text"):
             text = load_text(options.calibration)
-            context = dense.config.max_position_embeddings
-            seq_len = min(DEFAULT_SEQ_LEN, context) if options.seq_len is None else options.seq_len
-            tokens = tokenise(text, tokenizer)
-            windows = cut_windows(tokens, length=seq_len, count=options.samples, seed=options.seed)
-    recovered, train = [], None
-    if training is not None:
-        context = dense.config.max_position_embeddings
-        train_text, train_windows, held_out = training_windows(options, training, context, tokenizer)
-        trainings = shot_trainings(training.with_rate(dense.config.hidden_size), recipe.shots)
-        if min(one.tokens for one in trainings) < train_windows.shape[1]:
-            raise ValueError(
-                f"tokens {training.tokens} in {recipe.shots} shots leave less than a window of "
-                f"{train_windows.shape[1]} for one"
-            )
-
-        def train(model: torch.nn.Module, shot: int) -> torch.nn.Module:
-            recovered.append(train_with_advice(
-                checkpoints_of(out) / f"shot-{shot}", model, train_windows, trainings[shot - 1], progress=True,
-                teacher=dense if training.needs_teacher() else None,
-                evaluate=lambda student: held_out_loss(student, held_out),
-            ))  # fmt: skip
-            return recovered[-1].model
-
+            seq_len = options.seq_len or min(DEFAULT_SEQ_LEN, dense.config.max_position_embeddings)
+            windows = cut_windows(tokenise(text, tokenizer), length=seq_len, count=options.samples, seed=options.seed)
+    if options.tokens is not None:
+        train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     pruned = prune(
-        dense, windows, recipe=recipe, ratio=ratio, kv_ratio=options.kv_ratio, widths=widths, seed=options.seed,
-        device=device if options.layerwise else None, train=train, progress=True,
+        dense, windows, recipe=recipe, ratio=_ratio(options), kv_ratio=options.kv_ratio, widths=widths,
+        seed=options.seed, device=device if options.layerwise else None, train=train, progress=True,
     )  # fmt: skip
-    if not all(result.is_main for result in recovered):
+    if train and not train.recovered[-1].is_main:
         return
-
-    parameters_before, parameters_after = dense.num_parameters(), pruned.model.num_parameters()
-    removed = fraction_removed(dense.config, pruned.plan.widths)
+    pruned.seconds = seconds | pruned.seconds
     pruning = {
         "model": options.model,
         "preset": options.preset,
         "recipe": asdict(recipe),
         "criterion": recipe.criterion,
-        "ratio_asked": None if by_name else ratio,
+        "ratio_asked": None if widths else _ratio(options),
         "kv_ratio_asked": options.kv_ratio,
-        "fraction_removed": removed,
-        "kv_fraction_removed": kv_fraction_removed(dense.config, pruned.plan.widths),
-        "linear_parameters_before": linear_parameters(dense.config, widths_of(dense.config)),
-        "linear_parameters_after": linear_parameters(dense.config, pruned.plan.widths),
-        "parameters_before": parameters_before,
-        "parameters_after": parameters_after,
-        "kv_elements_per_token_before": kv_elements_per_token(widths_of(dense.config)),
-        "kv_elements_per_token_after": kv_elements_per_token(pruned.plan.widths),
-        "layers": [vars(layer_widths) for layer_widths in pruned.plan.widths],
-        "ridges": pruned.ridges,
-        "recovery": [
-            training_summary(one, train_text, train_windows, result)
-            for one, result in zip(trainings if recovered else (), recovered, strict=True)
-        ],
-        "calibration": text
-        and {
-            "text": text.name,
-            "sha256": text.sha256,
-            "samples": options.samples,
-            "seq_len": seq_len,
+        **pruning_summary(dense, pruned),
+        "recovery": train.summaries() if train else [],
+        "calibration": text and {
+            "text": text.name, "sha256": text.sha256, "samples": len(windows), "seq_len": windows.shape[1],
             "tokens": windows.numel(),
         },
         "seed": options.seed,
-        "dtype": str(dense.dtype).removeprefix("torch."),
         "device": str(device),
         "layerwise": options.layerwise,
-        "seconds": {name: round(value, 3) for name, value in (seconds | pruned.seconds).items()},
         "peak_device_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+    }  # fmt: skip
+    save_checkpoint(out, pruned.model, pruned.plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
+    if train:
+        shutil.rmtree(checkpoints_of(out))
+    print(
+        f"{out}: {pruning['fraction_removed']:.1%} of the decoder layers' linear parameters and "
+        f"{pruning['kv_fraction_removed']:.1%} of the KV cache removed, {pruning['parameters_before']:,} -> "
+        f"{pruning['parameters_after']:,} parameters in {sum(pruned.seconds.values()):.1f} s"
+    )
+
+
+def pruning_summary(dense: torch.nn.Module, pruned: Pruned) -> dict:
+    """What `pruning.json` says of the models before and after, of time and of versions."""
+    before, after = widths_of(dense.config), pruned.plan.widths
+    return {
+        "fraction_removed": fraction_removed(dense.config, after),
+        "kv_fraction_removed": kv_fraction_removed(dense.config, after),
+        "linear_parameters_before": linear_parameters(dense.config, before),
+        "linear_parameters_after": linear_parameters(dense.config, after),
+        "parameters_before": dense.num_parameters(),
+        "parameters_after": pruned.model.num_parameters(),
+        "kv_elements_per_token_before": kv_elements_per_token(before),
+        "kv_elements_per_token_after": kv_elements_per_token(after),
+        "layers": [vars(layer_widths) for layer_widths in after],
+        "ridges": pruned.ridges,
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "seconds": {name: round(value, 3) for name, value in pruned.seconds.items()},
         "versions": {
             "transact": __version__,
             "torch": torch.__version__,
@@ -336,14 +370,6 @@ def prune_command(options: argparse.Namespace) -> None:
             "python": sys.version.split()[0],
         },
     }
-    save_checkpoint(out, pruned.model, pruned.plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
-    if recovered:
-        shutil.rmtree(checkpoints_of(out))
-    print(
-        f"{out}: {removed:.1%} of the decoder layers' linear parameters and "
-        f"{pruning['kv_fraction_removed']:.1%} of the KV cache removed, "
-        f"{parameters_before:,} -> {parameters_after:,} parameters in {sum((seconds | pruned.seconds).values()):.1f} s"
-    )
 
 
 def export_command(options: argparse.Namespace) -> None:

@@ -221,8 +221,8 @@ def plain_widths(
     head_losses = sum(removal_losses(layer.value_dims) for layer in scores)
     head_losses = head_losses + sum(removal_losses(layer.rope_pairs).repeat_interleave(2)[:-1] for layer in scores)
     mlp_losses = sum(removal_losses(layer.mlp_dims) for layer in scores)
-    best = None
-    step, narrowest = max(2, head_multiple), None
+    best, reached = None, []
+    step = max(2, head_multiple)
     narrower_heads = [] if has_query_key_norm(config) else range(step, dense.v_head_dim, step)
     for head in [*narrower_heads, dense.v_head_dim]:
         attention = linear_parameters(config, [Widths(dense.kv_heads, head, head, 0)] * config.num_hidden_layers)
@@ -230,7 +230,7 @@ def plain_widths(
         widths = Widths(dense.kv_heads, head, head, min(dense.mlp, max(mlp, mlp_multiple)))
         every = (widths,) * config.num_hidden_layers
         removed, kv_removed = fraction_removed(config, every), kv_fraction_removed(config, every)
-        narrowest = narrowest or (removed, kv_removed)
+        reached.append((removed, kv_removed))
         if abs(removed - ratio) > tolerance + 1e-9 or kv_removed < (kv_ratio or 0) - 1e-9:
             continue
         loss = (head_losses[head] + mlp_losses[widths.mlp]).item()
@@ -238,9 +238,13 @@ def plain_widths(
             best = loss, every
     if best is None:
         also = f" together with kv-ratio {kv_ratio}" if kv_ratio else ""
+        enough = [pair for pair in reached if pair[1] >= (kv_ratio or 0) - 1e-9]
+        nearest = (
+            min(enough, key=lambda pair: abs(pair[0] - ratio)) if enough else max(reached, key=lambda pair: pair[1])
+        )
         raise ValueError(
-            f"ratio {ratio} is out of reach{also} with one head width and one MLP width for all layers: the narrowest "
-            f"heads remove {narrowest[0]:.3f} (KV {narrowest[1]:.3f})"
+            f"ratio {ratio} is out of reach{also} with one head width and one MLP width for all layers: the nearest "
+            f"remove {nearest[0]:.3f} (KV {nearest[1]:.3f})"
         )
     return best[1]
 

@@ -184,6 +184,8 @@ def prune(
     if recipe.needs_text() and windows is None:
         raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
     criterion = criterion_by_name(recipe.criterion, seed=seed)
+    if not widths:  # whether widths can be found does not hang on scores: say so before the long work
+        _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio, kv_ratio)
     result = Pruned(dense, None)
     for shots_left in range(recipe.shots, 0, -1):
         with _stage(result.seconds, "calibrate and score"):
@@ -237,6 +239,19 @@ def _scores(
         if recipe.compensation in ("bias", "dense"):
             kept.append(layer_statistics)
     return scores, kept
+
+
+def _placeholder_scores(dense: nn.Module) -> list[LayerScores]:
+    """Scores on the CPU, rising with the index and cumulative, of the shapes that the criteria give."""
+    return [
+        LayerScores(
+            torch.arange(width.qk_head_dim // 2.0).repeat(width.kv_heads, 1),
+            torch.arange(float(width.v_head_dim)).repeat(width.kv_heads, 1),
+            torch.arange(float(width.mlp)),
+            torch.arange(float(width.kv_heads)),
+        )
+        for width in widths_of(dense.config)
+    ]
 
 
 def _target_widths(
