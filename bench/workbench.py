@@ -241,7 +241,7 @@ class Workbench:
             return case
         training = transact.Training(tokens=tokens, way=way)
         training.check()
-        rate = training.with_rate(self.dense.config.hidden_size).learning_rate
+        rate = training.with_rate(self.dense.config.hidden_size, self.calibration[2]).learning_rate
         sha256 = self.text(self.calibration[0])[0].sha256
         return replace(case, recovery=way, recovery_tokens=tokens, recovery_sha256=sha256, learning_rate=rate)
 

@@ -10,7 +10,15 @@ import torch
 import transact
 from tests.tiny import random_plan, tiny_llama
 from transact.__main__ import main
-from transact.recovery import WAYS, NonFiniteLossError, held_out_loss, hold_out, parse_tokens, window_order
+from transact.recovery import (
+    WAYS,
+    NonFiniteLossError,
+    held_out_loss,
+    hold_out,
+    parse_tokens,
+    rate_of_step,
+    window_order,
+)
 
 DENSE = tiny_llama("gqa")
 WINDOWS = torch.randint(1, 97, (40, 16), generator=torch.Generator().manual_seed(0))
@@ -154,6 +162,21 @@ def test_recomputed_activations_and_layer_outputs():
     assert not recomputed.model.model.gradient_checkpointing
     with_layers = trained(way="distillation", layer_weight=1.0)
     assert with_layers.history[0]["loss"] > trained(way="distillation").history[0]["loss"]
+
+
+def test_a_teacher_does_not_change_a_way_without_one():
+    given = transact.recover(narrowed(), WINDOWS, training(), teacher=DENSE).model
+    assert all(torch.equal(weights(given)[name], tensor) for name, tensor in weights(trained().model).items())
+
+
+def test_every_step_has_a_rate_and_a_recorded_loss():
+    recovered = trained(evaluate=lambda model: {"measured": 1.0})
+    assert [row["tokens"] for row in recovered.history if "loss" in row] == [64 * step for step in range(1, 11)]
+    rates = [rate_of_step(step, 40) for step in range(40)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+    assert rate_of_step(0, 1) == 1.0
 
 
 def test_a_bfloat16_model_comes_back_in_bfloat16():

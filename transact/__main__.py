@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -112,7 +111,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots", "ridge")
 DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_TRAINING_LENGTH = 0.2, 128, 2048, 512
-FEW_STEPS = 20  # with them stories260K became worse at the default rate, SmolLM2 better
 
 
 def chosen_recipe(options: argparse.Namespace) -> Recipe:
@@ -151,14 +149,11 @@ def training_windows(
     length = min(DEFAULT_TRAINING_LENGTH, context) if options.train_seq_len is None else options.train_seq_len
     windows, held_out = hold_out(cut_windows(tokenise(text, tokenizer), length=length))
     tokens, available = training.tokens, windows.numel()
-    steps = math.ceil(tokens / (training.batch * length))
     print(
         f"{tokens:,} tokens are {tokens / available:.2f} epochs of {text.name} ({available:,} tokens), "
-        f"in {steps:,} steps",
+        f"in {training.steps(length):,} steps",
         file=sys.stderr,
     )
-    if steps < FEW_STEPS:
-        print("so few steps may do harm: give more --tokens, or a smaller --batch or --learning-rate", file=sys.stderr)
     return text, windows, held_out
 
 
@@ -192,7 +187,6 @@ def recover_command(options: argparse.Namespace) -> None:
     out = check_destination(options.out, overwrite=options.overwrite)
     training = training_of(options)
     config = read_config(options.directory)
-    training = training.with_rate(config.hidden_size)
     pruning = read_pruning(options.directory)
     model, tokenizer = load_model(options.directory, dtype=options.dtype, device=options.device)
     plan, teacher = load_plan(options.directory), None
@@ -200,6 +194,7 @@ def recover_command(options: argparse.Namespace) -> None:
         teacher = load_model(options.teacher or pruning["model"], dtype=options.dtype, device=options.device)[0]
     check_recoverable(model, training, teacher)
     text, windows, held_out = training_windows(options, training, config.max_position_embeddings, tokenizer)
+    training = training.with_rate(config.hidden_size, windows.shape[1])
     recovered = train_with_advice(
         checkpoints_of(out), model, windows, training, teacher=teacher, progress=True,
         evaluate=lambda student: held_out_loss(student, held_out),
@@ -232,9 +227,9 @@ class ShotTraining:
         tokenizer: transformers.PreTrainedTokenizerBase,
         checkpoints: Path,
     ):
-        training = training_of(options).with_rate(dense.config.hidden_size)
-        context = dense.config.max_position_embeddings
+        training, context = training_of(options), dense.config.max_position_embeddings
         self.text, self.windows, self.held_out = training_windows(options, training, context, tokenizer)
+        training = training.with_rate(dense.config.hidden_size, self.windows.shape[1])
         self.trainings = shot_trainings(training, shots)
         if min(one.tokens for one in self.trainings) < self.windows.shape[1]:
             raise ValueError(
@@ -444,7 +439,9 @@ def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> 
     parser.add_argument("--way", default=WAYS[0], help=f"{', '.join(WAYS)} ({WAYS[0]})")
     parser.add_argument("--text", default="embedded", help=f"to train on: {', '.join(TEXTS)} or a text file (embedded)")
     parser.add_argument("--train-seq-len", type=int, help=f"tokens of its windows ({DEFAULT_TRAINING_LENGTH})")
-    parser.add_argument("--learning-rate", type=float, help="highest one (5e-5 at hidden size 4096, wider less)")
+    parser.add_argument(
+        "--learning-rate", type=float, help="highest one (5e-5 at width 4096; narrower more, few steps less)"
+    )
     parser.add_argument("--batch", type=int, default=8, help="windows of a step (8)")
     parser.add_argument("--device-batch", type=int, default=8, help="windows at once on a device (8)")
     parser.add_argument("--layer-weight", type=float, default=0.0, help="of layer outputs in a distillation (0)")

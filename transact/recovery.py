@@ -74,10 +74,15 @@ class Training:
     def needs_teacher(self) -> bool:
         return "distillation" in self.way
 
-    def with_rate(self, hidden_size: int) -> "Training":
-        """The same, with the default learning rate of a model of this hidden size where it names none."""
-        rate = self.learning_rate
-        return replace(self, learning_rate=default_learning_rate(hidden_size, self.way) if rate is None else rate)
+    def steps(self, length: int) -> int:
+        """How many steps the budget makes of windows of `length` tokens."""
+        return math.ceil(self.tokens // length / self.batch)
+
+    def with_rate(self, hidden_size: int, length: int) -> "Training":
+        """The same, with the default rate for a model of this size and windows of `length` where it names none."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=default_learning_rate(hidden_size, self.way, self.steps(length)))
 
 
 @dataclass
@@ -96,12 +101,14 @@ class Recovered:
     is_main: bool = True
 
 
-def default_learning_rate(hidden_size: int, way: str) -> float:
+def default_learning_rate(hidden_size: int, way: str, steps: float = math.inf) -> float:
     """The paper's 5e-5 at the hidden size of its 7B model, and in inverse proportion to it elsewhere (as muP has it).
 
-    Adapters, whose product starts from zero, take four times as much.
+    Adapters, whose product starts from zero, take four times as much. Fewer than 30 steps take less, by the square
+    root of their share: Adam's first steps move every weight by about the rate, and the few that follow do not mend
+    that (found on held-out windows of training text, with 2 to 100 steps, at hidden sizes 64 and 576).
     """
-    return 0.2048 / hidden_size * (4 if "lora" in way else 1)
+    return 0.2048 / hidden_size * (4 if "lora" in way else 1) * math.sqrt(min(1.0, steps / 30))
 
 
 def shot_budgets(tokens: int, shots: int, learning_rate: float) -> list[tuple[int, float]]:
@@ -185,7 +192,7 @@ def recover(
     """
     check_recoverable(model, training, teacher)
     check_windows(model, windows)
-    training = training.with_rate(model.config.hidden_size)
+    training = training.with_rate(model.config.hidden_size, windows.shape[1])
     count = training.tokens // windows.shape[1]
     if count == 0:
         raise ValueError(f"tokens {training.tokens} are less than one window of {windows.shape[1]}")
@@ -205,7 +212,7 @@ def recover(
             model=student,
             args=_arguments(model, training, checkpoints or scratch, saves=checkpoints is not None),
             train_dataset=_Windows(windows, window_order(count, len(windows), training.seed)),
-            teacher=teacher, layer_weight=training.layer_weight,
+            teacher=teacher if training.needs_teacher() else None, layer_weight=training.layer_weight,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Milestones(trainer, evaluate, evaluations))
@@ -392,7 +399,9 @@ class _Milestones(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         due = {round(state.max_steps * part / self.evaluations) for part in range(1, self.evaluations + 1)}
         if self.evaluate and state.global_step in due:
+            logs_loss = control.should_log
             self._measure(model)
+            control.should_log = logs_loss  # any log takes the request back
         if state.global_step == state.max_steps and args.save_strategy != "no":
             control.should_save = True  # the last one tells a later call that there is nothing left to do
 
