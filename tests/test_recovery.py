@@ -13,11 +13,12 @@ from transact.__main__ import main
 from transact.recovery import (
     WAYS,
     NonFiniteLossError,
+    _Windows,
+    epoch_order,
     held_out_loss,
     hold_out,
     parse_tokens,
     rate_of_step,
-    window_order,
 )
 
 DENSE = tiny_llama("gqa")
@@ -119,10 +120,29 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     trained(checkpoints=tmp_path / "run")
     with pytest.raises(ValueError, match=r"another run: learning_rate 0.01 \(now 0.02\)"):
         trained(checkpoints=tmp_path / "run", learning_rate=2e-2)
+    (tmp_path / "run" / "recovery.json").write_text("{")
+    with pytest.raises(ValueError, match=r"recovery\.json' cannot be read"):
+        trained(checkpoints=tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(ValueError, match="holds something else"):
         trained(checkpoints=tmp_path / "other")
+    with pytest.raises(ValueError, match="is a file"):
+        trained(checkpoints=tmp_path / "other" / "file")
+
+
+def test_another_teacher_is_another_run_and_a_run_without_checkpoints_binds_nothing(tmp_path):
+    trained(way="distillation", checkpoints=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another run: teacher "):
+        transact.recover(narrowed(), WINDOWS, training(way="distillation"), teacher=narrowed(),
+                         checkpoints=tmp_path / "run")  # fmt: skip
+
+    def stopped(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(checkpoints=tmp_path / "stopped", learning_rate=1.0, evaluate=stopped)
+    trained(checkpoints=tmp_path / "stopped", learning_rate=1e-2)
 
 
 def test_nothing_is_left_where_it_runs(tmp_path, monkeypatch):
@@ -141,9 +161,9 @@ def test_seeds_decide_the_order_and_nothing_outside_is_seeded():
                zip(weights(first.model).values(), weights(trained().model).values(), strict=True))  # fmt: skip
     other = weights(trained(seed=1).model)
     assert any(not torch.equal(tensor, other[name]) for name, tensor in weights(first.model).items())
-    order = window_order(95, 40, seed=0)
-    assert sorted(order[:40].tolist()) == sorted(order[40:80].tolist()) == list(range(40))
-    assert order[:40].tolist() != order[40:80].tolist()
+    first_epoch, second_epoch = (epoch_order(epoch, 40, seed=0).tolist() for epoch in (0, 1))
+    assert sorted(first_epoch) == sorted(second_epoch) == list(range(40))
+    assert first_epoch != second_epoch
 
 
 def test_accumulated_batches_are_one_batch():
@@ -233,8 +253,10 @@ def test_parse_tokens_refuses(text):
     [
         ({"way": "magic"}, "unknown way 'magic', allowed: distillation, full"),
         ({"tokens": 5}, "tokens 5 are less than one window of 16"),
-        ({"tokens": 0}, "tokens must be at least 1"),
-        ({"batch": 0}, "batch must be at least 1"),
+        ({"tokens": 0}, "tokens must be a whole number of at least 1, got 0"),
+        ({"tokens": "640"}, "tokens must be a whole number of at least 1, got '640'"),
+        ({"batch": 2.5}, "batch must be a whole number of at least 1, got 2.5"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"learning_rate": math.nan}, "learning-rate must be positive"),
         ({"learning_rate": -1.0}, "learning-rate must be positive"),
         ({"layer_weight": 1.0}, "has no teacher"),
@@ -243,6 +265,10 @@ def test_parse_tokens_refuses(text):
 def test_refused_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         trained(**changes)
+
+
+class Packed(torch.Tensor):
+    """Stands for torchao's tensors, which say that they are floating-point."""
 
 
 def test_refused_models():
@@ -254,6 +280,18 @@ def test_refused_models():
     other.resize_token_embeddings(50)
     with pytest.raises(ValueError, match="vocabulary has 50 tokens, the model's 97"):
         transact.recover(narrowed(), WINDOWS, training(way="distillation"), teacher=other)
+    quantised = narrowed()
+    quantised.lm_head.weight = torch.nn.Parameter(quantised.lm_head.weight.detach().as_subclass(Packed))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is quantised \(Packed"):
+        transact.recover(quantised, WINDOWS, training())
+    for windows, message in [
+        (WINDOWS.float(), "int64"),
+        (WINDOWS.tolist(), "got list"),
+        (WINDOWS[0], "matrix"),
+        (WINDOWS[:, :1], "at least 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            transact.recover(narrowed(), windows, training())
     with pytest.raises(ValueError, match="at least 16 are needed"):
         hold_out(WINDOWS[:15])
     fitted, held_out = hold_out(WINDOWS)
@@ -295,7 +333,7 @@ def test_recover_command(pruned, tiny_directory, tiny_text, tmp_path, capsys):
     assert len(json.loads((tmp_path / "again" / "pruning.json").read_text())["recovery"]) == 2
 
 
-def test_prune_and_train_in_shots(tiny_directory, tiny_text, tmp_path):
+def test_prune_and_train_in_shots(tiny_directory, tiny_text, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["prune", str(tiny_directory), str(out), "--calibration", str(tiny_text), "--samples", "8", "--seq-len",
                "32", "--preset", "transact", "--shots", "3", "--ratio", "0.4",
@@ -307,11 +345,41 @@ def test_prune_and_train_in_shots(tiny_directory, tiny_text, tmp_path):
     model, _ = transact.load_model(out, device="cpu")
     assert transact.widths_of(model.config) == transact.load_plan(out).widths
     assert not list(tmp_path.glob("*.checkpoints"))
+    said = capsys.readouterr().out
+    assert said.count("perplexity of held-out windows") == 3
+    mine = tmp_path / "second.checkpoints"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    assert main([*command[:2], str(tmp_path / "second"), *command[3:]]) == 2
+    assert (mine / "thesis.txt").exists()
+    assert "holds something else (thesis.txt)" in capsys.readouterr().err
+
+
+def test_a_budget_beyond_any_text_needs_no_memory():
+    windows = _Windows(WINDOWS, 10**12, seed=0)
+    assert len(windows) == 10**12
+    assert windows[10**12 - 1]["input_ids"].shape == (16,)
+
+
+def test_a_model_named_by_a_relative_path_is_found_again_from_elsewhere(
+    tiny_directory, tiny_text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tiny_directory.parent)
+    out = tmp_path / "out"
+    command = ["prune", tiny_directory.name, str(out), "--preset", "transact", "--calibration", str(tiny_text),
+               "--samples", "4", "--seq-len", "32", "--device", "cpu"]  # fmt: skip
+    assert main(command) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["recover", str(out), "again", *options(tiny_text)]) == 0
+    pruning = json.loads((out / "pruning.json").read_text())
+    (out / "pruning.json").write_text(json.dumps(pruning | {"model": "gone"}))
+    assert main(["recover", str(out), "third", *options(tiny_text)]) == 2
+    assert "--teacher says where it is now" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_mistakes_are_one_line(pruned, tiny_directory, tiny_text, tmp_path, capsys):
     out = tmp_path / "out"
-    short = tmp_path / "short.txt"
+    short, other = tmp_path / "short.txt", tmp_path / "other"
     short.write_text("w1 w2 w3")
     for arguments, message in [
         (["recover", str(tiny_directory), str(out), *options(tiny_text)], "not a pruned checkpoint"),
@@ -320,7 +388,19 @@ def test_mistakes_are_one_line(pruned, tiny_directory, tiny_text, tmp_path, caps
         (["recover", str(pruned), str(out), *options(tiny_text, "--way", "x")], "unknown way"),
         (["recover", str(pruned), str(pruned), *options(tiny_text)], "exists"),
         (["recover", str(pruned), str(out), *options(tiny_text, "--learning-rate", "1e30")], "training stopped"),
+        (
+            ["recover", str(pruned), str(out), *options(tiny_text, "--train-seq-len", "1")],
+            "train-seq-len must be at least",
+        ),
+        (
+            ["recover", str(pruned), str(out), *options(tiny_text, "--train-seq-len", "9999")],
+            "train-seq-len 9999 is longer",
+        ),
+        (["recover", str(pruned), str(out), *options(tiny_text, "--seed", "-1")], "seed must be"),
         (["prune", str(tiny_directory), str(out), *options(tiny_text, "--layerwise")], "drop --tokens"),
+        (["prune", str(tiny_directory), str(other), *options(tiny_text, "--shots", "99")], "leave 10 for one of them"),
+        (["prune", str(tiny_directory), str(out), "--way", "lora"], "--way is for training: give --tokens"),
+        (["prune", str(tiny_directory), str(out), "--seed", "-1"], "seed must be at least 0, got -1"),
     ]:
         assert main(arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

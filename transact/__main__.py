@@ -46,12 +46,14 @@ from .recovery import (
     NonFiniteLossError,
     Recovered,
     Training,
+    check_checkpoints,
     check_recoverable,
     checkpoints_in,
     held_out_loss,
     hold_out,
     parse_tokens,
     recover,
+    shot_budgets,
     shot_trainings,
 )
 from .widths import (
@@ -132,6 +134,8 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
 
 def training_of(options: argparse.Namespace) -> Training:
     """What the options say of training, checked."""
+    if options.train_seq_len is not None and options.train_seq_len < 2:
+        raise ValueError(f"train-seq-len must be at least 2, got {options.train_seq_len}")
     training = Training(
         tokens=parse_tokens(options.tokens), way=options.way, learning_rate=options.learning_rate, batch=options.batch,
         device_batch=options.device_batch, layer_weight=options.layer_weight, rank=options.rank,
@@ -142,19 +146,33 @@ def training_of(options: argparse.Namespace) -> Training:
 
 
 def training_windows(
-    options: argparse.Namespace, training: Training, context: int, tokenizer: transformers.PreTrainedTokenizerBase
+    options: argparse.Namespace,
+    training: Training,
+    context: int,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    shots: int = 1,
 ) -> tuple[Text, torch.Tensor, torch.Tensor]:
     """The text to train on, its windows, and those held out."""
-    text = load_text(options.text)
     length = min(DEFAULT_TRAINING_LENGTH, context) if options.train_seq_len is None else options.train_seq_len
+    if length > context:
+        raise ValueError(f"train-seq-len {length} is longer than the model's context of {context}")
+    least = min(tokens for tokens, _ in shot_budgets(training.tokens, shots, 1.0))
+    if least < length:
+        share = f"in {shots} shots leave {least} for one of them, which is" if shots > 1 else "are"
+        raise ValueError(f"tokens {training.tokens} {share} less than one window of {length}")
+    text = load_text(options.text)
     windows, held_out = hold_out(cut_windows(tokenise(text, tokenizer), length=length))
-    tokens, available = training.tokens, windows.numel()
-    print(
-        f"{tokens:,} tokens are {tokens / available:.2f} epochs of {text.name} ({available:,} tokens), "
-        f"in {training.steps(length):,} steps",
-        file=sys.stderr,
+    tell(
+        f"{training.tokens:,} tokens are {training.tokens / windows.numel():.2f} epochs of {text.name} "
+        f"({windows.numel():,} tokens), in {training.steps(length):,} steps"
     )
     return text, windows, held_out
+
+
+def tell(message: str) -> None:
+    """Say it to the user, once: of several processes under a launcher only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
 
 
 def checkpoints_of(out: Path) -> Path:
@@ -169,29 +187,36 @@ def train_with_advice(checkpoints: Path, *arguments, **options) -> Recovered:
     except NonFiniteLossError as error:
         kept = checkpoints_in(checkpoints)
         good = f"the last good checkpoint is {str(kept[-1])!r}" if kept else "there is no checkpoint yet"
-        raise ValueError(
-            f"{error}: training stopped; {good}. Lower --learning-rate, and name another output"
-        ) from error
+        advice = f"Lower --learning-rate, and delete {str(checkpoints)!r} or name another output"
+        raise ValueError(f"{error}: training stopped; {good}. {advice}") from error
 
 
-def training_summary(training: Training, text: Text, windows: torch.Tensor, recovered: Recovered) -> dict:
+def training_summary(
+    training: Training, text: Text, windows: torch.Tensor, recovered: Recovered, teacher: str | None
+) -> dict:
     """What `pruning.json` says of a training."""
     return {
-        **asdict(training), "tokens": recovered.tokens, "epochs": recovered.epochs, "text": text.name,
-        "sha256": text.sha256, "seq_len": windows.shape[1], "seconds": round(recovered.seconds, 3),
-        "history": recovered.history,
+        **asdict(training), "teacher": teacher, "tokens": recovered.tokens, "epochs": recovered.epochs,
+        "text": text.name, "sha256": text.sha256, "seq_len": windows.shape[1],
+        "seconds": round(recovered.seconds, 3), "history": recovered.history,
     }  # fmt: skip
 
 
 def recover_command(options: argparse.Namespace) -> None:
     out = check_destination(options.out, overwrite=options.overwrite)
+    check_checkpoints(checkpoints_of(out))
     training = training_of(options)
     config = read_config(options.directory)
     pruning = read_pruning(options.directory)
     model, tokenizer = load_model(options.directory, dtype=options.dtype, device=options.device)
     plan, teacher = load_plan(options.directory), None
-    if training.needs_teacher():
-        teacher = load_model(options.teacher or pruning["model"], dtype=options.dtype, device=options.device)[0]
+    teacher_name = (options.teacher or pruning["model"]) if training.needs_teacher() else None
+    if teacher_name:
+        try:
+            teacher = load_model(teacher_name, dtype=options.dtype, device=options.device)[0]
+        except ValueError as error:
+            hint = "" if options.teacher else " (what was pruned, as pruning.json says: --teacher says where it is now)"
+            raise ValueError(f"teacher{hint}: {error}") from error
     check_recoverable(model, training, teacher)
     text, windows, held_out = training_windows(options, training, config.max_position_embeddings, tokenizer)
     training = training.with_rate(config.hidden_size, windows.shape[1])
@@ -201,7 +226,7 @@ def recover_command(options: argparse.Namespace) -> None:
     )  # fmt: skip
     if not recovered.is_main:
         return
-    trained = training_summary(training, text, windows, recovered)
+    trained = training_summary(training, text, windows, recovered, teacher_name and lasting_name(teacher_name))
     pruning["recovery"] = [*pruning.get("recovery", []), trained]
     save_checkpoint(out, recovered.model, plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
     shutil.rmtree(checkpoints_of(out))
@@ -209,11 +234,19 @@ def recover_command(options: argparse.Namespace) -> None:
 
 
 def print_recovery(out: Path, recovered: Recovered) -> None:
-    measured = [row["held_out_perplexity"] for row in recovered.history if "held_out_perplexity" in row]
+    before, after = held_out_perplexities(recovered)
     print(
         f"{out}: trained on {recovered.tokens:,} tokens ({recovered.epochs:.2f} epochs) in {recovered.seconds:.1f} s, "
-        f"perplexity of held-out windows of the same text {measured[0]:,.2f} -> {measured[-1]:,.2f}"
+        f"perplexity of held-out windows of the same text {before:,.2f} -> {after:,.2f}"
     )
+    if after > before:
+        tell("training has done harm: give more --tokens, or a smaller --learning-rate")
+
+
+def held_out_perplexities(recovered: Recovered) -> tuple[float, float]:
+    """Before and after training."""
+    measured = [row["held_out_perplexity"] for row in recovered.history if "held_out_perplexity" in row]
+    return measured[0], measured[-1]
 
 
 class ShotTraining:
@@ -228,14 +261,12 @@ class ShotTraining:
         checkpoints: Path,
     ):
         training, context = training_of(options), dense.config.max_position_embeddings
-        self.text, self.windows, self.held_out = training_windows(options, training, context, tokenizer)
+        check_checkpoints(checkpoints, allowed=["shot-*"])
+        self.text, self.windows, self.held_out = training_windows(options, training, context, tokenizer, shots)
         training = training.with_rate(dense.config.hidden_size, self.windows.shape[1])
         self.trainings = shot_trainings(training, shots)
-        if min(one.tokens for one in self.trainings) < self.windows.shape[1]:
-            raise ValueError(
-                f"tokens {training.tokens} in {shots} shots leave less than a window of {self.windows.shape[1]} for one"
-            )
         self.teacher = dense if training.needs_teacher() else None
+        self.teacher_name = lasting_name(options.model) if training.needs_teacher() else None
         self.checkpoints = checkpoints
         self.recovered: list[Recovered] = []
 
@@ -248,8 +279,10 @@ class ShotTraining:
         return recovered.model
 
     def summaries(self) -> list[dict]:
-        pairs = zip(self.trainings, self.recovered, strict=True)
-        return [training_summary(training, self.text, self.windows, recovered) for training, recovered in pairs]
+        return [
+            training_summary(training, self.text, self.windows, recovered, self.teacher_name)
+            for training, recovered in zip(self.trainings, self.recovered, strict=True)
+        ]
 
 
 def check_prune_options(options: argparse.Namespace) -> None:
@@ -262,7 +295,13 @@ def check_prune_options(options: argparse.Namespace) -> None:
         raise ValueError(f"at least one window is needed, got --samples {options.samples}")
     if options.seq_len is not None and options.seq_len < 2:
         raise ValueError(f"seq-len must be at least 2, got {options.seq_len}")
-    if options.tokens is not None:
+    if options.seed < 0:
+        raise ValueError(f"seed must be at least 0, got {options.seed}")
+    if options.tokens is None:
+        for name, default in options.training_defaults.items():
+            if getattr(options, name) != default:
+                raise ValueError(f"--{name.replace('_', '-')} is for training: give --tokens, the budget, as well")
+    else:
         training_of(options)
         if options.layerwise:
             raise ValueError("--layerwise keeps the model off the device: it cannot be trained there, drop --tokens")
@@ -315,7 +354,7 @@ def prune_command(options: argparse.Namespace) -> None:
         return
     pruned.seconds = seconds | pruned.seconds
     pruning = {
-        "model": options.model,
+        "model": lasting_name(options.model),
         "preset": options.preset,
         "recipe": asdict(recipe),
         "criterion": recipe.criterion,
@@ -335,11 +374,18 @@ def prune_command(options: argparse.Namespace) -> None:
     save_checkpoint(out, pruned.model, pruned.plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
     if train:
         shutil.rmtree(checkpoints_of(out))
+        for recovered in train.recovered:
+            print_recovery(out, recovered)
     print(
         f"{out}: {pruning['fraction_removed']:.1%} of the decoder layers' linear parameters and "
         f"{pruning['kv_fraction_removed']:.1%} of the KV cache removed, {pruning['parameters_before']:,} -> "
         f"{pruning['parameters_after']:,} parameters in {sum(pruned.seconds.values()):.1f} s"
     )
+
+
+def lasting_name(model: str) -> str:
+    """The model's name, a directory's in full: it is looked for again from elsewhere."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def pruning_summary(dense: torch.nn.Module, pruned: Pruned) -> dict:
@@ -423,7 +469,7 @@ def read_pruning(directory: str) -> dict:
         raise ValueError(f"{directory!r} is not a pruned checkpoint: it holds no pruning.json")
     try:
         pruning = json.loads(path.read_text(encoding="utf-8"))
-        pruning["fraction_removed"], pruning["model"]
+        pruning["fraction_removed"], pruning["model"], [*pruning.get("recovery", [])]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is not what `transact prune` writes") from error
     return pruning
@@ -434,19 +480,23 @@ def _parameters(module: torch.nn.Module) -> str:
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """The options that commands which train have."""
+    """The options that commands which train have; `training_defaults` holds those of all but the budget."""
     parser.add_argument("--tokens", required=required, help="budget of training, in tokens seen: 500k, 2M ...")
-    parser.add_argument("--way", default=WAYS[0], help=f"{', '.join(WAYS)} ({WAYS[0]})")
-    parser.add_argument("--text", default="embedded", help=f"to train on: {', '.join(TEXTS)} or a text file (embedded)")
-    parser.add_argument("--train-seq-len", type=int, help=f"tokens of its windows ({DEFAULT_TRAINING_LENGTH})")
-    parser.add_argument(
-        "--learning-rate", type=float, help="highest one (5e-5 at width 4096; narrower more, few steps less)"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="windows of a step (8)")
-    parser.add_argument("--device-batch", type=int, default=8, help="windows at once on a device (8)")
-    parser.add_argument("--layer-weight", type=float, default=0.0, help="of layer outputs in a distillation (0)")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters (16)")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
+    options = [
+        parser.add_argument("--way", default=WAYS[0], help=f"{', '.join(WAYS)} ({WAYS[0]})"),
+        parser.add_argument("--text", default="embedded",
+                            help=f"to train on: {', '.join(TEXTS)} or a text file (embedded)"),
+        parser.add_argument("--train-seq-len", type=int, help=f"tokens of its windows ({DEFAULT_TRAINING_LENGTH})"),
+        parser.add_argument("--learning-rate", type=float,
+                            help="highest one (5e-5 at width 4096; narrower more, few steps less)"),
+        parser.add_argument("--batch", type=int, default=8, help="windows of a step (8)"),
+        parser.add_argument("--device-batch", type=int, default=8, help="windows at once on a device (8)"),
+        parser.add_argument("--layer-weight", type=float, default=0.0, help="of layer outputs in a distillation (0)"),
+        parser.add_argument("--rank", type=int, default=16, help="of the adapters (16)"),
+        parser.add_argument("--gradient-checkpointing", action="store_true",
+                            help="compute activations twice, keep few"),
+    ]  # fmt: skip
+    parser.set_defaults(training_defaults={option.dest: option.default for option in options})
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -177,6 +177,9 @@ def held_out_split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check_windows(model: nn.Module, windows: torch.Tensor) -> None:
     """Raise ValueError unless `windows` is a non-empty matrix of ids of the model's vocabulary within its context."""
+    if not isinstance(windows, torch.Tensor) or windows.dtype != torch.long:
+        got = getattr(windows, "dtype", type(windows).__name__)
+        raise ValueError(f"windows must be a tensor of token ids (torch.int64), got {got}")
     if windows.ndim != 2 or windows.numel() == 0:
         raise ValueError(
             f"windows must be a non-empty (samples, length) matrix of token ids, got {tuple(windows.shape)}"

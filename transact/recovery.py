@@ -11,8 +11,9 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -61,9 +62,10 @@ class Training:
         """Raise ValueError for a value that is not allowed."""
         if self.way not in WAYS:
             raise ValueError(f"unknown way {self.way!r}, allowed: {', '.join(WAYS)}")
-        for name in ("tokens", "batch", "device_batch", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name, least in {"tokens": 1, "batch": 1, "device_batch": 1, "rank": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name.replace('_', '-')} must be a whole number of at least {least}, got {value!r}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning-rate must be positive and finite, got {self.learning_rate}")
         if not 0 <= self.layer_weight < math.inf:
@@ -138,11 +140,9 @@ def rate_of_step(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step + 1 - rising) / (steps + 1 - rising))) / 2
 
 
-def window_order(count: int, available: int, seed: int) -> torch.Tensor:
-    """Indices (count,) of windows: every epoch all `available` ones in an order of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = math.ceil(count / available)
-    return torch.cat([torch.randperm(available, generator=generator) for _ in range(epochs)])[:count]
+def epoch_order(epoch: int, available: int, seed: int) -> torch.Tensor:
+    """Indices (available,) of windows: every epoch sees all of them, in an order of its own."""
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def check_recoverable(model: nn.Module, training: Training, teacher: nn.Module | None) -> None:
@@ -151,8 +151,11 @@ def check_recoverable(model: nn.Module, training: Training, teacher: nn.Module |
     if model.config.model_type != TransActConfig.model_type:
         raise ValueError(f"the model is not pruned (type {model.config.model_type!r}): prune it first")
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise ValueError(f"{name} is quantised ({parameter.dtype}): train the model first, quantise it afterwards")
+        kind = type(parameter.data)  # torchao has tensors of its own
+        if kind is not torch.Tensor or not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is quantised ({kind.__name__}, {parameter.dtype}): train the model first, then quantise it"
+            )
     if not training.needs_teacher():
         return
     if teacher is None:
@@ -192,13 +195,17 @@ def recover(
     """
     check_recoverable(model, training, teacher)
     check_windows(model, windows)
+    if windows.shape[1] < 2:
+        raise ValueError("windows must hold at least 2 tokens each: the second is predicted from the first")
     training = training.with_rate(model.config.hidden_size, windows.shape[1])
     count = training.tokens // windows.shape[1]
     if count == 0:
         raise ValueError(f"tokens {training.tokens} are less than one window of {windows.shape[1]}")
+    if not training.needs_teacher():
+        teacher = None
     resumed = None
     if checkpoints is not None:
-        resumed = _last_checkpoint(checkpoints, _settings(model, windows, training))
+        resumed = _last_checkpoint(Path(checkpoints), _settings(model, windows, training, teacher))
     before, student = model.dtype, model
     # Trainer and adapters seed globally, and Trainer makes its directory even where nothing is saved
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as scratch:
@@ -211,8 +218,8 @@ def recover(
         trainer = _RecoveryTrainer(
             model=student,
             args=_arguments(model, training, checkpoints or scratch, saves=checkpoints is not None),
-            train_dataset=_Windows(windows, window_order(count, len(windows), training.seed)),
-            teacher=teacher if training.needs_teacher() else None, layer_weight=training.layer_weight,
+            train_dataset=_Windows(windows, count, training.seed), teacher=teacher,
+            layer_weight=training.layer_weight,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Milestones(trainer, evaluate, evaluations))
@@ -268,7 +275,7 @@ def _arguments(model: nn.Module, training: Training, directory: str | Path, *, s
         output_dir=str(directory), num_train_epochs=1, train_sampling_strategy="sequential",
         learning_rate=training.learning_rate, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0,
         max_grad_norm=1.0, bf16=not on_cpu if training.bf16 is None else training.bf16, seed=training.seed,
-        use_cpu=on_cpu, report_to="none", disable_tqdm=True,
+        use_cpu=on_cpu, report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False,
         save_strategy="steps" if saves else "no", save_steps=0.1, save_total_limit=2,
         logging_steps=0.01, remove_unused_columns=False, dataloader_pin_memory=not on_cpu,
     )  # fmt: skip
@@ -321,16 +328,19 @@ def held_out_loss(model: nn.Module, windows: torch.Tensor) -> dict[str, float]:
 
 
 class _Windows(torch.utils.data.Dataset):
-    """Windows in the order in which they are trained on, each once for every time that it is seen."""
+    """`count` windows in the order in which they are trained on, epoch after epoch."""
 
-    def __init__(self, windows: torch.Tensor, order: torch.Tensor):
-        self.windows, self.order = windows.cpu(), order
+    def __init__(self, windows: torch.Tensor, count: int, seed: int):
+        self.windows, self.count, self.seed, self.epoch = windows.cpu(), count, seed, None
 
     def __len__(self) -> int:
-        return len(self.order)
+        return self.count
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.windows[self.order[position]]}
+        epoch, place = divmod(position, len(self.windows))
+        if epoch != self.epoch:  # positions come in order: an epoch's order is drawn once
+            self.epoch, self.order = epoch, epoch_order(epoch, len(self.windows), self.seed)
+        return {"input_ids": self.windows[self.order[place]]}
 
 
 class _RecoveryTrainer(Trainer):
@@ -428,37 +438,56 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 
-def _settings(model: nn.Module, windows: torch.Tensor, training: Training) -> dict:
+def _settings(model: nn.Module, windows: torch.Tensor, training: Training, teacher: nn.Module | None) -> dict:
     """What must be the same for a run to go on from its checkpoints."""
-    text = hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()[:16]
-    return {**asdict(training), "windows": list(windows.shape), "text": text, "weights": model_hash(model)}
+    return {
+        **asdict(training),
+        "windows": list(windows.shape),
+        "text": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()[:16],
+        "weights": model_hash(model),
+        "teacher": None if teacher is None else model_hash(teacher),
+    }
 
 
 def _last_checkpoint(directory: Path, settings: dict) -> str | None:
     """The newest whole checkpoint of the run with these settings; the directory is made where there is none.
 
-    Raises ValueError where it holds those of another run. What a killed run left half-written is deleted.
+    Raises ValueError where it holds those of another run, or anything else. What a killed run left half-written is
+    deleted, and what a run without any checkpoint was set to does not bind the next.
     """
-    settings_file = directory / SETTINGS
-    if settings_file.exists():
-        kept = json.loads(settings_file.read_text(encoding="utf-8"))
-        other = [f"{name} {kept.get(name)} (now {new})" for name, new in settings.items() if kept.get(name) != new]
-        if other:
-            raise ValueError(
-                f"{str(directory)!r} holds checkpoints of another run: {', '.join(other)}; delete it first"
-            )
-    elif directory.exists() and {path.name for path in directory.iterdir()} - {SETTINGS}:
-        raise ValueError(f"checkpoint directory {str(directory)!r} holds something else: name another")
-    else:  # several processes may do this at the same time, with the same content
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = directory.parent / f".{directory.name}-{SETTINGS}-{os.getpid()}"
-        partial.write_text(json.dumps(settings), encoding="utf-8")
-        partial.replace(settings_file)
+    check_checkpoints(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     found = checkpoints_in(directory)
     whole = [path for path in found if _is_whole(path)]
     for path in set(found) - set(whole):
         shutil.rmtree(path, ignore_errors=True)  # another process may be at it
-    return str(whole[-1]) if whole else None
+    settings_file = directory / SETTINGS
+    if not whole:  # several processes may do this at the same time, with the same content
+        partial = directory.parent / f".{directory.name}-{SETTINGS}-{os.getpid()}"
+        partial.write_text(json.dumps(settings), encoding="utf-8")
+        partial.replace(settings_file)
+        return None
+    try:
+        kept = json.loads(settings_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(settings_file)!r} cannot be read ({error}): delete {str(directory)!r}") from error
+    other = [f"{name} {kept.get(name)} (now {new})" for name, new in settings.items() if kept.get(name) != new]
+    if other:
+        raise ValueError(f"{str(directory)!r} holds checkpoints of another run: {', '.join(other)}; delete it first")
+    return str(whole[-1])
+
+
+def check_checkpoints(directory: Path, allowed: Sequence[str] = (SETTINGS, "checkpoint-*")) -> None:
+    """Raise ValueError where a directory for checkpoints is a file or holds anything but such."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{str(directory)!r}, where checkpoints go, is a file: move it, or name another output")
+    names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    others = [name for name in names if not any(fnmatch(name, pattern) for pattern in allowed)]
+    if others:
+        raise ValueError(
+            f"{str(directory)!r}, where checkpoints go, holds something else ({others[0]}): move it, or name another "
+            "output"
+        )
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
