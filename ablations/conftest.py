@@ -21,11 +21,12 @@ from bench.workbench import Workbench, failed
 from reports.report import write_report, written
 from transact.inputs import TEXTS, read_config
 
-from .options import Run, run_of, workbench_arguments
+from .options import Run, command_of, run_of, workbench_arguments
 from .profiles import PROFILES
 
 HERE = Path(__file__).parent
 RUN, CASE = pytest.StashKey[Run](), pytest.StashKey[Case]()
+REFUSED = 2  # the exit code
 
 
 def pytest_addoption(parser: pytest.Parser):
@@ -56,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser):
 
 def exit_with(error: Exception | str):
     """End the run with one line and exit code 2."""
-    pytest.exit(f"ablations: error: {' '.join(str(error).split())}", returncode=2)
+    pytest.exit(f"ablations: error: {' '.join(str(error).split())}", returncode=REFUSED)
 
 
 def pytest_configure(config: pytest.Config):
@@ -112,9 +113,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         exit_with(error)
     noted = [item.stash[CASE] for item in mine if CASE in item.stash]
     run.cases = tuple(in_order(shard_of(noted, *run.shard) if run.shard else noted))
+    if run.shard and not run.cases:
+        run.notes.append(f"shard {run.shard[0]}/{run.shard[1]} of {len(set(noted))} cells holds none")
+    for item in mine:
+        if CASE in item.stash:
+            command = command_of(item.nodeid, config.getoption, default_of(config))
+            run.commands.setdefault(item.stash[CASE], command)
     places = {case: place for place, case in enumerate(run.cases)}
     leave_out(config, items, [item for item in mine if CASE in item.stash and item.stash[CASE] not in places])
     items.sort(key=lambda item: places.get(item.stash.get(CASE, None), -1))
+
+
+def default_of(config: pytest.Config) -> Callable:
+    """A function from the name of an option to what it is where it is not given."""
+    defaults = config._parser.parse_known_args([])
+    return lambda name: getattr(defaults, name)
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item], dropped: list[pytest.Item]) -> None:
@@ -176,7 +189,7 @@ def record(request: pytest.FixtureRequest, workbench: Workbench):
     run = request.config.stash[RUN]
     try:
         with sole_writer(run.file):
-            kept = {old.case: old for old in read_results(run.results)[0] if old.status == "success"}
+            kept = {old.case: old for old in results_of(run)[0] if old.status == "success"}
             measured = measure_there if request.config.getoption("ray") else measure_here
             yield measured(request.config, kept)
     except ValueError as error:
@@ -196,9 +209,9 @@ def measure_here(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[C
             with capture.global_and_fixture_disabled():  # progress bars reach the terminal
                 kept[case] = run.workbench.measure(case)
         except Exception as error:
-            append(run.file, failed(case, error, run.workbench.environment()))
+            append(run, failed(case, error, run.workbench.environment()))
             raise
-        append(run.file, kept[case])
+        append(run, kept[case])
 
     return measure
 
@@ -217,7 +230,7 @@ def measure_there(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[
     def measure(case: Case) -> None:
         while case not in kept:
             record = next(records)
-            append(run.file, record)
+            append(run, record)
             kept[record.case] = record
         if kept[case].status == "failed":
             pytest.fail(kept[case].error, pytrace=False)
@@ -225,22 +238,30 @@ def measure_there(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[
     return measure
 
 
-def append(file: Path, record: Record) -> None:
-    """Append a record; a disk that takes no more ends the run in one line."""
+def append(run: Run, record: Record) -> None:
+    """Append a record with its command; a disk that takes no more ends the run in one line."""
     try:
-        append_record(file, record)
+        append_record(run.file, replace(record, command=run.commands[record.case]))
     except OSError as error:
         exit_with(
-            f"{str(file)!r} cannot be written: {error.strerror}; all records before this cell are kept: make room "
+            f"{str(run.file)!r} cannot be written: {error.strerror}; all records before this cell are kept: make room "
             "and run again"
         )
+
+
+def results_of(run: Run) -> tuple[list[Record], list[str]]:
+    """The records that there are, and the complaints; a file that cannot be read ends the run in one line."""
+    try:
+        return read_results(run.results)
+    except OSError as error:
+        exit_with(f"{error.filename!r} cannot be read: {error.strerror}")
 
 
 def notes_and_cost(run: Run) -> list[str]:
     """What to say of a grid before it is measured."""
     if not run.cases:
         return run.notes
-    records, _ = read_results(run.results)
+    records, _ = results_of(run)
     return [*run.notes, str(estimate(run.cases, records, run.workbench.dense.num_parameters()))]
 
 
@@ -248,14 +269,25 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     return [] if config.option.collectonly else notes_and_cost(config.stash[RUN])
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config):
-    """What the grid will cost, or the table and where the pictures lie, after the last cell."""
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int):
+    """A shard without cells is no failure: its grid has fewer cells than shards."""
+    run = session.config.stash[RUN]
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and run.shard and run.notes:
+        session.exitstatus = pytest.ExitCode.OK
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config):
+    """What the grid will cost, or what was skipped, the table and where the pictures lie, after the last cell."""
     run = config.stash[RUN]
     if config.option.collectonly:
         for line in notes_and_cost(run):
             terminalreporter.write_line(line)
         return
-    records, complaints = read_results(run.results)
+    if exitstatus == REFUSED and not terminalreporter.stats.get("passed"):
+        return
+    for report in terminalreporter.stats.get("skipped", ()):
+        terminalreporter.write_line(f"skipped {report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
+    records, complaints = results_of(run)
     for complaint in complaints:
         terminalreporter.write_line(complaint, yellow=True)
     if not records:

@@ -1,10 +1,12 @@
 """The options of a run: profiles give defaults, and what is not allowed or contradicts itself is refused."""
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.cluster import check_address
 from bench.grid import parse_shard
 from bench.records import Case
 from bench.workbench import Workbench
@@ -27,6 +29,7 @@ class Run:
     arguments: dict = field(default_factory=dict)
     workbench: Workbench | None = None
     cases: tuple[Case, ...] = ()
+    commands: dict[Case, str] = field(default_factory=dict)  # that measure each case alone
     notes: list[str] = field(default_factory=list)
 
 
@@ -40,14 +43,18 @@ def run_of(option: Callable) -> Run:
             settings[name] = option(name)
     if settings["model"] is None:
         raise ValueError(f"profile {option('profile')!r} has no model of its own: name one by --model")
-    for name in ("windows", "limit"):
-        if settings[name] < 0:
-            raise ValueError(f"{name} must be 0 (all) or more, got {settings[name]}")
+    for name, least in {"windows": 0, "limit": 0, "samples": 1, "seq_len": 2}.items():
+        if settings[name] < least:
+            words = "0 (all) or more" if least == 0 else f"at least {least}"
+            raise ValueError(f"{name.replace('_', '-')} must be {words}, got {settings[name]}")
     for name in ("ratios", "presets", "domains"):
         if option(name) is not None:
             settings[name] = tuple(part.strip() for part in option(name).split(","))
     for preset in settings.get("presets", ()):
         recipe_by_name(preset)
+    for name in settings["domains"]:
+        if name not in TEXTS:
+            load_text(name)  # a name that is neither is a slip
     if "ratios" in settings:
         try:
             settings["ratios"] = tuple(map(float, settings["ratios"]))
@@ -62,7 +69,11 @@ def run_of(option: Callable) -> Run:
         raise ValueError("--gpus-per-cell is for --ray")
     if (option("gpus_per_cell") or 0) < 0:
         raise ValueError(f"gpus-per-cell must be 0 or more, got {option('gpus_per_cell')}")
+    if option("ray"):
+        check_address(option("ray"))
     results = Path(option("results"))
+    if results.exists() and not results.is_dir():
+        raise ValueError(f"results {str(results)!r} is no directory")
     file = f"records-{shard[0]}of{shard[1]}.jsonl" if shard else "records.jsonl"
     return Run(settings, results, results / file, shard)
 
@@ -88,6 +99,21 @@ def workbench_arguments(option: Callable, run: Run) -> dict:
         "dtype": option("dtype"),
         "device": option("device"),
     }
+
+
+# those that decide which cells there are, and what a cell is
+IDENTIFYING = ("profile", "ratios", "presets", "model", "calibration", "domains", "samples", "evaluation", "windows",
+               "seq_len", "windowing", "bos", "tasks", "tasks_path", "limit", "seed", "device", "dtype")  # fmt: skip
+
+
+def command_of(node: str, option: Callable, defaults: Callable) -> str:
+    """The command that measures a pytest node again, with the options that this run was given."""
+    words = ["python", "-m", "pytest", node]
+    for name in IDENTIFYING:
+        value = option(name)
+        if value != defaults(name):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def absolute(name: str) -> str:

@@ -13,6 +13,7 @@ PASSES = {"first moments": 1.0, "second moments": 1.5, "outputs": 0.5, "weights"
 SCORING_PASSES = {"obs": 2.0, "predicted-loss": 0.7, "leverage": 0.4}
 TRAINING_PASSES = 6.0  # over the text trained on: forward, backward, the teacher's, and their vocabularies
 COMPENSATING_PASSES = {"dense": 0.4, "pruned": 3.5}
+SECONDS_OF_A_CELL = 1.5  # whatever its model
 TOKENS_OF_AN_ITEM = 60  # of a task, over all its choices
 ITEMS_WITHOUT_A_LIMIT = 170
 DECODING_FORWARDS = 8 * 40  # a token decoded alone costs as much as so many in a batch, and is repeated
@@ -67,12 +68,12 @@ class Estimate:
     seconds: float
 
     def __str__(self) -> str:
-        left = self.cells - self.recorded
+        left, cells = self.cells - self.recorded, "1 cell" if self.cells == 1 else f"{self.cells} cells"
         if not left:
-            return f"{self.cells} cells, all of which have records"
-        minutes = self.seconds / 60
+            return f"{cells}, all measured already"
+        time = f"{self.seconds:.0f} seconds" if self.seconds < 90 else f"{self.seconds / 60:.3g} minutes"
         return (
-            f"{self.cells} cells, {self.recorded} have records; the other {left} take about {minutes:.3g} minutes "
+            f"{cells}, {self.recorded} with records; the other {left} take about {time} "
             f"({self.measured} by the recorded seconds of like cells, {left - self.measured} by a stated rate)"
         )
 
@@ -94,7 +95,9 @@ def estimate(cases: Sequence[Case], records: Sequence[Record], parameters: int) 
             measured += 1
         else:
             tokens = _forward_tokens(case, made)
-            seconds += tokens * 2 * parameters / OPERATIONS_PER_SECOND.get(case.device, OPERATIONS_PER_SECOND["cpu"])
+            seconds += SECONDS_OF_A_CELL + tokens * 2 * parameters / OPERATIONS_PER_SECOND.get(
+                case.device, OPERATIONS_PER_SECOND["cpu"]
+            )
     return Estimate(len(set(cases)), len(set(cases) & done), measured, seconds)
 
 

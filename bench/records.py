@@ -6,6 +6,7 @@ Never imports torch: reports are made from records alone.
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ class Record:
     `method` is what tables call the recipe: the preset's name, or the criterion's. `losses` are those of each window
     in nats. `tasks` holds by name what `bench.zero_shot.TaskResult` does: version, shots, items and their hash, each
     metric with its standard error, and the scores of all items. `history` is what training measured on its way:
-    tokens seen, seconds, losses.
+    tokens seen, seconds, losses. `command` measures the cell again.
     """
 
     case: Case
@@ -94,6 +95,7 @@ class Record:
     widths: tuple[Mapping[str, int], ...] = ()
     tasks: Mapping[str, Mapping] = field(default_factory=dict)
     history: tuple[Mapping[str, float], ...] = ()
+    command: str = ""
     schema: int = field(default=SCHEMA)
 
 
@@ -182,11 +184,21 @@ def read_records(path: str | os.PathLike) -> tuple[list[Record], list[str]]:
     """All records of a file, and one complaint for each line that is none (torn, or of another schema)."""
 
     def record_of(fields: dict) -> Record:
-        if fields["status"] == "success" and not isinstance(fields["metrics"]["perplexity"], float | int):
-            raise _UnusableError("its perplexity is no number")
+        if fields["status"] == "success":
+            _check_success(fields)
         return Record(**fields | {"case": Case(**fields["case"])})
 
     return read_lines(path, SCHEMA, record_of)
+
+
+def _check_success(fields: Mapping) -> None:
+    """Raise _UnusableError where a cell that succeeded lacks what every report shows."""
+    for name in ("perplexity", "fraction_removed", "kv_fraction_removed", "weight_bytes"):
+        if not isinstance(fields["metrics"].get(name), float | int):
+            raise _UnusableError(f"its {name} is no number")
+    for name in ("device", "torch", "transformers", "transact"):
+        if name not in fields["environment"]:
+            raise _UnusableError(f"its environment does not say {name}")
 
 
 def read_results(directory: str | os.PathLike) -> tuple[list[Record], list[str]]:
@@ -205,7 +217,10 @@ def read_lines(path: str | os.PathLike, schema: int, parse: Callable[[dict], T])
     if not path.exists():
         return [], []
     parsed, complaints = [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+    # files that were joined: the first record of one may stand behind the torn last line of another
+    parts = ((number, part) for number, line in lines for part in re.split(rb'(?=\{"case": \{)', line))
+    for number, line in parts:
         if not line.strip():
             continue
         try:

@@ -140,10 +140,13 @@ class Workbench:
         self.domains, self.seed = tuple(domains), seed
         self._texts: dict[str, tuple[Text, torch.Tensor]] = {}
         self.calibration_windows(*self.calibration)  # what is wrong with the text is known at once
-        self.evaluation_windows = evaluation_windows(
-            evaluation_text, self.tokenizer, length=evaluation_seq_len, count=windows, windowing=evaluation_windowing,
-            bos=evaluation_bos,
-        )  # fmt: skip
+        try:
+            self.evaluation_windows = evaluation_windows(
+                evaluation_text, self.tokenizer, length=evaluation_seq_len, count=windows,
+                windowing=evaluation_windowing, bos=evaluation_bos,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"evaluation text {evaluation!r}: {error}") from error
         self.task_names, self.tasks_path, self.task_limit = tuple(tasks), tasks_path, task_limit
         self.dense_case = Case(
             model=Path(model).name,
@@ -181,7 +184,10 @@ class Workbench:
 
     def calibration_windows(self, name: str, samples: int, seq_len: int) -> torch.Tensor:
         """Windows (samples, seq_len) of a text, chosen by the seed. Raises ValueError where the text is too short."""
-        return transact.cut_windows(self.text(name)[1], length=seq_len, count=samples, seed=self.seed)
+        try:
+            return transact.cut_windows(self.text(name)[1], length=seq_len, count=samples, seed=self.seed)
+        except ValueError as error:
+            raise ValueError(f"calibration text {name!r}: {error}") from error
 
     def case(
         self,

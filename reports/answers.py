@@ -81,14 +81,6 @@ class Question:
             return self.label(record)
         return ", ".join(str(value) for value in self.value(record))
 
-    def selection(self, record: Record) -> str:
-        """What pytest's `-k` takes to measure the record's cell, and maybe others whose names hold the same."""
-        fields = [name for name in (*self.subject, *self.along) if not name.endswith("sha256")]
-        values = [getattr(record.case, name) for name in fields]
-        if "criterion" in self.subject and len(self.subject) > 1:  # these are chosen by name
-            values = [self.label_of(record), *self.setting(record)]
-        return "-".join(text_named(str(value)) for value in values if value not in (None, "", False))
-
 
 def file_of(name: str) -> str:
     """The ablation file of a question."""

@@ -11,7 +11,6 @@ import pandas as pd
 
 from bench.records import Case, Record
 
-from .answers import text_named
 from .plots import INK, STYLES
 from .sets import SHARED, RecordSet
 from .tables import html_table
@@ -26,7 +25,7 @@ class Section:
     """What the page shows of one question; without `table` there are no records of it.
 
     `lead` explains the question, `sentences` say what was found, `picture` is an SVG file, `file` the ablation, and
-    `selections` what `-k` takes to measure the cell of each row of the table.
+    `commands` measure the cell of each row of the table.
     """
 
     name: str
@@ -36,7 +35,7 @@ class Section:
     sentences: Sequence[str] = ()
     table: pd.DataFrame | None = None
     picture: Path | None = None
-    selections: Sequence[str] = ()
+    commands: Sequence[str] = ()
 
 
 def page(chosen: RecordSet, sections: Sequence[Section], note: str) -> str:
@@ -94,22 +93,40 @@ def section_html(section: Section, chosen: RecordSet) -> str:
     lead = f'<p class="lead">{marked_up(section.lead)}</p>' if section.lead else ""
     words = lead + "".join(f"<p>{html.escape(sentence)}</p>" for sentence in section.sentences)
     table = section.table
-    if section.selections:
-        table = table.assign(**{"-k": list(section.selections)})
+    if any(section.commands):
+        table = table.assign(cell=[node_of(command).removeprefix("ablations/") for command in section.commands])
     more = len(table) - MOST_ROWS
     rest = f"<p>{more:,} more rows are in the CSV file.</p>" if more > 0 else ""
     shown = html_table(table.head(MOST_ROWS), list(table))
-    command = (
-        f"<details><summary>Measure again</summary><pre><code>{html.escape(command_of(section.file, chosen))}</code>"
-        "</pre><p>One row alone: the same with <code>-k</code> and what stands in its last column, which selects the "
-        "cells whose names hold it. Cells that have a record are not measured again, and those of another profile's "
-        "grid want its <code>--profile</code>.</p></details>"
-        if section.file
-        else ""
-    )
+    command = measure_again(section) if section.file and any(section.commands) else ""
     return (
         f'<section id="{section.name}"><h2>{marked_up(section.title)}</h2>{words}'
         f"{picture_html(section)}{shown}{rest}{command}</section>"
+    )
+
+
+def node_of(command: str) -> str:
+    """The pytest node that a record's command measures; empty where the record has none."""
+    return shlex.split(command)[3] if command else ""
+
+
+def command_for(file: str, commands: Sequence[str]) -> str:
+    """The last of the commands, for a whole file or folder in place of its one cell."""
+    words = shlex.split(next(command for command in reversed(commands) if command))
+    return shlex.join([*words[:3], file, *words[4:]])
+
+
+def measure_again(section: Section) -> str:
+    """How to measure a question's cells again, and one of them."""
+    own = [command for command in section.commands if node_of(command).startswith(section.file)]
+    whole = html.escape(command_for(section.file, own or section.commands))
+    one = html.escape(next(command for command in reversed(own or section.commands) if command))
+    return (
+        f"<details><summary>Measure again</summary><pre><code>{whole}</code></pre>"
+        f"<p>One row alone: what stands in its last column, behind <code>ablations/</code>, in place of the file; the "
+        f"last of them</p><pre><code>{one}</code></pre><p>The column <code>command</code> of <code>cells.csv</code> "
+        "holds each in full. A cell that has a record in the directory of <code>--results</code> is not measured "
+        "again there.</p></details>"
     )
 
 
@@ -144,12 +161,12 @@ def failed_cells(failed: Sequence[Record]) -> str:
     if not failed:
         return ""
     rows = [
-        {"method": record.method, "cell": cell_words(record.case), "error": (record.error or "unknown")[:300]}
+        {"method": record.method, "error": (record.error or "unknown")[:300], "cell": cell_words(record.case)}
         for record in failed[:MOST_ROWS]
     ]
     more = len(failed) - MOST_ROWS
     rest = f"<p>{more:,} more failed.</p>" if more > 0 else ""
-    table = html_table(pd.DataFrame(rows), ["method", "cell", "error"])
+    table = html_table(pd.DataFrame(rows), ["method", "error", "cell"])
     return f'<section id="failed"><h2>Cells that failed</h2>{table}{rest}</section>'
 
 
@@ -173,27 +190,12 @@ def environment(chosen: RecordSet) -> str:
         f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{html.escape(', '.join(one))}</td></tr>"
         for name, one in values.items()
     )
-    everything = html.escape(command_of("ablations", chosen))
+    commands = [record.command for record in chosen.records]
+    again = ""
+    if any(commands):
+        everything = html.escape(command_for("ablations", commands))
+        again = f"<h3>Measure everything again</h3><pre><code>{everything}</code></pre>"
     return (
         '<section id="environment"><h2>Where this was measured</h2>'
-        f'<table class="facts"><tbody>{rows}</tbody></table>'
-        f"<h3>Measure everything again</h3><pre><code>{everything}</code></pre></section>"
+        f'<table class="facts"><tbody>{rows}</tbody></table>{again}</section>'
     )
-
-
-def command_of(file: str, chosen: RecordSet) -> str:
-    """The command that measures the cells of an ablation file as these records were measured."""
-    case = chosen.newest.case
-    options = {
-        "--model": case.model,
-        "--evaluation": text_named(case.evaluation_text),
-        "--windows": case.evaluation_windows,
-        "--seq-len": case.evaluation_seq_len,
-        "--windowing": case.evaluation_windowing,
-    }
-    if chosen.calibration:
-        text, _, samples, _, seed = chosen.calibration
-        options |= {"--calibration": text_named(text), "--samples": samples, "--seed": seed}
-    options |= {"--dtype": case.dtype, "--device": case.device}
-    words = ["python", "-m", "pytest", file, *(str(word) for option in options.items() for word in option)]
-    return shlex.join([*words, "--bos"] if case.evaluation_bos else words)

@@ -219,7 +219,7 @@ def _question(question: Question, chosen: RecordSet, directory: Path, note: str)
         sentences=sentences,
         table=table,
         picture=stem.with_suffix(".svg"),
-        selections=[question.selection(record) for record in found.records],
+        commands=[record.command for record in found.records],
     )
     return section, files, f"{question.title}\n  " + "\n  ".join(sentences)
 
@@ -228,7 +228,8 @@ def write_all_cells(chosen: RecordSet, path: Path) -> Path:
     """Every cell of the set with all its fields and metrics, as CSV."""
     rows = [
         {"method": record.method, **vars(record.case), **record.metrics,
-         **{f"{name}_standard_error": error for name, error in record.standard_errors.items()}}
+         **{f"{name}_standard_error": error for name, error in record.standard_errors.items()},
+         "command": record.command}
         for record in newest_by_case(chosen.records)
     ]  # fmt: skip
     return write_whole(path, pd.DataFrame(rows).to_csv(index=False))
@@ -242,7 +243,11 @@ def figure_title(chosen: RecordSet) -> str:
 
 def provenance(chosen: RecordSet) -> str:
     """What was measured, on what, with which versions: one sentence for every table."""
-    case, where = chosen.newest.case, chosen.newest.environment
+    case = chosen.newest.case
+    where = {
+        name: " and ".join(dict.fromkeys(str(record.environment[name]) for record in chosen.records))
+        for name in ("device", "torch", "transformers", "transact")
+    }
     calibrated = ""
     if chosen.calibration:
         text, _, samples, length, seed = chosen.calibration

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from bench.records import Case, Record
@@ -10,6 +10,7 @@ from bench.significance import COMPARED
 
 SHARED = ("model", *COMPARED, "code")
 CALIBRATION = ("calibration_text", "calibration_sha256", "calibration_samples", "calibration_seq_len", "seed")
+SPEED = "decode_tokens_per_s"
 # measured on the side: they change no other figure
 ASIDE = ("tasks", "task_limit", "decode_tokens")
 QUALITY = attrgetter(*(name for name in Case.__dataclass_fields__ if name not in ASIDE))
@@ -74,11 +75,32 @@ def newest_set(records: Sequence[Record]) -> RecordSet | None:
             same.append(record)
         else:
             left_out[_reason(theirs, shared)] += 1
+    same, others = _timed_alike(same)
+    left_out.update(others)
     last = {record.case: record for record in same}  # whether a cell failed is what its last record says
     failed = tuple(record for record in last.values() if record.status != "success")
     successes = tuple(record for record in same if record.status == "success")
     counts = Counter(_calibration(r.case) for r in reversed(successes) if r.case.calibration_sha256)
     return RecordSet(successes, failed, next((key for key, _ in counts.most_common(1)), None), dict(left_out))
+
+
+def _timed_alike(records: Sequence[Record]) -> tuple[list[Record], Counter]:
+    """The records with decoding speeds of one machine only, the last that has any; and how many lost theirs, by reason.
+
+    Losses of two machines can be compared, speeds cannot.
+    """
+    timed = [record for record in records if SPEED in record.metrics]
+    if not timed:
+        return list(records), Counter()
+    machine, others, kept = timed[-1].environment["device"], Counter(), []
+    for record in records:
+        if SPEED in record.metrics and record.environment["device"] != machine:
+            others[f"speed, measured on {record.environment['device']}"] += 1
+            metrics, errors = ({name: value for name, value in one.items() if name != SPEED}
+                               for one in (record.metrics, record.standard_errors))  # fmt: skip
+            record = replace(record, metrics=metrics, standard_errors=errors)
+        kept.append(record)
+    return kept, others
 
 
 def _reason(theirs: tuple, shared: tuple) -> str:

@@ -28,11 +28,18 @@ LATEX = str.maketrans({
 })  # fmt: skip
 
 
+MARKDOWN = str.maketrans({"|": r"\|", "<": "&lt;", "\n": " "})
+
+
 def cells_of(frame: pd.DataFrame, columns: Sequence[str]) -> list[list[str]]:
     """Each row's values of these columns as text; what is missing is empty."""
 
     def cell(name, value):
-        return "" if pd.isna(value) else TABLE_FORMATS.get(name, "{}").format(value)
+        if pd.isna(value):
+            return ""
+        if isinstance(value, float) and abs(value) >= 1e9:  # of a model that is broken: its digits say nothing
+            return f"{value:.3g}"
+        return TABLE_FORMATS.get(name, "{}").format(value)
 
     values = (frame[name].tolist() for name in columns)
     texts = [[cell(name, value) for value in column] for name, column in zip(columns, values, strict=True)]
@@ -46,7 +53,7 @@ def text_columns(frame: pd.DataFrame, columns: Sequence[str]) -> list[bool]:
 
 def markdown_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
     """The columns as a Markdown table, aligned so that it reads in a terminal as well."""
-    rows = [list(columns), *cells_of(frame, columns)]
+    rows = [list(columns), *([value.translate(MARKDOWN) for value in row] for row in cells_of(frame, columns))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     is_text = text_columns(frame, columns)
     rows.insert(
@@ -75,7 +82,7 @@ def latex_table(title: str, note: str, frame: pd.DataFrame, columns: Sequence[st
 
 def html_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
     """The columns as an HTML table in a box of its own, which scrolls where the table is wider than the page."""
-    kinds = ["command" if name == "-k" else "word" if text else "figure"
+    kinds = ["command" if name == "cell" else "word" if text else "figure"
              for name, text in zip(columns, text_columns(frame, columns), strict=True)]  # fmt: skip
 
     def row_of(values: Sequence[str], tag: str) -> str:

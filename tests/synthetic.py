@@ -85,7 +85,9 @@ class Maker:
         return Record(
             case, method_of(case), metrics, errors,
             {"device": "Imaginary CPU @ 2 GHz", "torch": "2", "transformers": "5", "transact": "0", "python": "3"},
-            losses=tuple(losses.tolist()), widths=(width,) * LAYERS, **changes,
+            losses=tuple(losses.tolist()), widths=(width,) * LAYERS,
+            command=f"python -m pytest 'ablations/ablate_criterion.py::test_criterion[{case.criterion}-{case.ratio}]' "
+            "--model synthetic", **changes,
         )  # fmt: skip
 
     def every_question(self) -> Iterator[Record]:

@@ -132,16 +132,16 @@ def test_estimates_come_from_like_records_or_a_stated_rate():
     by_rate = estimate(cases, [], 10**8)
     assert (by_rate.cells, by_rate.recorded, by_rate.measured) == (3, 0, 0)
     tokens = 3 * 3 * 8 + 2 * 8  # three evaluations, one calibration
-    assert by_rate.seconds == pytest.approx(tokens * 2e8 / 2.4e11)
+    assert by_rate.seconds == pytest.approx(3 * 1.5 + tokens * 2e8 / 2.4e11)
     measured = record(ratio=0.1)
     measured = replace(measured, metrics={**measured.metrics, "cell_s": 90.0})
     assert str(estimate(cases, [measured], 10**8)) == (
-        "3 cells, 1 have records; the other 2 take about 3 minutes (2 by the recorded seconds of like cells, 0 by a "
+        "3 cells, 1 with records; the other 2 take about 3 minutes (2 by the recorded seconds of like cells, 0 by a "
         "stated rate)"
     )
     failed = replace(measured, status="failed")
     assert estimate(cases, [failed], 10**8).recorded == 0
-    assert str(estimate(cases[:1], [measured], 10**8)) == "1 cells, all of which have records"
+    assert str(estimate(cases[:1], [measured], 10**8)) == "1 cell, all measured already"
 
 
 OPTIONS = {"profile": "quick", "results": "results"}
@@ -159,6 +159,11 @@ def options(**given):
         ({"ratios": "0.1,1.5"}, r"ratio is the fraction removed and must lie in \[0, 1\), got 1.5"),
         ({"ratios": "0.1,much"}, "ratios must be numbers with commas, got '0.1,much'"),
         ({"presets": "best,flop"}, "unknown preset 'flop'"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"seq_len": 1}, "seq-len must be at least 2, got 1"),
+        ({"domains": "embedded,nofile"}, "no text 'nofile', allowed: embedded"),
+        ({"ray": "foo"}, "ray address must be auto, local, host:port"),
+        ({"results": __file__}, "is no directory"),
         ({"windows": -1}, r"windows must be 0 \(all\) or more, got -1"),
         ({"shard": "5/4"}, "shard must be i/n with 1 <= i <= n, as in 2/5, got '5/4'"),
         ({"shard": "0/4"}, "shard must be i/n"),

@@ -29,7 +29,8 @@ CASE = Case(
 
 def record(criterion: str = "activation", ratio: float = 0.2, perplexity: float = 30.0, **changes) -> Record:
     metrics = {
-        "perplexity": perplexity, "bits_per_byte": 1.2, "fraction_removed": ratio, "parameters": 1000,
+        "perplexity": perplexity, "bits_per_byte": 1.2, "fraction_removed": ratio,
+        "kv_fraction_removed": ratio, "parameters": 1000,
         "weight_bytes": 4000, "kv_bytes_per_token": 64,
     }  # fmt: skip
     environment = {"device": "cpu", "torch": "2", "transformers": "5", "transact": "0"}
@@ -169,6 +170,28 @@ def test_shards_in_one_file_or_beside_each_other_are_the_same_records(tmp_path):
     assert complaints == []
     assert together == read_results(tmp_path)[0] == read_results(one.parent)[0]
     assert len(together) == 6
+    whole = shards[0].read_bytes()
+    shards[0].write_bytes(whole[: len(whole) // 2 + 40])  # killed while it wrote its second record
+    one.write_bytes(b"".join(path.read_bytes() for path in shards))
+    rest, complaints = read_records(one)
+    assert rest == [together[0], *together[2:]]
+    assert len(complaints) == 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"metrics": {"perplexity": 30.0}}, "its fraction_removed is no number"),
+        ({"metrics": {"perplexity": None}}, "its perplexity is no number"),
+        ({"environment": {}}, "its environment does not say device"),
+    ],
+)
+def test_a_record_that_lacks_what_reports_show_is_passed_over(tmp_path, broken, reason):
+    append_record(tmp_path / "r.jsonl", replace(record(), **broken))
+    append_record(tmp_path / "r.jsonl", record())
+    read, [complaint] = read_records(tmp_path / "r.jsonl")
+    assert [one.case for one in read] == [record().case]
+    assert reason in complaint
 
 
 def test_report_compares_only_what_is_comparable(tmp_path):

@@ -1,6 +1,7 @@
 """The report: every question drawn and put into words from records alone, fast, whole, and never invented."""
 
 import errno
+import html
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from reports.findings import plain
 from reports.questions import QUESTIONS
 from reports.report import write_report
 from reports.sets import newest_set
-from reports.tables import latex_table
+from reports.tables import latex_table, markdown_table
 from tests.synthetic import BASE, DENSE, PRESETS, Maker
 
 BY_NAME = {question.name: question for question in QUESTIONS}
@@ -178,13 +179,30 @@ def test_other_calibration_is_shown_only_where_that_is_the_question(records):
     assert len(set(answer(BY_NAME["calibration"], chosen).frame["calibration_tokens"])) == 5
 
 
-def test_commands_name_the_cell(records, report):
-    found = answer(BY_NAME["preset"], newest_set(records))
-    assert "best-0.3" in [BY_NAME["preset"].selection(record) for record in found.records]
-    found = answer(BY_NAME["criterion"], newest_set(records))
-    assert "activation-0.3" in [BY_NAME["criterion"].selection(record) for record in found.records]
-    text = (report[0] / "report.html").read_text()
-    assert "python -m pytest ablations/ablate_criterion.py --model synthetic --evaluation embedded" in text
+def test_commands_measure_a_question_a_cell_and_everything(report):
+    text = html.unescape((report[0] / "report.html").read_text())
+    assert "<code>python -m pytest ablations/ablate_criterion.py --model synthetic</code>" in text
+    assert "<code>python -m pytest ablations --model synthetic</code>" in text
+    cell = "ablate_criterion.py::test_criterion[activation-0.3]"
+    assert f'<td class="command">{cell}</td>' in text
+    assert f"python -m pytest 'ablations/{cell}' --model synthetic" in (report[0] / "cells.csv").read_text()
+
+
+def test_speeds_of_two_machines_are_not_compared(records, tmp_path):
+    timed = [record for record in records if "decode_tokens_per_s" in record.metrics]
+    other = replace(timed[0], environment={**timed[0].environment, "device": "H100", "torch": "3"})
+    chosen = newest_set([other, *records[1:]])
+    assert chosen.left_out == {"speed, measured on H100": 1}
+    assert sum("decode_tokens_per_s" in record.metrics for record in chosen.records) == len(timed)
+    write_report([other, *records[1:]], tmp_path)
+    assert "float32 on H100 and Imaginary CPU @ 2 GHz; torch 3 and 2" in (tmp_path / "criterion.md").read_text()
+
+
+def test_markdown_cells_hold_no_markup():
+    from pandas import DataFrame
+
+    table = markdown_table(DataFrame({"method": ["w|x<script>"], "perplexity": [1e300]}), ["method", "perplexity"])
+    assert table.splitlines()[2] == r"| w\|x&lt;script> |     1e+300 |"
 
 
 def test_latex_is_escaped(records):

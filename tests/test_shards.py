@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -54,11 +56,44 @@ def test_shards_measure_the_grid_once_and_a_later_run_measures_nothing(ablations
     assert figures(split) == figures(whole)
     before = {path: path.read_bytes() for path in split.glob("*.jsonl")}
     code, printed = ablations(split, "--collect-only")
-    assert "9 cells, all of which have records" in printed
+    assert "9 cells, all measured already" in printed
     code, printed = ablations(split)  # not sharded: the shards' records count
     assert code == 0, printed
     assert (split / "records.jsonl").read_bytes() == b""
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_each_record_names_the_command_that_measures_it_alone(ablations, tmp_path, capsys):
+    code, printed = ablations(tmp_path / "first", "--ratios", "0.25", "-k", "test_layer or test_recovery and full")
+    assert code == 0, printed
+    records = read_results(tmp_path / "first")[0]
+    assert len(records) == 3
+    for number, record in enumerate(records):
+        words = shlex.split(record.command)
+        assert words[:3] == ["python", "-m", "pytest"]
+        assert pytest.main([*words[3:], "-q", "--results", str(tmp_path / f"again-{number}")]) == 0
+        [again] = read_results(tmp_path / f"again-{number}")[0]
+        assert again.case == record.case
+        assert again.losses == record.losses
+        assert again.command == record.command
+
+
+def test_a_shard_without_cells_is_no_failure_and_skips_say_why(ablations, tmp_path):
+    code, printed = ablations(tmp_path, "--shard", "9/9", "-k", "test_layer and not 1")
+    assert code == 0, printed
+    assert "shard 9/9 of 1 cells holds none" in printed
+    code, printed = ablations(tmp_path, "--ratios", "0.999", "-k", "test_granularity and heads")
+    assert code == 0, printed
+    assert "test_granularity[heads-0.999]: ratio 0.999 is out of reach" in printed
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="directories stand in for files that cannot be read")
+def test_a_record_file_that_cannot_be_read_is_one_line(ablations, tmp_path):
+    (tmp_path / "records.jsonl").mkdir()
+    code, printed = ablations(tmp_path)
+    assert code == 2
+    assert "records.jsonl' cannot be read: Is a directory" in printed
+    assert "INTERNALERROR" not in printed
 
 
 def test_a_run_killed_in_mid_grid_goes_on_where_it_was(ablations, arguments, tmp_path):
@@ -82,6 +117,7 @@ def test_a_second_writer_is_sent_away_in_one_line(ablations, tmp_path):
     assert code == 2
     assert printed.count("is being written by another run: wait for it, or name other --results") == 1
     assert "Traceback" not in printed
+    assert "results" not in printed.split("is being written")[0]  # nothing was measured: no report
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits stand in for a full disk")
