@@ -3,6 +3,10 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -353,6 +357,60 @@ def test_prune_and_train_in_shots(tiny_directory, tiny_text, tmp_path, capsys):
     assert main([*command[:2], str(tmp_path / "second"), *command[3:]]) == 2
     assert (mine / "thesis.txt").exists()
     assert "holds something else (thesis.txt)" in capsys.readouterr().err
+
+
+SHARDED = """
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+import transact
+from tests.tiny import random_plan, tiny_llama
+from transact.recovery import gathered, is_finite
+distributed.init_process_group("gloo")
+dense = tiny_llama("gqa")
+model = transact.apply_plan(dense, random_plan(dense.config))
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+ids = torch.arange(1, 17)[None]
+model(input_ids=ids, labels=ids).loss.backward()
+torch.optim.SGD(model.parameters(), lr=0.1).step()
+whole = gathered(model, model.config)
+with torch.no_grad():
+    assert torch.equal(whole(input_ids=ids).logits, model(input_ids=ids).logits)
+model.reshard()
+assert all(map(is_finite, model.parameters()))
+with torch.no_grad():
+    if distributed.get_rank() == 1:
+        model.lm_head.weight.to_local().fill_(torch.nan)
+assert not is_finite(model.lm_head.weight)
+print("sharded", type(model.lm_head.weight).__name__, flush=True)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_model_spread_over_processes_is_gathered_whole(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(tmp_path / "sharded.py")], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("DTensor") == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(pruned, tiny_text, tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["recover", str(pruned), str(one), *options(tiny_text)]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "transact"]
+    done = subprocess.run([*command, "recover", str(pruned), str(two), *options(tiny_text)], capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("perplexity of held-out windows") == 1
+    models = [transact.load_model(out, device="cpu")[0].state_dict() for out in (one, two)]
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(models[1][name], tensor, rtol=1e-3, atol=1e-3)
 
 
 def test_a_budget_beyond_any_text_needs_no_memory():

@@ -221,6 +221,10 @@ def recover(
             train_dataset=_Windows(windows, count, training.seed), teacher=teacher,
             layer_weight=training.layer_weight,
         )  # fmt: skip
+        if trainer.is_fsdp_enabled and student is not model:
+            raise ValueError(
+                f"way {training.way!r} merges its adapters, which FSDP has in pieces: full or distillation"
+            )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Milestones(trainer, evaluate, evaluations))
         if progress and trainer.is_world_process_zero():
@@ -231,7 +235,7 @@ def recover(
     if student is not model:
         model = student.merge_and_unload()
     elif trainer.is_fsdp_enabled:
-        model.load_state_dict(trainer.accelerator.get_state_dict(trainer.model_wrapped), assign=True)
+        model = gathered(trainer.model_wrapped, model.config)
     _cast_parameters(model, before)
     if training.gradient_checkpointing:
         _checkpointing(model, "disable")()
@@ -246,6 +250,21 @@ def recover(
     return Recovered(
         model, count * windows.shape[1], count / len(windows), seconds, history, trainer.is_world_process_zero()
     )
+
+
+def gathered(model: nn.Module, config: TransActConfig) -> TransActForCausalLM:
+    """The whole model, in float32 on the CPU of every process, from one that FSDP (1 or 2) has spread over them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = TransActForCausalLM(config).float()
+    whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    return whole
+
+
+def is_finite(parameter: torch.Tensor) -> bool:
+    """Whether all values are; those that other processes have included."""
+    total = parameter.detach().sum(dtype=torch.float64)
+    return bool((total.full_tensor() if hasattr(total, "full_tensor") else total).isfinite())
 
 
 def _checkpointing(model: nn.Module, verb: str) -> Callable:
@@ -379,7 +398,7 @@ class _RecoveryTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         for name, parameter in self.model.named_parameters():
-            if not parameter.detach().sum(dtype=torch.float64).isfinite():
+            if not is_finite(parameter):
                 raise NonFiniteLossError(f"{name} is not finite after step {self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
