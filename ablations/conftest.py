@@ -8,6 +8,7 @@ ordered, split into shards, handed to a cluster, or counted.
 
 import functools
 import inspect
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from bench.workbench import Workbench, failed
 from reports.report import write_report, written
 from transact.inputs import TEXTS, read_config
 
-from .options import Run, command_of, run_of, workbench_arguments
+from .options import Run, options_given, run_of, workbench_arguments
 from .profiles import PROFILES
 
 HERE = Path(__file__).parent
@@ -115,19 +116,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     run.cases = tuple(in_order(shard_of(noted, *run.shard) if run.shard else noted))
     if run.shard and not run.cases:
         run.notes.append(f"shard {run.shard[0]}/{run.shard[1]} of {len(set(noted))} cells holds none")
+    given = options_given(config.getoption, config._parser.parse_known_args([]))
     for item in mine:
         if CASE in item.stash:
-            command = command_of(item.nodeid, config.getoption, default_of(config))
+            command = shlex.join(["python", "-m", "pytest", item.nodeid, *given])
             run.commands.setdefault(item.stash[CASE], command)
     places = {case: place for place, case in enumerate(run.cases)}
     leave_out(config, items, [item for item in mine if CASE in item.stash and item.stash[CASE] not in places])
     items.sort(key=lambda item: places.get(item.stash.get(CASE, None), -1))
-
-
-def default_of(config: pytest.Config) -> Callable:
-    """A function from the name of an option to what it is where it is not given."""
-    defaults = config._parser.parse_known_args([])
-    return lambda name: getattr(defaults, name)
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item], dropped: list[pytest.Item]) -> None:
@@ -272,7 +268,7 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int):
     """A shard without cells is no failure: its grid has fewer cells than shards."""
     run = session.config.stash[RUN]
-    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and run.shard and run.notes:
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and run.commands and not run.cases:
         session.exitstatus = pytest.ExitCode.OK
 
 

@@ -1,7 +1,6 @@
 """The options of a run: profiles give defaults, and what is not allowed or contradicts itself is refused."""
 
 import os
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,14 +105,14 @@ IDENTIFYING = ("profile", "ratios", "presets", "model", "calibration", "domains"
                "seq_len", "windowing", "bos", "tasks", "tasks_path", "limit", "seed", "device", "dtype")  # fmt: skip
 
 
-def command_of(node: str, option: Callable, defaults: Callable) -> str:
-    """The command that measures a pytest node again, with the options that this run was given."""
-    words = ["python", "-m", "pytest", node]
+def options_given(option: Callable, defaults: object) -> list[str]:
+    """The words of those options that are not what `defaults` has as attributes."""
+    words = []
     for name in IDENTIFYING:
         value = option(name)
-        if value != defaults(name):
+        if value != getattr(defaults, name):
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
+    return words
 
 
 def absolute(name: str) -> str:

@@ -164,15 +164,20 @@ def plot_perplexity(frame: pd.DataFrame, title: str = "") -> Figure:
     for method, group in pruned.groupby("method"):
         points = pd.concat([dense, group]).sort_values("fraction_removed")
         draw_line(axes, points, "fraction_removed", method, style_of(method, frame["method"]), scale=100)
-    draw_dense(axes, dense["perplexity"].iloc[0] if len(dense) else None)
+    figure.suptitle(title, fontsize=10)
+    finish_lines(figure, axes, frame, dense["perplexity"].iloc[0] if len(dense) else None, "method")
+    return figure
+
+
+def finish_lines(figure: Figure, axes: Axes, frame: pd.DataFrame, dense: float | None, names: str) -> None:
+    """What lines of perplexity over the fraction removed stand in; the column `names` names the lines."""
+    draw_dense(axes, dense)
     highest = highest_shown(frame["perplexity"])
-    perplexity_axis(axes, frame["perplexity"].clip(upper=highest))
+    perplexity_axis(axes, with_dense(frame["perplexity"], dense).clip(upper=highest))
     fraction_axis(axes, frame)
     axes.grid(which="both")
-    figure.suptitle(title, fontsize=10)
-    cut_above(axes, frame, highest, "method")
+    cut_above(axes, frame, highest, names)
     legend(figure, axes)
-    return figure
 
 
 def perplexity_bars(frame: pd.DataFrame) -> np.ndarray:
@@ -206,19 +211,12 @@ def plot_lines(found: Answer) -> Figure:
     styles = styles_of(frame["line"], frame["method"])
     for line, points in frame.groupby("line", sort=False):
         draw_line(axes, points.sort_values("fraction_removed"), "fraction_removed", line, styles[line], scale=100)
-    draw_dense(axes, _dense_perplexity(found))
-    highest = highest_shown(frame["perplexity"])
-    perplexity_axis(axes, _with_dense(found).clip(upper=highest))
-    fraction_axis(axes, frame)
-    axes.grid(which="both")
-    cut_above(axes, frame, highest, "line")
-    legend(figure, axes)
+    finish_lines(figure, axes, frame, _dense_perplexity(found), "line")
     return figure
 
 
-def _with_dense(found: Answer) -> pd.Series:
-    dense = _dense_perplexity(found)
-    return pd.concat([found.frame["perplexity"], pd.Series([] if dense is None else [dense], dtype=float)])
+def with_dense(perplexities: pd.Series, dense: float | None) -> pd.Series:
+    return pd.concat([perplexities, pd.Series([] if dense is None else [dense], dtype=float)])
 
 
 PANELS = {"perplexity": "perplexity", "decode_tokens_per_s": "decoded tokens per second", "weight_mib": "weights (MiB)"}
@@ -244,7 +242,12 @@ def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int
             colour, marker, _ = styles[label]
             axes.errorbar(value, place, xerr=bars[:, place : place + 1], color=colour, marker=marker, capsize=3)
         if metric == "perplexity":
-            perplexity_axis(axes, _with_dense(found), "x", f";\n{BARS}" if len(metrics) > 1 else f"; {BARS}")
+            perplexity_axis(
+                axes,
+                with_dense(frame["perplexity"], _dense_perplexity(found)),
+                "x",
+                f";\n{BARS}" if len(metrics) > 1 else f"; {BARS}",
+            )
             draw_dense(axes, _dense_perplexity(found), "x")
         else:
             axes.set_xlabel(PANELS[metric] + (f"\n({BARS})" if (errors > 0).any() else ""))

@@ -6,6 +6,7 @@ from bench.records import Record
 
 from . import findings, plots
 from .answers import Question, text_named
+from .sets import is_timed
 
 RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots")
 PAPER = {"granularity": ("dims",), "allocation": ("uniform",), "compensation": ("none",), "rope": ("pairs",),
@@ -16,10 +17,6 @@ TRAINED = ("full", "lora", "distillation", "lora-distillation")
 def is_preset(record: Record) -> bool:
     """Whether its recipe has a name of its own."""
     return record.method not in ("dense", record.case.criterion)
-
-
-def is_timed(record: Record) -> bool:
-    return "decode_tokens_per_s" in record.metrics
 
 
 def is_allocated(record: Record) -> bool:

@@ -28,6 +28,11 @@ def is_reference(record: Record) -> bool:
     return record.case.criterion == "dense" and not record.case.recovery and not record.case.quantisation
 
 
+def is_timed(record: Record) -> bool:
+    """Whether its decoding speed was measured."""
+    return SPEED in record.metrics
+
+
 def newest_by_case(records: Sequence[Record]) -> list[Record]:
     """The newest successful record of each case; what else was measured (tasks, speed) makes no other case."""
     return list({QUALITY(record.case): record for record in records if record.status == "success"}.values())
@@ -89,12 +94,12 @@ def _timed_alike(records: Sequence[Record]) -> tuple[list[Record], Counter]:
 
     Losses of two machines can be compared, speeds cannot.
     """
-    timed = [record for record in records if SPEED in record.metrics]
+    timed = [record for record in records if is_timed(record)]
     if not timed:
         return list(records), Counter()
     machine, others, kept = timed[-1].environment["device"], Counter(), []
     for record in records:
-        if SPEED in record.metrics and record.environment["device"] != machine:
+        if is_timed(record) and record.environment["device"] != machine:
             others[f"speed, measured on {record.environment['device']}"] += 1
             metrics, errors = ({name: value for name, value in one.items() if name != SPEED}
                                for one in (record.metrics, record.standard_errors))  # fmt: skip

@@ -26,8 +26,6 @@ LATEX = str.maketrans({
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "≈": r"$\approx$", "±": r"$\pm$",
     "[": "{[}",  # a bracket that begins a row would be read as an option of the line break before it
 })  # fmt: skip
-
-
 MARKDOWN = str.maketrans({"|": r"\|", "<": "&lt;", "\n": " "})
 
 
