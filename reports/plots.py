@@ -242,12 +242,8 @@ def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int
             colour, marker, _ = styles[label]
             axes.errorbar(value, place, xerr=bars[:, place : place + 1], color=colour, marker=marker, capsize=3)
         if metric == "perplexity":
-            perplexity_axis(
-                axes,
-                with_dense(frame["perplexity"], _dense_perplexity(found)),
-                "x",
-                f";\n{BARS}" if len(metrics) > 1 else f"; {BARS}",
-            )
+            values = with_dense(found.frame["perplexity"], _dense_perplexity(found))
+            perplexity_axis(axes, values, "x", f";\n{BARS}" if len(metrics) > 1 else f"; {BARS}")
             draw_dense(axes, _dense_perplexity(found), "x")
         else:
             axes.set_xlabel(PANELS[metric] + (f"\n({BARS})" if (errors > 0).any() else ""))
@@ -402,7 +398,7 @@ def plot_training(found: Answer) -> Figure:
         return plot_dots(found)
     draw_dense(axes, _dense_perplexity(found))
     dense = _dense_perplexity(found)
-    perplexity_axis(axes, pd.Series([highest, lowest, *([] if dense is None else [dense])]), bars="")
+    perplexity_axis(axes, with_dense(pd.Series([highest, lowest]), dense), bars="")
     axes.set_ylabel("held-out perplexity (log scale)")
     axes.set_xlabel("tokens trained on")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
