@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.tiny import tiny_llama
 
 import transact
 from transact import samples
@@ -44,7 +43,7 @@ def test_odd_windows_begin_with_openers_of_many_kinds(model, tokenizer):
     first = [tokenizer(opener, add_special_tokens=False)["input_ids"] for opener in (OPENERS[0], OPENERS[27])]
     assert windows[1, : len(first[0])].tolist() == first[0]
     assert windows[3, : len(first[1])].tolist() == first[1]
-    assert len(set(OPENERS)) == len(OPENERS) == len(set(index * samples.STRIDE % len(OPENERS) for index in range(64)))
+    assert len(set(OPENERS)) == len(OPENERS) == len({index * samples.STRIDE % len(OPENERS) for index in range(64)})
 
 
 def test_entropy_is_that_of_a_plain_forward_pass(model):
