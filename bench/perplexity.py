@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from transact.inputs import Text, cut_windows, tokenise
 
+from .token_bytes import token_bytes
+
 WINDOWINGS = ("blocks", "rolling")
 
 
@@ -17,17 +19,17 @@ WINDOWINGS = ("blocks", "rolling")
 class Windows:
     """Rows of token ids (count, length): in each all but the first are predicted; of the last, only its `in_last` last.
 
-    `bytes` are the UTF-8 bytes that the predicted tokens stand for.
+    `bytes` are the UTF-8 bytes of the text that the predicted tokens stand for; None where they are not known.
     """
 
     ids: torch.Tensor
     in_last: int
-    bytes: int
+    bytes: int | None
 
     @classmethod
-    def of_blocks(cls, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> "Windows":
+    def of_blocks(cls, ids: torch.Tensor, bytes: int | None = None) -> "Windows":
         """Rows (count, length) that stand by themselves: of each all but the first token are predicted."""
-        return cls(ids, ids.shape[1] - 1, _bytes(tokenizer, ids[:, 1:]))
+        return cls(ids, ids.shape[1] - 1, bytes)
 
     @property
     def predicted(self) -> int:
@@ -39,8 +41,8 @@ class Perplexity:
     """What a model makes of a text. `losses` holds each window's mean negative log-likelihood in nats.
 
     `perplexity` = exp(mean loss over all predicted tokens). `bits_per_byte` divides the same sum by the UTF-8 bytes of
-    the predicted tokens, so models with different tokenisers compare. `standard_error` is that of the mean loss over
-    windows, in nats (NaN for one window): perplexity moves by that fraction.
+    the predicted tokens, so models with different tokenisers compare (NaN where these are not known). `standard_error`
+    is that of the mean loss over windows, in nats (NaN for one window): perplexity moves by that fraction.
     """
 
     perplexity: float
@@ -48,7 +50,7 @@ class Perplexity:
     loss: float
     standard_error: float
     tokens: int
-    bytes: int
+    bytes: int | None
     losses: tuple[float, ...]
 
 
@@ -75,9 +77,12 @@ def evaluation_windows(
     tokens = tokenise(text, tokenizer)
     if windowing == "blocks":
         ids = cut_windows(tokens, length=length, count=count)
+        bytes_each = token_bytes(text.content, tokenizer, tokens)
+        if bytes_each is not None:
+            bytes_each = cut_windows(bytes_each, length=length, count=count)[:, 0 if bos else 1 :].sum().item()
         if bos:
             ids = torch.cat((torch.full((len(ids), 1), _first_token(tokenizer)), ids), dim=1)
-        return Windows.of_blocks(ids, tokenizer)
+        return Windows.of_blocks(ids, bytes_each)
     if bos:
         raise ValueError("bos is for windowing blocks: rolling windows begin with one, and read the token before them")
     if length < 2 or len(tokens) == 0:
@@ -93,8 +98,9 @@ def evaluation_windows(
     if count is None or count == available:
         text_bytes = len(text.content.encode())
     else:
+        bytes_each = token_bytes(text.content, tokenizer, tokens)
+        text_bytes = None if bytes_each is None else bytes_each[: count * length].sum().item()
         tokens = tokens[: count * length]
-        text_bytes = _bytes(tokenizer, tokens[None])
     stream = torch.cat((torch.tensor([_first_token(tokenizer, or_eos=True)]), tokens))
     rows = stream.unfold(0, length + 1, length)
     in_last = len(tokens) % length or length
@@ -110,10 +116,6 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, *, or_eos: bool = False) ->
     if token is None:
         raise ValueError(f"the tokeniser has no BOS{' or EOS' if or_eos else ''} token to begin a window with")
     return token
-
-
-def _bytes(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> int:
-    return sum(len(piece.encode()) for piece in tokenizer.batch_decode(ids))
 
 
 @torch.no_grad()
@@ -146,7 +148,7 @@ def measure_perplexity(
     loss = nats.sum().item() / windows.predicted
     return Perplexity(
         perplexity=math.exp(loss),
-        bits_per_byte=nats.sum().item() / math.log(2) / windows.bytes,
+        bits_per_byte=math.nan if windows.bytes is None else nats.sum().item() / math.log(2) / windows.bytes,
         loss=loss,
         standard_error=per_window.std().item() / math.sqrt(count) if count > 1 else math.nan,
         tokens=windows.predicted,

@@ -42,9 +42,9 @@ def windows(embedded):
 
 @pytest.mark.slow
 def test_dense_perplexity_is_what_a_loop_gives(embedded, windows):
-    model, tokenizer = embedded
+    model, _ = embedded
     few = windows[:2].to(model.device)
-    result = measure_perplexity(model, Windows.of_blocks(few, tokenizer))
+    result = measure_perplexity(model, Windows.of_blocks(few))
     assert result.loss == pytest.approx(independent_loss(model, few), rel=1e-5)
     assert math.isclose(result.perplexity, math.exp(result.loss))
 
@@ -54,7 +54,7 @@ def test_activation_beats_magnitude_and_random_by_far(embedded, windows):
     model, tokenizer = embedded
     text = transact.tokenise(transact.load_text("embedded"), tokenizer)
     calibration = transact.cut_windows(text, length=128, count=64, seed=0)
-    evaluation = Windows.of_blocks(windows, tokenizer)
+    evaluation = Windows.of_blocks(windows)
     dense = measure_perplexity(model, evaluation).perplexity
     times_dense = {}
     for criterion in ("activation", "magnitude", "random"):

@@ -25,15 +25,14 @@ def independent_loss(model, windows) -> float:
 
 def test_perplexity_is_what_a_loop_gives(tiny_directory, tiny_text):
     model, tokenizer = transact.load_model(tiny_directory, device="cpu")
-    tokens = transact.tokenise(transact.load_text(str(tiny_text)), tokenizer)
-    windows = transact.cut_windows(tokens, length=30, count=7)
-    result = measure_perplexity(model, Windows.of_blocks(windows, tokenizer), tokens_per_batch=64)
+    evaluated = evaluation_windows(transact.load_text(str(tiny_text)), tokenizer, length=30, count=7)
+    result, windows = measure_perplexity(model, evaluated, tokens_per_batch=64), evaluated.ids
     expected = independent_loss(model, windows)
     assert result.loss == pytest.approx(expected, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
     assert result.tokens == 7 * 29
     assert len(result.losses) == 7
-    text_bytes = sum(len(" ".join(f"w{i}" for i in window[1:].tolist()).encode()) for window in windows)
+    text_bytes = sum(len(f" w{i}") for window in windows for i in window[1:].tolist())
     assert result.bytes == text_bytes
     assert result.bits_per_byte == pytest.approx(expected * result.tokens / math.log(2) / text_bytes)
     deviations = [(loss - expected) ** 2 for loss in result.losses]
@@ -41,13 +40,13 @@ def test_perplexity_is_what_a_loop_gives(tiny_directory, tiny_text):
 
 
 def test_perplexity_refuses_what_it_cannot_measure(tiny_directory):
-    model, tokenizer = transact.load_model(tiny_directory, device="cpu")
+    model, _ = transact.load_model(tiny_directory, device="cpu")
     with pytest.raises(ValueError, match="read 129 tokens, longer than the model's context of 128"):
-        measure_perplexity(model, Windows.of_blocks(torch.ones(1, 130, dtype=torch.int64), tokenizer))
+        measure_perplexity(model, Windows.of_blocks(torch.ones(1, 130, dtype=torch.int64)))
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match="window 0 is not finite"):
-        measure_perplexity(model, Windows.of_blocks(torch.ones(1, 12, dtype=torch.int64), tokenizer))
+        measure_perplexity(model, Windows.of_blocks(torch.ones(1, 12, dtype=torch.int64)))
 
 
 def test_rolling_windows_predict_every_token_once(tiny_directory, tmp_path):
