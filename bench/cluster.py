@@ -14,7 +14,7 @@ from .workbench import Workbench, failed
 
 RETRIES = 3  # of a cell whose worker died
 # what a worker must share with the driver, or its figures are not those of the case
-SHARED = ("model_hash", "evaluation_sha256", "evaluation_windows", "dtype", "device", "code")
+SHARED = ("model_hash", "evaluation_sha256", "evaluation_ids", "evaluation_windows", "dtype", "device", "code")
 
 
 def measured(bench: Workbench, case: Case) -> Record:

@@ -30,6 +30,9 @@ class Case:
     the one ridge of the refit (None: the best of several on held-out tokens). `decode_tokens` is how many were
     generated to time it. `recovery` is how it was trained ("": not), on `recovery_tokens` of the text with that hash;
     `quantisation` the format of linear weights ("": the dtype).
+
+    `model_hash` is of configuration and weights; `evaluation_ids`, `calibration_ids` and `recovery_ids` are hashes of
+    what the tokeniser makes of the texts (see `bench.workbench.ids_hash`; empty in records older than these fields).
     """
 
     model: str
@@ -72,6 +75,9 @@ class Case:
     recovery_sha256: str | None = None
     learning_rate: float | None = None
     quantisation: str = ""
+    evaluation_ids: str = ""
+    calibration_ids: str | None = None
+    recovery_ids: str | None = None
 
 
 @dataclass(frozen=True)

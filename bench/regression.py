@@ -67,8 +67,9 @@ def measure_cells(
 def _header(cases: Sequence[Case]) -> dict:
     """What all cells share."""
     case = next((case for case in cases if case.calibration_sha256), cases[0])
-    kept = ("model", "model_hash", "calibration_text", "calibration_sha256", "calibration_samples", "evaluation_text",
-            "evaluation_sha256", "evaluation_windows", "evaluation_seq_len", "dtype")  # fmt: skip
+    kept = ("model", "model_hash", "calibration_text", "calibration_sha256", "calibration_ids", "calibration_samples",
+            "evaluation_text", "evaluation_sha256", "evaluation_ids", "evaluation_windows", "evaluation_seq_len",
+            "dtype")  # fmt: skip
     return {name: getattr(case, name) for name in kept}
 
 

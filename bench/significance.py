@@ -14,8 +14,8 @@ from .records import Record
 RESAMPLES = 2000
 CHUNK = 256  # rows resampled at once, so that thousands need little memory
 # what two cases must share for their figures to be compared
-COMPARED = ("model_hash", "evaluation_sha256", "evaluation_windows", "evaluation_seq_len", "evaluation_windowing",
-            "evaluation_bos", "dtype", "device")  # fmt: skip
+COMPARED = ("model_hash", "evaluation_sha256", "evaluation_ids", "evaluation_windows", "evaluation_seq_len",
+            "evaluation_windowing", "evaluation_bos", "dtype", "device")  # fmt: skip
 
 
 @dataclass(frozen=True)

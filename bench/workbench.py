@@ -1,5 +1,6 @@
 """One model, one calibration, many cases: what every ablation measures on."""
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 import transact
 from transact.checkpoint import model_hash
@@ -58,6 +60,16 @@ def weights_of(case: Case) -> Case:
 def pruning_of(case: Case) -> Case:
     """What decides a case's pruned model: two cases with the same differ in quantisation, or in what is measured."""
     return replace(weights_of(case), quantisation="")
+
+
+def ids_hash(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Short hash of token ids, and of the vocabulary that tasks are read with.
+
+    Of the ids, since they are what a model is given: a tokeniser's files differ between versions of the libraries that
+    make the same ids, and another version may make other ids of the same files.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id
+    return hashlib.sha256(ids.cpu().numpy().tobytes() + repr(vocabulary).encode()).hexdigest()[:16]
 
 
 EVALUATIONS = 3  # of a model on its way through training, beside the one before
@@ -139,6 +151,7 @@ class Workbench:
         self.calibration = calibration, samples, calibration_seq_len
         self.domains, self.seed = tuple(domains), seed
         self._texts: dict[str, tuple[Text, torch.Tensor]] = {}
+        self.ids_hashes: dict[str, str] = {}
         self.calibration_windows(*self.calibration)  # what is wrong with the text is known at once
         try:
             self.evaluation_windows = evaluation_windows(
@@ -170,6 +183,7 @@ class Workbench:
             dtype=dtype,
             device=self.dense.device.type,
             code=code_hash(),
+            evaluation_ids=ids_hash(self.evaluation_windows.ids, self.tokenizer),
         )
         self._calibrations = Calibrations(self.dense)
         self._pruned: tuple[Case, nn.Module, dict[str, float], list[dict[str, float]]] | None = None
@@ -181,6 +195,12 @@ class Workbench:
             text = transact.load_text(name, split="calibration")
             self._texts[name] = text, transact.tokenise(text, self.tokenizer)
         return self._texts[name]
+
+    def ids_of(self, name: str) -> str:
+        """The hash of a calibration text's token ids, made once."""
+        if name not in self.ids_hashes:
+            self.ids_hashes[name] = ids_hash(self.text(name)[1], self.tokenizer)
+        return self.ids_hashes[name]
 
     def calibration_windows(self, name: str, samples: int, seq_len: int) -> torch.Tensor:
         """Windows (samples, seq_len) of a text, chosen by the seed. Raises ValueError where the text is too short."""
@@ -227,7 +247,8 @@ class Workbench:
             self.calibration_windows(name, samples, seq_len)
             text = self.text(name)[0]
             fields = {"seed": self.seed, "calibration_text": text.name, "calibration_sha256": text.sha256,
-                      "calibration_samples": samples, "calibration_seq_len": seq_len}  # fmt: skip
+                      "calibration_samples": samples, "calibration_seq_len": seq_len,
+                      "calibration_ids": self.ids_of(name)}  # fmt: skip
         if recipe.criterion == "random":
             fields["seed"] = self.seed
         case = replace(
@@ -248,8 +269,9 @@ class Workbench:
         training = transact.Training(tokens=tokens, way=way)
         training.check()
         rate = training.with_rate(self.dense.config.hidden_size, self.calibration[2]).learning_rate
-        sha256 = self.text(self.calibration[0])[0].sha256
-        return replace(case, recovery=way, recovery_tokens=tokens, recovery_sha256=sha256, learning_rate=rate)
+        name = self.calibration[0]
+        return replace(case, recovery=way, recovery_tokens=tokens, recovery_sha256=self.text(name)[0].sha256,
+                       recovery_ids=self.ids_of(name), learning_rate=rate)  # fmt: skip
 
     def _trainer(self, case: Case, history: list[dict[str, float]]) -> Callable | None:
         """What `transact.prune` calls after each shot to train the case's model; None where it is not trained.

@@ -172,7 +172,8 @@ def failed_cells(failed: Sequence[Record]) -> str:
 
 def cell_words(case: Case) -> str:
     """The fields of a cell that all cells do not share, those that hold something."""
-    hidden = (*SHARED, "criterion", "modules", "calibration_text", "calibration_sha256", "seed", "task_limit")
+    hidden = (*SHARED, "criterion", "modules", "calibration_text", "calibration_sha256", "calibration_ids",
+              "recovery_ids", "seed", "task_limit")  # fmt: skip
     return ", ".join(f"{name} {value}" for name, value in vars(case).items() if name not in hidden and value)
 
 
@@ -180,7 +181,7 @@ def environment(chosen: RecordSet) -> str:
     """Versions, devices, texts and hashes, each with all values that occur."""
     values: dict[str, dict[str, None]] = {}
     for record in chosen.records:
-        for name in (*SHARED, "evaluation_text", "calibration_text", "calibration_sha256"):
+        for name in (*SHARED, "evaluation_text", "calibration_text", "calibration_sha256", "calibration_ids"):
             value = getattr(record.case, name)
             if value is not None:
                 values.setdefault(name, {})[str(value)] = None

@@ -60,7 +60,7 @@ def recovery_label(record: Record) -> str:
     return f"{case.recovery}, {case.recovery_tokens:,} tokens{rate}"
 
 
-TRAINING = ("recovery", "recovery_tokens", "recovery_sha256", "learning_rate")
+TRAINING = ("recovery", "recovery_tokens", "recovery_sha256", "recovery_ids", "learning_rate")
 QUESTIONS = (
     Question("preset", RECIPE, plots.plot_lines, findings.alternatives, along=("ratio", "kv_ratio"),
              belongs=is_preset, label=method),
@@ -76,8 +76,8 @@ QUESTIONS = (
     Question("calibration", ("calibration_samples", "calibration_seq_len"), plots.plot_budget, findings.budget,
              label=calibration_label, belongs=lambda record: record.case.calibration_sha256 is not None,
              columns=("calibration_tokens",)),
-    Question("domain", ("calibration_text", "calibration_sha256"), plots.plot_lines, findings.alternatives,
-             label=lambda record: text_named(record.case.calibration_text),
+    Question("domain", ("calibration_text", "calibration_sha256", "calibration_ids"), plots.plot_lines,
+             findings.alternatives, label=lambda record: text_named(record.case.calibration_text),
              belongs=lambda record: record.case.calibration_sha256 is not None),
     Question("rope", ("rope",), plots.plot_lines, findings.alternatives),
     Question("compensation", ("compensation", "ridge"), plots.plot_lines, findings.alternatives, label=ridge_label),

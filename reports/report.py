@@ -250,7 +250,7 @@ def provenance(chosen: RecordSet) -> str:
     }
     calibrated = ""
     if chosen.calibration:
-        text, _, samples, length, seed = chosen.calibration
+        text, _, _, samples, length, seed = chosen.calibration
         calibrated = f" calibrated on {samples} windows of {length} of {text}, seed {seed};"
     return (
         f"Model {case.model} ({case.model_hash}); {case.evaluation_windows} windows of {case.evaluation_seq_len} "

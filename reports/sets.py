@@ -9,7 +9,8 @@ from bench.records import Case, Record
 from bench.significance import COMPARED
 
 SHARED = ("model", *COMPARED, "code")
-CALIBRATION = ("calibration_text", "calibration_sha256", "calibration_samples", "calibration_seq_len", "seed")
+CALIBRATION = ("calibration_text", "calibration_sha256", "calibration_ids", "calibration_samples",
+               "calibration_seq_len", "seed")  # fmt: skip
 SPEED = "decode_tokens_per_s"
 # measured on the side: they change no other figure
 ASIDE = ("tasks", "task_limit", "decode_tokens")

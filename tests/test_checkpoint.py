@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,3 +147,52 @@ def test_configuration_that_no_plan_gives_is_refused(field, value, named):
     settings = narrowed_and_plan()[0].config.to_dict() | {field: value}
     with pytest.raises(Exception, match=named):
         transact.TransActConfig(**settings)
+
+
+def hash_with(directory, tmp_path, **changes) -> str:
+    """The hash of a checkpoint whose config.json is edited so."""
+    edited = tmp_path / "edited"
+    shutil.rmtree(edited, ignore_errors=True)
+    shutil.copytree(directory, edited)
+    config = json.loads((edited / "config.json").read_text(encoding="utf-8"))
+    (edited / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return checkpoint.model_hash(transact.load_model(edited, dtype="float32", device="cpu")[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": 1e-2},
+        {"hidden_act": "gelu"},
+        {"max_position_embeddings": 64},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4},
+    ],
+)
+def test_models_that_compute_otherwise_have_another_hash(changes, tiny_directory, tmp_path):
+    assert hash_with(tiny_directory, tmp_path, **changes) != hash_with(tiny_directory, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_name_or_path": "/elsewhere"},
+        {"transformers_version": "5.0.0"},
+        {"dtype": "bfloat16"},
+        {"use_cache": False},
+        {"initializer_range": 0.5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}},
+        {"a_note": "read by nobody"},
+    ],
+)
+def test_what_changes_no_figure_changes_no_hash(changes, tiny_directory, tmp_path):
+    assert hash_with(tiny_directory, tmp_path, **changes) == hash_with(tiny_directory, tmp_path)
+
+
+def test_the_same_weights_at_other_rope_pairs_have_another_hash():
+    narrowed, _ = narrowed_and_plan()
+    before = checkpoint.model_hash(narrowed)
+    with torch.no_grad():
+        narrowed.model.layers[0].self_attn.rope_pairs += 1
+    assert checkpoint.model_hash(narrowed) != before

@@ -1,10 +1,13 @@
 """The grid: one calibration for all cells of a text, one pruning for all of the same weights, costs and bad options."""
 
+import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +83,45 @@ def test_shared_statistics_give_what_a_cell_gives_by_itself(bench, preset):
     bench.measure(bench.case(Recipe(criterion="obs"), 0.3))
     shared = bench.measure(case)
     assert shared.losses == bench.measure_model(alone.model, {}, replace(case, ratio=0.31)).losses
+
+
+def swapped(directory: Path, tmp_path: Path, first: str, second: str) -> Path:
+    """A copy of a checkpoint whose tokeniser takes two words for each other."""
+    copy = shutil.copytree(directory, tmp_path / "swapped")
+    path = copy / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    words = content["model"]["vocab"]
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return copy
+
+
+def test_another_tokeniser_makes_another_case(tiny_directory, tiny_text, tmp_path):
+    evaluation, training = tmp_path / "evaluation.txt", tmp_path / "training.txt"
+    evaluation.write_text("w1 w2 w3 w4 " * 100, encoding="utf-8")
+    training.write_text("w1 w2 w5 w6 " * 100, encoding="utf-8")
+    settings = {"samples": 2, "calibration_seq_len": 16, "windows": 2, "evaluation_seq_len": 16, "device": "cpu",
+                "dtype": "float32", "evaluation": str(evaluation), "calibration": str(training)}  # fmt: skip
+    own = Workbench(str(tiny_directory), **settings)
+    assert own.dense_case == Workbench(str(tiny_directory), **settings).dense_case
+    for pair in (("w1", "w2"), ("w5", "w6"), ("w90", "w91")):  # the last ones may be in tasks
+        other = Workbench(str(swapped(tiny_directory, tmp_path, *pair)), **settings)
+        assert other.dense_case.evaluation_ids != own.dense_case.evaluation_ids
+        assert other.dense_case.model_hash == own.dense_case.model_hash
+        shutil.rmtree(tmp_path / "swapped")
+
+
+def test_texts_of_other_token_ids_make_other_cases(bench):
+    case = bench.with_recovery(bench.case(Recipe(), 0.2), "full", 1000)
+    kept = case.calibration_ids, case.recovery_ids
+    assert all(kept)
+    assert bench.dense_case.calibration_ids is bench.dense_case.recovery_ids is None
+    bench.text(bench.calibration[0])[1][-1] += 1  # what another tokeniser might make of the same text
+    bench.ids_hashes.clear()
+    again = bench.with_recovery(bench.case(Recipe(), 0.2), "full", 1000)
+    assert again.evaluation_ids == case.evaluation_ids
+    assert again.calibration_ids != kept[0]
+    assert again.recovery_ids != kept[1]
 
 
 def test_order_keeps_texts_and_weights_together():

@@ -61,7 +61,8 @@ def test_a_baseline_can_be_reviewed(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "baseline.json"]
 
 
-@pytest.mark.parametrize("changes", [{"evaluation_sha256": "f" * 64}, {"model_hash": "1" * 16}])
+@pytest.mark.parametrize("changes", [{"evaluation_sha256": "f" * 64}, {"model_hash": "1" * 16},
+                                     {"evaluation_ids": "1" * 16}])  # fmt: skip
 def test_other_text_or_model_is_refused(changes, tmp_path):
     with pytest.raises(ValueError, match=r"cannot be compared with the baseline: .* the baseline has"):
         verdicts_after(lambda one: replace(one, case=replace(one.case, **changes)), tmp_path)

@@ -56,6 +56,7 @@ def with_tasks(one, scores=(1.0, 0.0, 1.0, 1.0), **changes):
     [
         ({"evaluation_sha256": "f" * 64}, "evaluation sha256"),
         ({"model_hash": "1" * 16}, "model hash"),
+        ({"evaluation_ids": "1" * 16}, "evaluation ids"),
         ({"evaluation_windowing": "rolling"}, "evaluation windowing blocks and rolling"),
         ({"dtype": "bfloat16"}, "dtype"),
     ],

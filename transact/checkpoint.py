@@ -7,12 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .plan import Plan
 
@@ -113,12 +114,22 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
+# what a configuration class adds to the common one, but for what no figure depends on
+NOT_COMPUTED_WITH = {"initializer_range", "use_cache", "pretraining_tp", *(f.name for f in fields(PreTrainedConfig))}
+
+
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 of the weights by name, in their dtype: two models with the same hash compute the same."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    """SHA-256 of the configuration that is computed with, and of weights and buffers by name, in their dtype.
+
+    Two models with the same hash compute the same. Paths, versions and the dtype that a file names are left out.
+    """
+    names = sorted({field.name for field in fields(model.config)} - NOT_COMPUTED_WITH)
+    configuration = {"model_type": model.config.model_type} | {name: getattr(model.config, name) for name in names}
+    numbers_alike = json.loads(json.dumps(configuration), parse_int=float)  # a base of 10000 is one of 10000.0
+    digest = hashlib.sha256(json.dumps(numbers_alike, sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
