@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy.special import ndtr, stdtrit
+
 from transact import PRESETS
 
 from .records import Case, Record
-from .significance import paired_difference
+from .significance import FEW, paired_difference
 from .workbench import Workbench, method_of
 
 BASELINE = Path(__file__).parents[1] / "reports" / "baseline.json"
@@ -74,7 +76,9 @@ def _header(cases: Sequence[Case]) -> dict:
 
 
 def check_comparable(baseline: Mapping, cases: Sequence[Case]) -> None:
-    """Raise ValueError where model, text or cells are not the baseline's."""
+    """Raise ValueError where model, text or cells are not the baseline's, or one window leaves no verdict."""
+    if cases[0].evaluation_windows < 2:
+        raise ValueError(f"no verdict on {cases[0].evaluation_windows} window, at least 2 are needed")
     for name, value in _header(cases).items():
         if baseline.get(name) != value:
             raise ValueError(
@@ -110,8 +114,9 @@ def _cell(case: Case) -> str:
 def compare(baseline: Mapping, records: Sequence[Record]) -> list[Verdict]:
     """A verdict on every cell of the baseline.
 
-    Perplexity may move by 3 standard errors of the paired differences of the windows' losses, or by 1 %, whichever is
-    more, and never by more than 10 %. Raises ValueError as `check_comparable` does.
+    Perplexity may move by 3 standard errors of the paired differences of the windows' losses (of fewer than ten windows
+    by as many as are passed no more often, by Student's t), or by 1 %, whichever is more, and never by more than 10 %.
+    Raises ValueError as `check_comparable` does.
     """
     check_comparable(baseline, [record.case for record in records])
     now = baseline_of(records)
@@ -119,7 +124,7 @@ def compare(baseline: Mapping, records: Sequence[Record]) -> list[Verdict]:
     for name, cell in now["cells"].items():
         before = baseline["cells"][name]
         difference = paired_difference(cell["losses"], before["losses"])
-        error = math.expm1(min(3 * difference.standard_error, 50)) if len(cell["losses"]) > 1 else 0.0
+        error = math.expm1(min(errors_allowed(len(cell["losses"])) * difference.standard_error, 50))
         verdicts.append(
             Verdict(
                 cell=name,
@@ -132,6 +137,11 @@ def compare(baseline: Mapping, records: Sequence[Record]) -> list[Verdict]:
             )
         )
     return verdicts
+
+
+def errors_allowed(windows: int) -> float:
+    """Standard errors that chance passes once in 370 times: 3, or more of few windows."""
+    return 3.0 if windows >= FEW else float(stdtrit(windows - 1, ndtr(3.0)))
 
 
 def table(verdicts: Sequence[Verdict]) -> str:

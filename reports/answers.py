@@ -278,6 +278,8 @@ def _columns(name: str, found: Difference | None) -> dict:
 
 def with_interval(found: Difference) -> str:
     """The difference with its interval, marked with ≈ where that holds zero: it may be chance."""
+    if found.is_unknown:
+        return f"{found.mean:+.3f} [too few to tell]"
     mark = " ≈" if found.is_noise else ""
     return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{mark}"
 

@@ -1,4 +1,4 @@
-"""What was found, in words, and how sure that is: computed from paired bootstrap differences and nothing else."""
+"""What was found, in words, and how sure that is: computed from paired differences and nothing else."""
 
 from collections import Counter
 
@@ -8,6 +8,8 @@ import pandas as pd
 from bench.significance import Difference
 
 from .answers import Answer, difference, percent, with_interval
+
+UNTOLD = "and nothing tells whether that is chance"
 
 
 def plain(value: float, digits: int) -> str:
@@ -39,8 +41,13 @@ def by_interval(row, name: str = "behind") -> str:
 
 
 def is_noise(row, name: str = "behind") -> bool:
-    """Whether the row's interval holds zero, or there is none: what cannot be told is not beyond chance."""
-    return not (row[f"{name}_low"] > 0 or row[f"{name}_high"] < 0)
+    """Whether the row's interval holds zero; without one that cannot be told."""
+    return row[f"{name}_low"] <= 0 <= row[f"{name}_high"]
+
+
+def is_sure(row, name: str = "behind") -> bool:
+    """Whether the row's interval leaves out zero; without one that cannot be told."""
+    return row[f"{name}_low"] > 0 or row[f"{name}_high"] < 0
 
 
 def perplexity_of(row) -> str:
@@ -69,11 +76,13 @@ def _winner(races: list[tuple[str, pd.DataFrame]]) -> str:
     wins: dict[str, list[str]] = {}
     for setting, rows in races:
         wins.setdefault(rows.iloc[0]["label"], []).append(setting)
-    sure = sum(not is_noise(rows.iloc[1]) for _, rows in races)
+    sure = sum(is_sure(rows.iloc[1]) for _, rows in races)
+    untold = not sure and not any(is_noise(rows.iloc[1]) for _, rows in races)
     if len(races) == 1:
-        verdict = "beyond chance" if sure else "but within noise of the next"
+        verdict = "beyond chance" if sure else UNTOLD if untold else "but within noise of the next"
         return f"{_of(races)}“{next(iter(wins))}” loses least, {verdict}."
     lead = f"the lead over the next is beyond chance in {sure or 'none'} of {len(races)} comparisons"
+    lead = UNTOLD if untold else lead
     if len(wins) == 1:
         return f"{_of(races)}“{next(iter(wins))}” loses least everywhere; {lead}."
     parts = "; ".join(f"“{label}” at {settings_listed(settings)}" for label, settings in wins.items())
@@ -127,7 +136,8 @@ def redundancy(found: Answer) -> list[str]:
             if gap is None:
                 continue
             dearer = "attention" if gap.mean > 0 else "the MLP"
-            sure = "within noise of each other" if gap.is_noise else f"{dearer} is dearer, beyond chance"
+            sure = "within noise of each other" if gap.is_noise else f"{dearer} is dearer, "
+            sure += "" if gap.is_noise else UNTOLD if gap.is_unknown else "beyond chance"
             of = f"{group}: " if group else ""
             sentences.append(
                 f"{of}Removing {percent(row['attention_removed'])} of attention alone gives {perplexity_of(row)}, "
@@ -147,11 +157,14 @@ def layers(found: Answer) -> list[str]:
         rows = rows.sort_values("rise")
         least, most = rows.iloc[0], rows.iloc[-1]
         quiet = sum(is_noise(row, "rise") for _, row in rows.iterrows())
+        told = f"{quiet} of {len(rows)} layers are within noise of the dense model"
+        if rows["rise_low"].isna().any():
+            told = "So few windows do not tell which layers differ from the dense model by chance"
         of = ", ".join(filter(None, (group, setting)))
         sentences.append(
             f"{of + ': ' if of else ''}Layer {most['only_layer']:.0f} suffers most from being narrowed alone, "
             f"{by_interval(most, 'rise')}; layer {least['only_layer']:.0f} least, {by_interval(least, 'rise')}. "
-            f"{quiet} of {len(rows)} layers are within noise of the dense model."
+            f"{told}."
         )
     return sentences
 
@@ -210,11 +223,12 @@ def tasks(frame: pd.DataFrame) -> list[str]:
     scored = frame[(frame["metric"] == "acc") & frame["over_dense_mean"].notna()]
     sentences = []
     for (method, ratio), rows in scored.groupby(["method", "ratio"], sort=False):
-        worse = (rows["over_dense_high"] < 0).sum()
+        worse, untold = (rows["over_dense_high"] < 0).sum(), rows["over_dense_high"].isna().sum()
+        few = f" ({untold} have too few items to tell)" if untold else ""
         row = rows.loc[rows["over_dense_mean"].idxmin()]
         sentences.append(
             f"“{method}” with {percent(ratio)} removed is less accurate than the dense model, beyond chance, on "
-            f"{worse} of {len(rows)} tasks; it falls furthest on {row['task']}: {row['over_dense']}, "
+            f"{worse} of {len(rows)} tasks{few}; it falls furthest on {row['task']}: {row['over_dense']}, "
             f"to {row['value']:.2f}."
         )
     return sentences

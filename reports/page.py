@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 
 from bench.records import Case, Record
+from bench.significance import FEW
 
 from .plots import INK, STYLES
 from .sets import SHARED, RecordSet
 from .tables import html_table
 
 MOST_ROWS = 60  # a longer table is in its CSV file
-FEW_WINDOWS = 20  # percentile intervals of fewer hold the truth less often than they say
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
@@ -74,14 +74,16 @@ def summary(chosen: RecordSet, answered: Sequence[Section]) -> str:
         if section.sentences
     ]
     case = chosen.newest.case
+    way = "Student's t" if case.evaluation_windows < FEW else "a paired bootstrap"
     sure = (
         f"{len(chosen.records):,} cells, each measured on the same {case.evaluation_windows:,} windows of "
-        f"{case.evaluation_seq_len:,} tokens. Brackets hold 95 % intervals of the difference in loss, from a paired "
-        "bootstrap over these windows. “Beyond chance” means that the interval of that one comparison leaves out zero: "
-        "of twenty comparisons of equals about one will. The intervals do not cover another choice of calibration "
-        "text, seed or evaluation text."
-        + (" So few windows give intervals that are too narrow." if case.evaluation_windows < FEW_WINDOWS else "")
+        f"{case.evaluation_seq_len:,} tokens. Brackets hold 95 % intervals of the difference in loss, from {way} over "
+        "these windows. “Beyond chance” means that the interval of that one comparison leaves out zero: of twenty "
+        "comparisons of equals about one will. The intervals do not cover another choice of calibration text, seed or "
+        "evaluation text."
     )
+    if case.evaluation_windows < 2:
+        sure = "Each cell is measured on one window. One window gives no interval: nothing tells what is chance."
     left_out = "; ".join(f"{count:,} of {reason}" for reason, count in chosen.left_out.items())
     note = f"<p>Left out, since they cannot be compared with these: {html.escape(left_out)}.</p>" if left_out else ""
     found = f"<dl>{''.join(items)}</dl>" if items else "<p>No question has enough records to compare anything.</p>"

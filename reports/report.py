@@ -22,7 +22,7 @@ from .tables import markdown_table, write_table
 COLUMNS = ["model", "method", "ratio", "kv_ratio", "fraction_removed", "kv_fraction_removed", "perplexity",
            "perplexity_standard_error", "times_dense", "loss_over_dense", "bits_per_byte", "parameters", "weight_mib",
            "kv_bytes_per_token", "prune_s", "perplexity_s", "peak_memory_mib", "dtype", "device"]  # fmt: skip
-NOISE = "Differences with paired bootstrap intervals at 95 %; ≈: within noise."
+NOISE = "Differences with paired intervals at 95 % (bootstrap; of fewer than ten pairs Student's t); ≈: within noise."
 METHODS = ("preset", "criterion")  # the questions whose records are told apart by their method
 
 
@@ -30,7 +30,7 @@ def records_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row for each successful case, the newest record of it, sorted by method and ratio.
 
     `times_dense` is the perplexity over that of the dense model measured on the same text in the same way, and
-    `loss_over_dense` by how many nats its loss is higher, with the paired bootstrap interval at 95 %; both are left
+    `loss_over_dense` by how many nats its loss is higher, with the paired interval at 95 %; both are left
     empty where there is none.
     """
     newest = newest_by_case(records)
@@ -105,7 +105,8 @@ def pairs_frame(records: Sequence[Record]) -> pd.DataFrame:
             "ratio": worse.case.ratio, "kv_ratio": worse.case.kv_ratio, "method": worse.method, "than": better.method,
             "loss_higher_by": with_interval(change),
             "perplexity_times": worse.metrics["perplexity"] / better.metrics["perplexity"],
-            "verdict": "within noise" if change.is_noise else f"{better.method} is better",
+            "verdict": "too few to tell" if change.is_unknown else "within noise" if change.is_noise
+            else f"{better.method} is better",
         }
         for (better, worse), change in zip(pairs, changes, strict=True) if change
     ])  # fmt: skip

@@ -44,6 +44,7 @@ def verdicts_after(change, tmp_path):
         (lambda one: moved(one, 0.011), ["", "worse", ""]),
         (lambda one: moved(one, -0.011), ["", "better: bless it", ""]),
         (lambda one: moved(one, 0.05, spread=0.1), ["", "", ""]),  # three standard errors are 0.17
+        (lambda one: moved(one, 0.03, spread=0.01), ["", "", ""]),  # of three windows 0.11 does as much
         (lambda one: moved(one, 0.25, spread=0.1), ["", "worse", ""]),
         (lambda one: moved(one, 0.12, spread=0.2), ["", "worse", ""]),  # never more than 10 %
         (lambda one: moved(one, 9.0), ["", "worse", ""]),
@@ -52,6 +53,13 @@ def verdicts_after(change, tmp_path):
 )
 def test_verdicts(change, complaints, tmp_path):
     assert [verdict.complaint for verdict in verdicts_after(change, tmp_path)] == complaints
+
+
+def test_one_window_gives_no_verdict(tmp_path):
+    one = [replace(each, losses=each.losses[:1], case=replace(each.case, evaluation_windows=1))
+           for each in some_records()]  # fmt: skip
+    with pytest.raises(ValueError, match="no verdict on 1 window, at least 2 are needed"):
+        compare(regression.baseline_of(one), one)
 
 
 def test_a_baseline_can_be_reviewed(tmp_path):
