@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ def quantise_command(options: argparse.Namespace) -> None:
             rate, error = decode_rate(copied, options.decode)
             held, packed = weight_bytes(copied) / 2**20, packed_weight_bytes(copied) / 2**20
             weights = name or str(model.dtype).removeprefix("torch.")
-            print(f"| {Path(path).name} | {weights} | {perplexity:,.2f} | {held:.1f} | {packed:.1f} | "
+            shown = f"{perplexity:,.2f}" if perplexity < math.inf else "> 1e308"
+            print(f"| {Path(path).name} | {weights} | {shown} | {held:.1f} | {packed:.1f} | "
                   f"{rate:.1f} ± {error:.1f} |", flush=True)  # fmt: skip
 
 

@@ -40,9 +40,10 @@ class Windows:
 class Perplexity:
     """What a model makes of a text. `losses` holds each window's mean negative log-likelihood in nats.
 
-    `perplexity` = exp(mean loss over all predicted tokens). `bits_per_byte` divides the same sum by the UTF-8 bytes of
-    the predicted tokens, so models with different tokenisers compare (NaN where these are not known). `standard_error`
-    is that of the mean loss over windows, in nats (NaN for one window): perplexity moves by that fraction.
+    `perplexity` = exp(mean loss over all predicted tokens), infinite above 709 nats (null in JSON). `bits_per_byte`
+    divides the same sum by the UTF-8 bytes of the predicted tokens, so models with different tokenisers compare (NaN
+    where these are not known). `standard_error` is that of the mean loss over windows, in nats (NaN for one window):
+    perplexity moves by that fraction.
     """
 
     perplexity: float
@@ -147,7 +148,7 @@ def measure_perplexity(
         raise ValueError(f"the loss of window {int((~per_window.isfinite()).nonzero()[0])} is not finite")
     loss = nats.sum().item() / windows.predicted
     return Perplexity(
-        perplexity=math.exp(loss),
+        perplexity=torch.tensor(loss, dtype=torch.float64).exp().item(),
         bits_per_byte=math.nan if windows.bytes is None else nats.sum().item() / math.log(2) / windows.bytes,
         loss=loss,
         standard_error=per_window.std().item() / math.sqrt(count) if count > 1 else math.nan,

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 SCHEMA, SPEED_SCHEMA = 4, 1  # of records of quality and of speed
+HIGHEST_LOSS = math.log(sys.float_info.max)  # in nats: no float holds the perplexity of a higher one
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,9 @@ def read_records(path: str | os.PathLike) -> tuple[list[Record], list[str]]:
 
     def record_of(fields: dict) -> Record:
         if fields["status"] == "success":
+            metrics = fields["metrics"]
+            if metrics.get("perplexity") is None and (metrics.get("loss_nats") or 0) > HIGHEST_LOSS:
+                metrics["perplexity"] = math.inf  # a float that JSON does not know
             _check_success(fields)
         return Record(**fields | {"case": Case(**fields["case"])})
 

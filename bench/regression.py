@@ -15,7 +15,7 @@ from scipy.special import ndtr, stdtrit
 
 from transact import PRESETS
 
-from .records import Case, Record
+from .records import Case, Record, finite
 from .significance import FEW, paired_difference
 from .workbench import Workbench, method_of
 
@@ -27,11 +27,11 @@ LEAST_TOLERANCE, MOST_TOLERANCE = 0.01, 0.1  # of perplexity
 
 @dataclass(frozen=True)
 class Verdict:
-    """One cell against the baseline: `change` and `tolerance` are fractions of perplexity."""
+    """One cell against the baseline: `change` and `tolerance` are fractions of perplexity (None: no float holds it)."""
 
     cell: str
-    perplexity_before: float
-    perplexity: float
+    perplexity_before: float | None
+    perplexity: float | None
     change: float
     tolerance: float
     parameters_before: int
@@ -97,7 +97,7 @@ def baseline_of(records: Sequence[Record]) -> dict:
         "environment": records[0].environment,
         "cells": {
             _cell(record.case): {
-                "perplexity": record.metrics["perplexity"],
+                "perplexity": finite(record.metrics["perplexity"]),
                 "parameters": record.metrics["parameters"],
                 "losses": list(record.losses),
             }
@@ -149,11 +149,15 @@ def table(verdicts: Sequence[Verdict]) -> str:
     lines = [f"{'cell':24} {'baseline':>10} {'now':>10} {'change':>9} {'tolerance':>9}  verdict"]
     for v in verdicts:
         lines.append(
-            f"{v.cell:24} {v.perplexity_before:10.3f} {v.perplexity:10.3f} "
+            f"{v.cell:24} {_number(v.perplexity_before)} {_number(v.perplexity)} "
             f"{f'{v.change:+9.2%}' if v.change < 10 else '  > +999%'} {v.tolerance:9.2%}  "
             f"{v.complaint or 'as before'}"
         )
     return "\n".join(lines)
+
+
+def _number(perplexity: float | None) -> str:
+    return f"{'> 1e308':>10}" if perplexity is None else f"{perplexity:10.3f}"
 
 
 def read_baseline(path: Path) -> dict:

@@ -14,7 +14,7 @@ import pandas as pd
 from bench.records import Case, Record
 from bench.significance import Difference, paired_differences
 
-from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference
+from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference, quality
 
 ABLATIONS = Path(__file__).resolve().parent.parent / "ablations"
 # what every other question leaves alone
@@ -221,7 +221,7 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
     best: dict[tuple, Record] = {}
     for record in group:
         rival = best.setdefault(question.setting(record), record)
-        if record.metrics["perplexity"] < rival.metrics["perplexity"]:
+        if quality(record) < quality(rival):
             best[question.setting(record)] = record
     full = widths_total(dense) if dense else None
     rises = differences(group, [dense] * len(group))
@@ -230,7 +230,7 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
     for record, rise, lag in zip(group, rises, lags, strict=True):
         row = {
             "group": name, "label": question.label_of(record), "setting": setting_words(question, record),
-            "method": record.method, **vars(record.case), **record.metrics,
+            "method": record.method, **vars(record.case), "loss_nats": None, **record.metrics,
         }  # fmt: skip
         row |= {f"{metric}_standard_error": error for metric, error in record.standard_errors.items()}
         row["weight_mib"] = record.metrics["weight_bytes"] / 2**20 if "weight_bytes" in record.metrics else None

@@ -14,6 +14,8 @@ UNTOLD = "and nothing tells whether that is chance"
 
 def plain(value: float, digits: int) -> str:
     """The value with so many significant digits, or all those before the point; never as a power of ten."""
+    if value == np.inf:
+        return "more than 1e308"
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
@@ -63,7 +65,7 @@ def alternatives(found: Answer) -> list[str]:
 
 def _races(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """The rows of each setting, best first."""
-    races = dict(list(frame.sort_values("perplexity", kind="stable").groupby("setting", sort=False)))
+    races = dict(list(frame.sort_values(["perplexity", "loss_nats"], kind="stable").groupby("setting", sort=False)))
     return [(setting, races[setting]) for setting in dict.fromkeys(frame["setting"])]
 
 
@@ -106,7 +108,7 @@ def budget(found: Answer) -> list[str]:
     sentences = []
     for (group, setting), rows in found.frame.groupby(["group", "setting"], sort=False):
         rows = rows.sort_values(["calibration_tokens", "perplexity"])
-        best = rows.loc[rows["perplexity"].idxmin()]
+        best = rows.sort_values(["perplexity", "loss_nats"], kind="stable").iloc[0]
         enough = next(row for _, row in rows.iterrows() if row["perplexity"] == best["perplexity"] or is_noise(row))
         least = rows.iloc[0]
         of = ", ".join(filter(None, (group, setting)))

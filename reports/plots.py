@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -51,10 +52,14 @@ def styles_of(labels: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[
     return {label: style_number(number) for number, label in enumerate(labels)}
 
 
-def draw(picture: Callable[..., Figure], *arguments) -> Figure:
-    """The picture in the common style."""
+def draw(picture: Callable[..., Figure], found: Answer | pd.DataFrame, *arguments) -> Figure:
+    """The picture in the common style; perplexities that no float holds are missing in it, no axis being so long."""
+    if isinstance(found, Answer):
+        found = replace(found, frame=found.frame.replace(np.inf, np.nan))
+    else:
+        found = found.replace(np.inf, np.nan)
     with matplotlib.rc_context(LOOK):
-        return picture(*arguments)
+        return picture(found, *arguments)
 
 
 def write_figure(stem: Path, figure: Figure) -> list[Path]:
@@ -72,7 +77,7 @@ def write_figure(stem: Path, figure: Figure) -> list[Path]:
 
 
 def plain_number(value: float, _=None) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
+    return "more than 1e308" if np.isnan(value) else f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
 def plain_log_axis(axis: Axis, low: float, high: float) -> None:
@@ -90,24 +95,28 @@ def perplexity_axis(axes: Axes, values: pd.Series, which: str = "y", bars: str =
     getattr(axes, f"set_{which}scale")("log")
     getattr(axes, f"set_{which}label")(f"perplexity (log scale{bars})")
     plain_log_axis(getattr(axes, f"{which}axis"), values.min(), values.max())
+    if values.isna().all():
+        getattr(axes, f"set_{which}lim")(1, 10)  # a logarithmic axis without data has no ticks to find
 
 
 def highest_shown(perplexities: pd.Series, gap: float = 4) -> float:
-    """The perplexity above which lines leave the picture: the last before a wide gap in the upper half, or the highest.
+    """The perplexity above which lines leave the picture: the last before a wide gap in the upper half, or the highest
+    (NaN where there is none).
 
     One criterion that breaks the model would press all the others into one line.
     """
     values = np.sort(perplexities.dropna().to_numpy(dtype=float))
     wide = [place for place in range(len(values) // 2, len(values) - 1) if values[place + 1] > gap * values[place]]
-    return values[wide[0]] if wide else values[-1]
+    return values[wide[0]] if wide else max(values, default=np.nan)
 
 
 def cut_above(axes: Axes, frame: pd.DataFrame, highest: float, names: str) -> None:
     """End the axis above `highest`, and name what lies beyond with its perplexities."""
-    beyond = frame[frame["perplexity"] > highest]
+    beyond = frame[~(frame["perplexity"] <= highest)]
     if not len(beyond):
         return
-    axes.set_ylim(min(frame["perplexity"].min(), *axes.yaxis.get_data_interval()) / 1.15, highest * 1.25)
+    if highest > 0:
+        axes.set_ylim(min(frame["perplexity"].min(), *axes.yaxis.get_data_interval()) / 1.15, highest * 1.25)
     words = [
         f"{name} {', '.join(map(plain_number, rows.sort_values('fraction_removed')['perplexity']))}"
         for name, rows in beyond.groupby(names, sort=False)
@@ -125,7 +134,7 @@ def fraction_axis(axes: Axes, frame: pd.DataFrame) -> None:
 
 def draw_dense(axes: Axes, perplexity: float | None, which: str = "y") -> None:
     """A grey line where the dense model is."""
-    if perplexity is None:
+    if perplexity is None or np.isnan(perplexity):
         return
     line = axes.axhline if which == "y" else axes.axvline
     line(perplexity, color=FAINT, linewidth=1, zorder=0)
@@ -138,7 +147,8 @@ def draw_dense(axes: Axes, perplexity: float | None, which: str = "y") -> None:
 
 
 def _dense_perplexity(found: Answer) -> float | None:
-    return found.dense.metrics["perplexity"] if found.dense else None
+    perplexity = found.dense.metrics["perplexity"] if found.dense else np.inf
+    return perplexity if perplexity < np.inf else None
 
 
 def line_names(frame: pd.DataFrame) -> pd.Series:
@@ -173,7 +183,7 @@ def finish_lines(figure: Figure, axes: Axes, frame: pd.DataFrame, dense: float |
     """What lines of perplexity over the fraction removed stand in; the column `names` names the lines."""
     draw_dense(axes, dense)
     highest = highest_shown(frame["perplexity"])
-    perplexity_axis(axes, with_dense(frame["perplexity"], dense).clip(upper=highest))
+    perplexity_axis(axes, with_dense(frame["perplexity"], dense).clip(upper=highest if highest > 0 else None))
     fraction_axis(axes, frame)
     axes.grid(which="both")
     cut_above(axes, frame, highest, names)
@@ -228,7 +238,7 @@ def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int
     left_out = len(frame) - most
     if left_out > 0:
         frame = frame.nsmallest(most, "perplexity").sort_index()
-    metrics = [name for name in metrics if name in frame and frame[name].notna().any()]
+    metrics = [name for name in metrics if name == "perplexity" or (name in frame and frame[name].notna().any())]
     several = frame[["group", "setting"]].drop_duplicates().shape[0] > 1
     rows = frame[["label"]] if not several else frame[["group", "setting", "label"]]
     names = [", ".join(filter(None, row)) for row in rows.itertuples(index=False)]
@@ -260,7 +270,7 @@ def plot_heat_map(found: Answer) -> Figure:
     """Perplexity over the dense model's: what is removed of attention across, of the MLP upwards."""
     frame = found.frame.dropna(subset=["attention_removed", "mlp_removed"])
     value, words = ("times_dense", "times the dense model's") if found.dense else ("perplexity", "log scale")
-    if not len(frame):
+    if frame[value].isna().all():
         return plot_dots(found)
     groups = list(frame.groupby("group", sort=False))
     figure = Figure(figsize=(max(7, 5 * len(groups)), 4.4), layout="constrained")
@@ -331,7 +341,8 @@ def plot_budget(found: Answer) -> Figure:
 
 def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: dict) -> None:
     """Points of each label, and a line through those that no other beats, with the fraction removed beside these."""
-    front = frame[is_on_front(frame, ("perplexity",), (x,))].sort_values(x)
+    frame = frame.dropna(subset=["perplexity"])
+    front = frame[is_on_front(frame, ("perplexity",), (x,))].sort_values(x) if len(frame) else frame
     axes.plot(front[x] * scale, front["perplexity"], color=FAINT, linewidth=1, linestyle="-", zorder=1,
               drawstyle="default", label="beaten by no other")  # fmt: skip
     for line, points in frame.groupby("line", sort=False):
@@ -370,7 +381,7 @@ def plot_speed(found: Answer) -> Figure:
     if dense and "decode_tokens_per_s" in dense.metrics:
         row = {"line": "dense", "label": "dense", "method": "dense", "ratio": 0.0, **dense.metrics}
         row |= {f"{name}_standard_error": error for name, error in dense.standard_errors.items()}
-        frame = pd.concat([pd.DataFrame([row]), frame], ignore_index=True)
+        frame = pd.concat([pd.DataFrame([row]), frame], ignore_index=True).replace(np.inf, np.nan)
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     draw_front(axes, frame, "decode_tokens_per_s", 1, styles_of(frame["line"], frame["method"]))
@@ -386,6 +397,7 @@ def plot_training(found: Answer) -> Figure:
     names, number, highest, lowest = line_names(found.frame), 0, 0.0, np.inf
     for place, record in enumerate(found.records):
         points = [(one["tokens"], _history_perplexity(one)) for one in record.history]
+        points = [(tokens, value) for tokens, value in points if value < np.inf]
         if not points:
             continue
         row = found.frame.loc[place]
@@ -408,7 +420,8 @@ def plot_training(found: Answer) -> Figure:
 
 
 def _history_perplexity(point: dict) -> float:
-    return point["perplexity"] if "perplexity" in point else float(np.exp(point["loss_nats"]))
+    with np.errstate(over="ignore"):
+        return float(point.get("perplexity") or np.exp(point["loss_nats"]))
 
 
 def plot_tasks(frame: pd.DataFrame, title: str = "") -> Figure:

@@ -16,8 +16,8 @@ from .files import write_whole
 from .page import Section, page
 from .plots import draw, plot_perplexity, plot_tasks, write_figure
 from .questions import QUESTIONS
-from .sets import RecordSet, comparable, is_reference, newest_by_case, newest_set
-from .tables import markdown_table, write_table
+from .sets import RecordSet, comparable, is_reference, newest_by_case, newest_set, quality
+from .tables import csv_of, markdown_table, write_table
 
 COLUMNS = ["model", "method", "ratio", "kv_ratio", "fraction_removed", "kv_fraction_removed", "perplexity",
            "perplexity_standard_error", "times_dense", "loss_over_dense", "bits_per_byte", "parameters", "weight_mib",
@@ -98,7 +98,7 @@ def pairs_frame(records: Sequence[Record]) -> pd.DataFrame:
         by_ratio.setdefault((record.case.ratio, record.case.kv_ratio or 0), []).append(record)
     pairs = []
     for _, group in sorted(by_ratio.items()):
-        pairs += combinations(sorted(group, key=lambda record: record.metrics["perplexity"]), 2)
+        pairs += combinations(sorted(group, key=quality), 2)
     changes = differences([worse for _, worse in pairs], [better for better, _ in pairs])
     return pd.DataFrame([
         {
@@ -233,7 +233,7 @@ def write_all_cells(chosen: RecordSet, path: Path) -> Path:
          "command": record.command}
         for record in newest_by_case(chosen.records)
     ]  # fmt: skip
-    return write_whole(path, pd.DataFrame(rows).to_csv(index=False))
+    return write_whole(path, csv_of(pd.DataFrame(rows)))
 
 
 def figure_title(chosen: RecordSet) -> str:

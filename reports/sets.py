@@ -29,6 +29,11 @@ def is_reference(record: Record) -> bool:
     return record.case.criterion == "dense" and not record.case.recovery and not record.case.quantisation
 
 
+def quality(record: Record) -> tuple[float, float]:
+    """Perplexity, then loss where that is beyond what a float holds: less is better."""
+    return record.metrics["perplexity"], record.metrics.get("loss_nats", 0.0)
+
+
 def is_timed(record: Record) -> bool:
     """Whether its decoding speed was measured."""
     return SPEED in record.metrics

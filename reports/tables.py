@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .files import write_whole
@@ -33,7 +34,7 @@ def cells_of(frame: pd.DataFrame, columns: Sequence[str]) -> list[list[str]]:
     """Each row's values of these columns as text; what is missing is empty."""
 
     def cell(name, value):
-        if pd.isna(value):
+        if pd.isna(value) or value == np.inf:
             return ""
         if isinstance(value, float) and abs(value) >= 1e9:  # of a model that is broken: its digits say nothing
             return f"{value:.3g}"
@@ -42,6 +43,11 @@ def cells_of(frame: pd.DataFrame, columns: Sequence[str]) -> list[list[str]]:
     values = (frame[name].tolist() for name in columns)
     texts = [[cell(name, value) for value in column] for name, column in zip(columns, values, strict=True)]
     return [list(row) for row in zip(*texts, strict=True)]
+
+
+def csv_of(frame: pd.DataFrame) -> str:
+    """The frame as CSV; what is missing, or more than a float holds, is empty."""
+    return frame.replace(np.inf, np.nan).to_csv(index=False)
 
 
 def text_columns(frame: pd.DataFrame, columns: Sequence[str]) -> list[bool]:
@@ -98,6 +104,6 @@ def write_table(stem: Path, title: str, note: str, frame: pd.DataFrame, columns:
     """The columns as Markdown under their title and note, as CSV and as LaTeX; returns the files."""
     return [
         write_whole(stem.with_suffix(".md"), f"# {title}\n\n{note}\n\n{markdown_table(frame, columns)}\n"),
-        write_whole(stem.with_suffix(".csv"), frame[list(columns)].to_csv(index=False)),
+        write_whole(stem.with_suffix(".csv"), csv_of(frame[list(columns)])),
         write_whole(stem.with_suffix(".tex"), latex_table(title, note, frame, columns)),
     ]

@@ -1,14 +1,19 @@
 """Perplexity against an independent loop, bytes against the formula."""
 
+import json
 import math
 
 import pytest
 import torch
 
 import transact
+from bench.__main__ import main
 from bench.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
 from bench.perplexity import Windows, evaluation_windows, measure_perplexity
+from bench.records import append_record, read_records
+from bench.workbench import Workbench
 from tests.tiny import random_plan, tiny_llama
+from transact.recovery import held_out_loss
 
 
 def independent_loss(model, windows) -> float:
@@ -47,6 +52,39 @@ def test_perplexity_refuses_what_it_cannot_measure(tiny_directory):
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match="window 0 is not finite"):
         measure_perplexity(model, Windows.of_blocks(torch.ones(1, 12, dtype=torch.int64)))
+
+
+@pytest.fixture
+def shouting(tiny_directory, tmp_path):
+    """A checkpoint whose logits are so far apart that a token costs thousands of nats."""
+    model, tokenizer = transact.load_model(tiny_directory, device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    model.save_pretrained(tmp_path / "shouting")
+    tokenizer.save_pretrained(tmp_path / "shouting")
+    return tmp_path / "shouting"
+
+
+def test_a_perplexity_that_no_float_holds_is_null_and_its_loss_is_kept(shouting, tiny_text, tmp_path, capsys):
+    arguments = ["perplexity", str(shouting), "--text", str(tiny_text), "--seq-len", "16", "--windows", "3"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["perplexity"] is None
+    assert printed["loss"] > 710
+    assert printed["bits_per_byte"] > 0
+    settings = {"calibration": str(tiny_text), "evaluation": str(tiny_text), "samples": 2, "windows": 3,
+                "calibration_seq_len": 16, "evaluation_seq_len": 16, "device": "cpu"}  # fmt: skip
+    bench = Workbench(str(shouting), **settings)
+    append_record(tmp_path / "records.jsonl", bench.measure(bench.dense_case))
+    written = json.loads((tmp_path / "records.jsonl").read_text(encoding="utf-8"))
+    assert written["metrics"]["perplexity"] is written["standard_errors"]["perplexity"] is None
+    assert written["metrics"]["loss_nats"] == pytest.approx(printed["loss"], rel=1e-6)
+    [read], complaints = read_records(tmp_path / "records.jsonl")
+    assert complaints == []
+    assert read.metrics["perplexity"] == math.inf
+    held_out = held_out_loss(bench.dense, bench.evaluation_windows.ids)
+    assert held_out["held_out_perplexity"] is None
+    assert held_out["held_out_loss"] == pytest.approx(printed["loss"], rel=1e-6)
 
 
 def test_rolling_windows_predict_every_token_once(tiny_directory, tmp_path):

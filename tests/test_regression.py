@@ -1,6 +1,7 @@
 """The regression check: passes on the same code, fails on injected faults, refuses what is not comparable."""
 
 import json
+import math
 import re
 import subprocess
 from dataclasses import replace
@@ -60,6 +61,26 @@ def test_one_window_gives_no_verdict(tmp_path):
            for each in some_records()]  # fmt: skip
     with pytest.raises(ValueError, match="no verdict on 1 window, at least 2 are needed"):
         compare(regression.baseline_of(one), one)
+
+
+def test_cells_without_a_perplexity_are_compared_by_their_losses(tmp_path):
+    def shouting(one):
+        metrics = one.metrics | {"perplexity": math.inf}
+        return replace(moved(one, 800), metrics=metrics)
+
+    path = tmp_path / "baseline.json"
+    dense, first, second = some_records()
+    write_baseline(path, [dense, shouting(first), second])
+    assert json.loads(path.read_text())["cells"]["transact 0.2"]["perplexity"] is None
+    assert "Infinity" not in path.read_text()
+    same = compare(read_baseline(path), [dense, shouting(first), second])
+    assert [verdict.complaint for verdict in same] == ["", "", ""]
+    changed = compare(read_baseline(path), [dense, moved(shouting(first), 1), shouting(second)])
+    assert [verdict.complaint for verdict in changed] == ["", "worse", "worse"]
+    better = compare(read_baseline(path), [dense, first, second])
+    assert [verdict.complaint for verdict in better] == ["", "better: bless it", ""]
+    for verdicts in (same, changed, better):
+        assert "inf" not in regression.table(verdicts)
 
 
 def test_a_baseline_can_be_reviewed(tmp_path):

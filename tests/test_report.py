@@ -3,6 +3,7 @@
 import errno
 import html
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.records import append_record
+from bench.records import append_record, finite, read_records
 from reports.__main__ import main
 from reports.answers import answer, table_of
 from reports.files import write_whole
@@ -343,3 +344,41 @@ def test_lines_far_above_the_others_leave_the_picture_and_are_named():
     axes = draw(plot_perplexity, frame).axes[0]
     assert axes.get_ylim()[1] < 100
     assert axes.get_title(loc="left").splitlines() == ["above the picture:", "random 1,316, 29,871"]
+
+
+def broken(record):
+    """The record of a model whose loss is so high that no float holds its perplexity."""
+    losses = tuple(loss + 800 for loss in record.losses)
+    history = tuple({**row, "loss_nats": row["loss_nats"] + 800, "perplexity": math.inf} for row in record.history)
+    metrics = record.metrics | {"perplexity": math.inf, "loss_nats": record.metrics["loss_nats"] + 800}
+    errors = record.standard_errors | {"perplexity": math.inf}
+    return replace(record, metrics=metrics, standard_errors=errors, losses=losses, history=history)
+
+
+BROKEN = {
+    "one criterion and the trained": lambda case: case.criterion == "random" or bool(case.recovery),
+    "all": lambda case: True,
+}
+
+
+@pytest.mark.parametrize("which", BROKEN.values(), ids=BROKEN)
+def test_models_without_a_perplexity_keep_their_loss(which, records, tmp_path, capsys, monkeypatch):
+    drawn = []
+
+    def noted(stem, figure):  # laid out, not written: that takes seconds
+        drawn.append(stem.name)
+        stem.with_suffix(".svg").write_text('<svg width="1" height="1"></svg>', encoding="utf-8")
+        return []
+
+    monkeypatch.setattr("reports.report.write_figure", noted)
+    lines = (finite(asdict(broken(record) if which(record.case) else record)) for record in records)
+    content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    (tmp_path / "records.jsonl").write_text(content, encoding="utf-8")
+    assert '"perplexity": null' in content
+    read, complaints = read_records(tmp_path / "records.jsonl")
+    assert (len(read), complaints) == (len(records), [])
+    assert main([str(tmp_path)]) == 0
+    assert {"criterion", "preset", "perplexity", "layer", "recovery", "redundancy", "speed"} <= {*drawn}
+    for path in (path for suffix in ("md", "csv", "tex") for path in tmp_path.glob(f"*.{suffix}")):
+        assert not re.search(r"\b(inf|nan|None)\b", path.read_text(encoding="utf-8")), path
+    assert not re.search(r"\b(inf|nan)\b", capsys.readouterr().out)

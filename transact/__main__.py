@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -244,8 +245,8 @@ def print_recovery(out: Path, recovered: Recovered) -> None:
 
 
 def held_out_perplexities(recovered: Recovered) -> tuple[float, float]:
-    """Before and after training."""
-    measured = [row["held_out_perplexity"] for row in recovered.history if "held_out_perplexity" in row]
+    """Before and after training, infinite where no float holds it."""
+    measured = [row["held_out_perplexity"] or math.inf for row in recovered.history if "held_out_perplexity" in row]
     return measured[0], measured[-1]
 
 

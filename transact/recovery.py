@@ -335,15 +335,16 @@ def hold_out(windows: torch.Tensor, every: int = 16, most: int = 32) -> tuple[to
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, windows: torch.Tensor) -> dict[str, float]:
-    """Mean loss of the next token in windows (N, T), in nats, and the perplexity that it is."""
+def held_out_loss(model: nn.Module, windows: torch.Tensor) -> dict[str, float | None]:
+    """Mean loss of the next token in windows (N, T), in nats, and the perplexity it is (None: no float holds it)."""
     total = 0.0
     for ids in windows.split(4):
         ids = ids.to(next(model.parameters()).device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         total += functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").double().item()
     loss = total / windows[:, 1:].numel()
-    return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}
+    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
+    return {"held_out_loss": loss, "held_out_perplexity": perplexity if perplexity < math.inf else None}
 
 
 class _Windows(torch.utils.data.Dataset):
