@@ -91,7 +91,7 @@ def zero_shot_command(options: argparse.Namespace) -> None:
             error = result.standard_errors[metric]
             spread = f" +- {error:.4f}" if error is not None else ""
             print(f"{name:24} {metric:24} {value:.4f}{spread}  ({result.items} items, {result.shots} shots, "
-                  f"version {result.version:g})", flush=True)  # fmt: skip
+                  f"version {result.version})", flush=True)  # fmt: skip
     plain = {name: dataclasses.asdict(result) for name, result in results.items()}
     for result in plain.values():
         del result["scores"]

@@ -183,6 +183,11 @@ def finite(value):
     return value
 
 
+def version_text(version) -> str:
+    """A task's version as text, "none" where there is none: lm-eval's are numbers or texts like 1.0.2."""
+    return f"{version:g}" if isinstance(version, int | float) else str(version or "none")
+
+
 class _UnusableError(ValueError):
     """A record that is whole but of no use; its message says why."""
 
@@ -196,6 +201,8 @@ def read_records(path: str | os.PathLike) -> tuple[list[Record], list[str]]:
             if metrics.get("perplexity") is None and (metrics.get("loss_nats") or 0) > HIGHEST_LOSS:
                 metrics["perplexity"] = math.inf  # a float that JSON does not know
             _check_success(fields)
+        for result in fields["tasks"].values():
+            result["version"] = version_text(result["version"])
         return Record(**fields | {"case": Case(**fields["case"])})
 
     return read_lines(path, SCHEMA, record_of)

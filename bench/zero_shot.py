@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transact.inputs import in_one_line
 
 from .probes import PROBES, probes_directory
+from .records import version_text
 
 PAPER_TASKS = (
     "wikitext", "lambada_openai", "arc_easy", "boolq", "logiqa", "openbookqa", "piqa", "truthfulqa_mc1",
@@ -34,10 +35,11 @@ class TaskResult:
     """What a model scores on a task: every metric by itself, over all items, with its standard error (or None).
 
     `scores` holds each item's score by metric, in the order of the items; `sha256` is of what the items ask.
+    `version` is what the task's file says, "none" where it says nothing.
     `capability` is what a bundled probe tests, `chance` the accuracy of guessing where it is known.
     """
 
-    version: float
+    version: str
     shots: int
     items: int
     sha256: str
@@ -217,10 +219,10 @@ def _evaluate(model: HFLM, task, limit: int | None) -> TaskResult:
             if len(items) > 1:
                 error = statistics.stdev(scores[label]) / len(items) ** 0.5
                 standard_errors[label] = error * value if metric == "perplexity" else error  # exp of the mean
-    metadata = task.config.metadata or {}
+    metadata = task.config.metadata if isinstance(task.config.metadata, dict) else {}
     hashes = sorted({(s["doc_id"], s["doc_hash"], s["prompt_hash"], s["target_hash"]) for s in samples})
     return TaskResult(
-        version=float(outcome["versions"][name]),
+        version=version_text(None if task.VERSION == "Yaml" else task.VERSION),  # lm-eval's word for none
         shots=int(outcome["n-shot"][name]),
         items=len(hashes),
         sha256=hashlib.sha256(repr(hashes).encode()).hexdigest(),

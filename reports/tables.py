@@ -13,7 +13,7 @@ TABLE_FORMATS = {
     "fraction_removed": "{:.3f}", "kv_fraction_removed": "{:.3f}", "attention_removed": "{:.3f}",
     "mlp_removed": "{:.3f}", "perplexity": "{:,.2f}", "perplexity_standard_error": "{:,.2f}",
     "times_dense": "{:,.2f}", "perplexity_times": "{:,.3f}", "value": "{:.3f}", "standard_error": "{:.3f}",
-    "chance": "{:.2f}", "version": "{:g}", "latency_s": "{:.3f}", "prefill_s": "{:.3f}", "decode_s": "{:.3f}",
+    "chance": "{:.2f}", "latency_s": "{:.3f}", "prefill_s": "{:.3f}", "decode_s": "{:.3f}",
     "decode_tokens_per_s": "{:,.1f}", "prefill_roofline_fraction": "{:.2f}", "decode_roofline_fraction": "{:.2f}",
     "decode_tokens_per_s_standard_error": "{:,.1f}", "warm_up_s": "{:.1f}", "kv_bytes_per_token": "{:,.0f}",
     "tokens_per_s": "{:.1f}", "file_mib": "{:.0f}", "same_tokens": "{:.3f}", "bits_per_byte": "{:.3f}",

@@ -157,7 +157,7 @@ class Maker:
             scores = (self.generator.random(80) < rate).astype(float)
             accuracy = float(scores.mean())
             tasks[name] = {
-                "version": 1.0, "shots": 0, "items": 80, "sha256": "d" * 64, "capability": capability, "chance": 0.25,
+                "version": "1", "shots": 0, "items": 80, "sha256": "d" * 64, "capability": capability, "chance": 0.25,
                 "metrics": {"acc": accuracy}, "standard_errors": {"acc": (accuracy * (1 - accuracy) / 80) ** 0.5},
                 "scores": {"acc": scores.tolist()},
             }  # fmt: skip

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from bench.records import Case, Record, append_record, read_records, read_results, sole_writer
+from bench.significance import check_comparable
 from reports.report import records_frame, write_report
 from reports.tables import markdown_table
 
@@ -48,6 +49,18 @@ def test_round_trip(tmp_path):
     assert [one.case for one in read] == [one.case for one in written]
     assert [dict(one.metrics) for one in read] == [dict(one.metrics) for one in written]
     assert complaints == []
+
+
+def test_versions_of_tasks_are_text_in_older_records_too(tmp_path):
+    task = {"version": 2.0, "shots": 0, "items": 1, "sha256": "d" * 64, "capability": None, "chance": None,
+            "metrics": {"acc": 1.0}, "standard_errors": {"acc": None}, "scores": {"acc": [1.0]}}  # fmt: skip
+    older, newer = (replace(record(), tasks={"words": task | {"version": version}}) for version in (2.0, "2"))
+    append_record(tmp_path / "r.jsonl", older)
+    append_record(tmp_path / "r.jsonl", newer)
+    read, complaints = read_records(tmp_path / "r.jsonl")
+    assert complaints == []
+    assert [one.tasks["words"]["version"] for one in read] == ["2", "2"]
+    check_comparable(*read)
 
 
 def test_not_a_number_becomes_null(tmp_path):

@@ -72,7 +72,7 @@ def test_what_cannot_be_paired_is_refused():
 
 def with_tasks(one, scores=(1.0, 0.0, 1.0, 1.0), **changes):
     task = {
-        "version": 1.0, "shots": 0, "items": 4, "sha256": "d" * 64, "capability": "syntax", "chance": 0.5,
+        "version": "1", "shots": 0, "items": 4, "sha256": "d" * 64, "capability": "syntax", "chance": 0.5,
         "metrics": {"acc": sum(scores) / 4}, "standard_errors": {"acc": 0.25}, "scores": {"acc": scores},
     }  # fmt: skip
     return replace(one, case=replace(one.case, tasks="probe"), tasks={"probe": task | changes})
@@ -93,7 +93,7 @@ def test_other_text_or_model_is_refused(changes, named):
         differences(record(), record("dense", 0.0, **changes))
 
 
-@pytest.mark.parametrize("changes", [{"version": 2.0}, {"sha256": "e" * 64}, {"shots": 5}])
+@pytest.mark.parametrize("changes", [{"version": "1.0.2"}, {"sha256": "e" * 64}, {"shots": 5}])
 def test_other_task_versions_are_refused(changes):
     with pytest.raises(ValueError, match=f"{next(iter(changes))} .* of task 'probe'"):
         differences(with_tasks(record()), with_tasks(record("dense", 0.0), **changes))

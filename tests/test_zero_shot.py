@@ -89,7 +89,23 @@ def test_accuracies_are_what_a_loop_gives(tiny, tasks_path):
     assert result.metrics["acc"] == pytest.approx(sum(by_choice) / 24)
     mean = sum(by_choice) / 24
     assert result.standard_errors["acc"] == pytest.approx(math.sqrt(mean * (1 - mean) / 23))
-    assert (result.version, result.shots, result.items) == (2, 0, 24)
+    assert (result.version, result.shots, result.items) == ("2", 0, 24)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "version"),
+    [(None, "none"), ({}, "none"), ({"version": None}, "none"), ({"version": "1.0.2"}, "1.0.2"), ({"version": 1.0}, "1"),
+     ({"version": "v2-β"}, "v2-β")],
+)  # fmt: skip
+def test_versions_are_text(metadata, version, tiny, tasks_path, tiny_directory, capsys):
+    write_task(tasks_path, "local", some_items(4), metadata=metadata)
+    assert results_of(*tiny, resolve_tasks(["local"], tasks_path))["local"].version == version
+    if version == "1.0.2":
+        arguments = ["zero-shot", str(tiny_directory), "--device", "cpu", "--tasks-path", str(tasks_path)]
+        assert bench_main([*arguments, "--tasks", "local"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "version 1.0.2" in lines[0]
+        assert json.loads(lines[-1])["tasks"]["local"]["version"] == "1.0.2"
 
 
 def test_shots_and_limit_are_recorded_and_change_what_is_asked(tiny, tasks_path):
@@ -259,7 +275,7 @@ def test_zero_shot_command_prints_json_last(tiny_directory, tasks_path, capsys):
     arguments = ["zero-shot", str(tiny_directory), "--device", "cpu", "--tasks-path", str(tasks_path), "--limit", "5"]
     assert bench_main([*arguments, "--tasks", "words"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]["words"]
-    assert (result["items"], result["version"]) == (5, 2)
+    assert (result["items"], result["version"]) == (5, "2")
     assert bench_main([*arguments, "--tasks", "wordz"]) == 2
     error = capsys.readouterr().err
     assert "did you mean words" in error
