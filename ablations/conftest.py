@@ -62,8 +62,6 @@ def exit_with(error: Exception | str):
 
 
 def pytest_configure(config: pytest.Config):
-    # a question may ask for little text on purpose: said at the end, no failure
-    config.addinivalue_line("filterwarnings", "default:.* calibration tokens are few")
     try:
         config.stash[RUN] = run_of(config.getoption)
     except ValueError as error:

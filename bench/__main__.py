@@ -146,6 +146,10 @@ def speed_command(options: argparse.Namespace) -> None:
             dtype=options.dtype, device=options.device, repeats=options.repeats,
         ):  # fmt: skip
             append_line(path, record)
+            if record["status"] != "success":
+                case = record["case"]
+                print(f"{case['model']}, {case['prefix']}+{case['decode']} tokens, batch {case['batch']}, "
+                      f"{case['mode']}: {record['status']}: {record['error']}", file=sys.stderr)  # fmt: skip
     except OSError as error:
         raise ValueError(f"results {str(options.results)!r} cannot be written: {error.strerror}") from error
     frame, complaints = read_speed(path)

@@ -1,9 +1,9 @@
 """Bytes: weights, the KV cache as it really is, and the most that a process has held."""
 
-import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -56,5 +56,10 @@ def peak_memory_mib(device: torch.device) -> float:
     if STATUS.exists():
         high_water = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(high_water.split()[1]) / 2**10
+    held = psutil.Process().memory_info()
+    if hasattr(held, "peak_wset"):  # Windows
+        return held.peak_wset / 2**20
+    import resource  # of POSIX only; psutil has no peak there
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from filelock import FileLock, Timeout
+
 T = TypeVar("T")
 SCHEMA, SPEED_SCHEMA = 4, 1  # of records of quality and of speed
 HIGHEST_LOSS = math.log(sys.float_info.max)  # in nats: no float holds the perplexity of a higher one
@@ -138,33 +140,25 @@ def append_line(path: str | os.PathLike, fields: Mapping) -> None:
 def sole_writer(path: str | os.PathLike) -> Iterator[None]:
     """Hold the record file (made where there is none), so that no other run writes it until this one ends, however.
 
-    The lock is the operating system's, on the open file: a killed process leaves none behind. Where the file system
-    knows no locks nothing is held. Raises ValueError, in one line, where another run holds the file.
+    The lock is the operating system's, on a hidden file beside it: a killed process leaves none behind. Where the file
+    system knows no locks nothing is held. Raises ValueError, in one line, where another run holds the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            _lock(file.fileno())
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(
-                f"record file {str(path)!r} is being written by another run: wait for it, or name other --results"
-            ) from error
-        except OSError:
-            pass  # no locks here (some network file systems)
+    path.open("ab").close()
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"record file {str(path)!r} is being written by another run: wait for it, or name other --results"
+        ) from error
+    except (OSError, NotImplementedError):
+        pass  # no locks here (some network file systems)
+    try:
         yield
-
-
-def _lock(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(descriptor, 2**62, os.SEEK_SET)  # beyond any record: Windows keeps others from what is locked
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        lock.release()
 
 
 def _ends_with_newline(file) -> bool:

@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PretrainedConfig, StaticCache
 
-from transact.inputs import DTYPES, load_model, read_config, resolve_device
+from transact.gradients import free_memory
+from transact.inputs import DTYPES, in_one_line, load_model, read_config, resolve_device
 
 from .costs import (
     Costs,
@@ -161,7 +161,7 @@ def memory_of(device: torch.device) -> int:
     """Bytes of the device's memory, or of the host's that are free."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory(device)
 
 
 def run_grid(
@@ -174,7 +174,7 @@ def run_grid(
     device: str = "auto",
     repeats: int = 5,
 ) -> Iterator[dict]:
-    """A record of every cell, as it is measured; what does not fit becomes a record that says so, and the grid goes on.
+    """A record of every cell, as it is measured; of what does not fit or fails one that says so, and the grid goes on.
 
     A model that ran out of memory at a batch is not tried at larger ones of the same length.
     """
@@ -200,7 +200,7 @@ def run_grid(
                         outcome = _without_figures("skipped", reason)
                     else:
                         model = model or _model(name, config, dtype, where)
-                        outcome |= measure_speed(model, case, roofline, repeats=repeats)
+                        outcome |= _measured(model, case, roofline, repeats)
                 except torch.OutOfMemoryError as error:
                     full.add((mode, prefix, decode))
                     outcome = _without_figures("out of memory", str(error).splitlines()[0])
@@ -223,6 +223,16 @@ def _misfit(config: PretrainedConfig, case: SpeedCase, memory: int, full: set[tu
     if (case.mode, case.prefix, case.decode) in full:
         return "a smaller batch ran out of memory"
     return None
+
+
+def _measured(model: nn.Module, case: SpeedCase, roofline: Roofline, repeats: int) -> dict:
+    """What `measure_speed` gives, or why it failed: compilation may, where there is no compiler, and only then."""
+    try:
+        return measure_speed(model, case, roofline, repeats=repeats)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers raise whatever they like
+        return _without_figures("failed", f"{type(error).__name__}: {in_one_line(error)}")
 
 
 def _without_figures(status: str, error: str) -> dict:

@@ -12,6 +12,11 @@ from tests.tiny import tiny_llama
 from transact.inputs import EMBEDDED_MODEL
 
 
+def pytest_configure(config: pytest.Config):
+    # here and not in pyproject.toml, which `nox -s bench` and `nox -s ablations` read as well
+    config.addinivalue_line("filterwarnings", "error")
+
+
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint directory of a tiny GQA Llama whose tokenizer knows 97 words."""

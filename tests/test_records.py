@@ -1,5 +1,6 @@
 """Records: nothing is lost, nothing is repeated, a torn line stops nobody."""
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 
+import filelock
 import pytest
 
 from bench.records import Case, Record, append_record, read_records, read_results, sole_writer
@@ -141,6 +143,24 @@ def test_a_record_file_has_one_writer(tmp_path):
     with sole_writer(path):
         append_record(path, record(ratio=0.3))
     assert len(read_records(path)[0]) == 2
+
+
+def test_a_file_system_without_locks_holds_nothing_and_goes_on(tmp_path, monkeypatch):
+    def refused(self, *arguments, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refused)
+    with sole_writer(tmp_path / "r.jsonl"), sole_writer(tmp_path / "r.jsonl"):
+        append_record(tmp_path / "r.jsonl", record())
+    assert len(read_records(tmp_path / "r.jsonl")[0]) == 1
+
+
+def test_a_lock_touches_no_record_and_no_other_file(tmp_path):
+    append_record(tmp_path / "records.jsonl", record())
+    with sole_writer(tmp_path / "records.jsonl"):
+        assert len(read_results(tmp_path)[0]) == 1
+    assert len(read_results(tmp_path)[0]) == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"records.jsonl", ".records.jsonl.lock"}
 
 
 FILL = """

@@ -94,8 +94,8 @@ def test_accuracies_are_what_a_loop_gives(tiny, tasks_path):
 
 @pytest.mark.parametrize(
     ("metadata", "version"),
-    [(None, "none"), ({}, "none"), ({"version": None}, "none"), ({"version": "1.0.2"}, "1.0.2"), ({"version": 1.0}, "1"),
-     ({"version": "v2-β"}, "v2-β")],
+    [(None, "none"), ({}, "none"), ({"version": None}, "none"), ({"version": "1.0.2"}, "1.0.2"),
+     ({"version": 1.0}, "1"), ({"version": "v2-β"}, "v2-β")],
 )  # fmt: skip
 def test_versions_are_text(metadata, version, tiny, tasks_path, tiny_directory, capsys):
     write_task(tasks_path, "local", some_items(4), metadata=metadata)

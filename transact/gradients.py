@@ -6,6 +6,7 @@ Legend: T tokens, D hidden size, K key-value heads, G query heads a group, Q dim
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -92,23 +93,18 @@ def check_room(model: nn.Module, windows: torch.Tensor, device: torch.device | N
     weights = sum(p.numel() for p in model.model.layers[0].parameters())
     needed += weights * (size + 8)  # one block's gradients, and their sums in float32
     free = free_memory(model.device if device is None else torch.device("cpu"))
-    if free is not None and needed > free:
+    if needed > free:
         raise ValueError(
             f"gradients over {windows.numel():,} tokens need {needed / 2**30:.1f} GiB of memory beside the model, "
             f"{free / 2**30:.1f} GiB are free: take fewer or shorter samples, or a criterion without gradients"
         )
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a device, or None where the system does not tell."""
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(line for line in file if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return None
+    return psutil.virtual_memory().available
 
 
 def _gradients_of_the_head(
