@@ -36,7 +36,12 @@ def record(criterion: str = "activation", ratio: float = 0.2, perplexity: float 
     environment = {"device": "cpu", "torch": "2", "transformers": "5", "transact": "0"}
     case = replace(CASE, criterion=criterion, ratio=ratio, **changes)
     losses = tuple(math.log(perplexity) + change for change in (-0.1, 0.0, 0.1))
-    return Record(case, criterion, metrics, {"perplexity": 1.0}, environment, losses=losses)
+    text = {"name": case.evaluation_text, "sha256": case.evaluation_sha256, "tokens": 21, "loss_nats": losses[1],
+            "losses": losses, "kl_nats": (0.1, 0.2), "top1_agreement": (0.8, 0.6)}  # fmt: skip
+    return Record(
+        case, criterion, metrics, {"perplexity": 1.0}, environment, losses=losses, texts=(text,),
+        greedy_agreement=(0.5, 1.0, 0.0),
+    )  # fmt: skip
 
 
 def test_round_trip(tmp_path):
