@@ -17,6 +17,7 @@ from bench.significance import Difference, paired_differences
 from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference
 
 ABLATIONS = Path(__file__).resolve().parent.parent / "ablations"
+ON = "on "  # before a text's name: the rise over the dense model on it
 # what every other question leaves alone
 PLAIN = {"mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None, "mlp_multiple": None,
          "ridge": None, "recovery": "", "quantisation": ""}  # fmt: skip
@@ -29,7 +30,7 @@ class Question:
     `subject` are the fields of a case that are compared, `along` those that they are compared along. Records answer
     it that differ in these only, hold the values of `where` (and `PLAIN`'s elsewhere), satisfy `belongs`, and take at
     least two values of the subject. `label` names a record's value of the subject. `draw` and `find` make a picture
-    and sentences of an answer; `columns` are the metrics its table shows beside perplexity.
+    and sentences of an answer; `columns` are the metrics its table shows beside perplexity, `ON` the rise on each text.
     """
 
     name: str
@@ -111,8 +112,9 @@ class Answer:
     Columns of the frame: `group` (what else differs between records; empty where all are alike), `label` (the value of
     the subject), `setting` (the values along which it is compared, in words), the fields of the case, metrics and their
     standard errors; `times_dense`; differences of loss in nats with their intervals at 95 %: `rise`, `rise_low`,
-    `rise_high` over the dense model and `behind`, `behind_low`, `behind_high` over the best of the same group and
-    setting; `attention_removed` and `mlp_removed` as fractions of the dense widths.
+    `rise_high` over the dense model, `on NAME` that on each evaluation text, and `behind`, `behind_low`, `behind_high`
+    over the best of the same group and setting; `mean_rise_nats` and `other_texts_rise_nats`, the means over all texts
+    and over all but the first; `attention_removed` and `mlp_removed` as fractions of the dense widths.
     """
 
     question: Question
@@ -126,8 +128,9 @@ def answer(question: Question, chosen: RecordSet) -> Answer | None:
     varying = {*question.subject, *question.along}
     identity = attrgetter(*(n for n in Case.__dataclass_fields__ if n not in {*varying, *ASIDE, *SHARED, *CALIBRATION}))
     free = [name for name in CALIBRATION if name in varying]
+    # of two records that differ in what was measured aside, the one with most texts, then the one timed
     groups: dict[tuple, dict[tuple, Record]] = {}
-    for record in sorted(chosen.records, key=lambda record: record.case.decode_tokens > 0):  # of two, the one timed
+    for record in sorted(chosen.records, key=lambda record: (len(record.texts), record.case.decode_tokens > 0)):
         if is_reference(record) and "quantisation" not in question.subject:
             continue
         if question.matches(record) and chosen.is_calibrated_alike(record, but=free):
@@ -135,8 +138,8 @@ def answer(question: Question, chosen: RecordSet) -> Answer | None:
     asked = compared(question, [list(group.values()) for group in groups.values()])
     if not asked:
         return None
-    dense = next((r for r in reversed(chosen.records) if is_reference(r) and question.belongs(r)), None)
-    dense = dense or next((r for r in reversed(chosen.records) if is_reference(r)), None)
+    references = sorted((r for r in chosen.records if is_reference(r)), key=lambda record: len(record.texts))
+    dense = next((r for r in reversed(references) if question.belongs(r)), references[-1] if references else None)
     names = group_names(question, asked)
     rows = [row for name, group in zip(names, asked, strict=True) for row in group_rows(question, name, group, dense)]
     records = tuple(record for group in asked for record in group)
@@ -225,9 +228,10 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
             best[question.setting(record)] = record
     full = widths_total(dense) if dense else None
     rises = differences(group, [dense] * len(group))
+    rises_by_text = rises_of_texts(group, dense)
     lags = differences(group, [best[question.setting(record)] for record in group])
     rows = []
-    for record, rise, lag in zip(group, rises, lags, strict=True):
+    for record, rise, by_text, lag in zip(group, rises, rises_by_text, lags, strict=True):
         row = {
             "group": name, "label": question.label_of(record), "setting": setting_words(question, record),
             "method": record.method, **vars(record.case), **record.metrics,
@@ -238,6 +242,8 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
         row["packed_weight_mib"] = None if packed is None else packed / 2**20
         row["calibration_tokens"] = record.case.calibration_samples * record.case.calibration_seq_len
         row["times_dense"] = record.metrics["perplexity"] / dense.metrics["perplexity"] if dense else None
+        row |= interval_columns(by_text) | {"mean_rise_nats": mean_rise(list(by_text.values()))}
+        row["other_texts_rise_nats"] = mean_rise(list(by_text.values())[1:])
         row |= _columns("rise", rise) | _columns("behind", lag)
         total = widths_total(record)
         kept = [mine / whole for mine, whole in zip(total, full, strict=True)] if total and full else (None, None)
@@ -269,6 +275,43 @@ def differences(records: Sequence[Record], references: Sequence[Record | None]) 
         for place, one in zip(places, paired_differences(scores, others), strict=True):
             found[place] = one
     return found
+
+
+def rises_of_texts(records: Sequence[Record], dense: Record | None) -> list[dict[str, Difference]]:
+    """By how many nats each record's loss is above the dense model's on each text of both, the first one first."""
+    found: list[dict[str, Difference]] = [{} for _ in records]
+    for place, text in enumerate(dense.texts if dense else ()):
+        key = text["sha256"], len(text["losses"])
+        mine = [
+            next((one["losses"] for one in record.texts if (one["sha256"], len(one["losses"])) == key), None)
+            for record in records
+        ]
+        known = [index for index, losses in enumerate(mine) if losses is not None]
+        if not known:
+            continue
+        scores = np.array([mine[index] for index in known], dtype=np.float64)
+        references = np.broadcast_to(np.array(text["losses"], dtype=np.float64), scores.shape)
+        label = text_label(place, dense)
+        for index, change in zip(known, paired_differences(scores, references), strict=True):
+            found[index][label] = change
+    return found
+
+
+def text_label(place: int, record: Record) -> str:
+    """What tables call an evaluation text of a record: its name, and its hash where another has the same name."""
+    names = [text_named(text["name"]) for text in record.texts]
+    digest = record.texts[place]["sha256"][:6]
+    return names[place] if names.count(names[place]) == 1 else f"{names[place]} {digest}"
+
+
+def interval_columns(rises: Mapping[str, Difference]) -> dict:
+    """The columns `on NAME`, and those of its interval, of the rise on each text."""
+    return {name: value for text, rise in rises.items() for name, value in _columns(f"{ON}{text}", rise).items()}
+
+
+def mean_rise(rises: Sequence[Difference]) -> float:
+    """The mean over texts in nats, NaN where there is none."""
+    return float(np.mean([rise.mean for rise in rises])) if rises else np.nan
 
 
 def _columns(name: str, found: Difference | None) -> dict:
@@ -326,6 +369,11 @@ def table_of(found: Answer) -> pd.DataFrame:
     add(("perplexity", "perplexity_standard_error", "times_dense"))
     table["loss_over_dense"] = interval_column(frame, "rise")
     table["loss_over_best"] = interval_column(frame, "behind")
+    add(("other_texts_rise_nats", "kl_nats", "top1_agreement", "greedy_agreement"))
     add(("fraction_removed", "kv_fraction_removed"), 2)
+    if ON in question.columns:
+        for name in [name for name in frame if name.startswith(ON) and f"{name}_low" in frame]:
+            table[name] = interval_column(frame, name)
+        add(("mean_rise_nats",))
     add(question.columns)
     return table.dropna(axis="columns", how="all")

@@ -12,7 +12,7 @@ SHARED = ("model", *COMPARED, "code")
 CALIBRATION = ("calibration_text", "calibration_sha256", "calibration_samples", "calibration_seq_len", "seed")
 SPEED = "decode_tokens_per_s"
 # measured on the side: they change no other figure
-ASIDE = ("tasks", "task_limit", "decode_tokens")
+ASIDE = ("tasks", "task_limit", "decode_tokens", "other_texts", "other_sha256", "other_windows", "compared_windows")
 QUALITY = attrgetter(*(name for name in Case.__dataclass_fields__ if name not in ASIDE))
 
 _shared, _calibration = attrgetter(*SHARED), attrgetter(*CALIBRATION)

@@ -45,8 +45,8 @@ def pair():
 @pytest.fixture(scope="module")
 def windows(tiny_directory, tiny_text):
     _, tokenizer = transact.load_model(tiny_directory, device="cpu")
-    return Windows.of_blocks(transact.cut_windows(
-        transact.tokenise(transact.load_text(str(tiny_text)), tokenizer), length=30, count=7), tokenizer)  # fmt: skip
+    tokens = transact.tokenise(transact.load_text(str(tiny_text)), tokenizer)
+    return Windows(transact.cut_windows(tokens, length=30, count=7), in_last=29, bytes=1)
 
 
 def test_a_model_is_as_far_from_the_dense_one_as_a_loop_says(pair, windows):
