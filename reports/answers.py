@@ -366,14 +366,14 @@ def table_of(found: Answer) -> pd.DataFrame:
                 table[name] = frame[name]
 
     add(question.along, 2)
+    if ON in question.columns:
+        for name in [name for name in frame if name.startswith(ON) and f"{name}_low" in frame]:
+            table[name] = interval_column(frame, name)
+        add(("mean_rise_nats",))
     add(("perplexity", "perplexity_standard_error", "times_dense"))
     table["loss_over_dense"] = interval_column(frame, "rise")
     table["loss_over_best"] = interval_column(frame, "behind")
     add(("other_texts_rise_nats", "kl_nats", "top1_agreement", "greedy_agreement"))
     add(("fraction_removed", "kv_fraction_removed"), 2)
-    if ON in question.columns:
-        for name in [name for name in frame if name.startswith(ON) and f"{name}_low" in frame]:
-            table[name] = interval_column(frame, name)
-        add(("mean_rise_nats",))
     add(question.columns)
     return table.dropna(axis="columns", how="all")

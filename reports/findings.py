@@ -261,6 +261,8 @@ def fidelity(frame: pd.DataFrame) -> list[str]:
     """Which method stays nearest to the dense model at each fraction removed, and how near that is."""
     sentences = []
     for ratio, rows in frame[frame["method"] != "dense"].groupby("ratio"):
+        if len(rows) < 2:
+            continue
         row = rows.loc[rows["kl_nats"].idxmin()]
         sentences.append(
             f"With {percent(ratio)} removed “{row['method']}” is nearest to the dense model: KL divergence "

@@ -519,16 +519,16 @@ def draw_methods(axes: Axes, frame: pd.DataFrame, y: str, dense: float) -> None:
     for method, rows in frame.groupby("method", sort=False):
         rows = rows.sort_values("fraction_removed")
         colour, marker, dashes = style_of(method, frame["method"])
-        bars = rows[errors].astype(float).fillna(0) if errors in rows else np.zeros(len(rows))
+        bars = [0, *rows[errors].astype(float).fillna(0)] if errors in rows else None
         removed = [0, *rows["fraction_removed"] * 100]
-        axes.errorbar(removed, [dense, *rows[y]], yerr=[0, *bars], label=method, color=colour, marker=marker,
+        axes.errorbar(removed, [dense, *rows[y]], yerr=bars, label=method, color=colour, marker=marker,
                       markersize=5, linestyle=dashes, linewidth=1.5, capsize=2)  # fmt: skip
     axes.grid()
 
 
 def plot_fidelity(frame: pd.DataFrame, title: str = "") -> Figure:
     """KL divergence, top-1 agreement and greedy agreement against the fraction removed, a panel each."""
-    words = {"kl_nats": "KL divergence from the dense model (nats)", "top1_agreement": "same likeliest token (%)",
+    words = {"kl_nats": "KL from the dense model (nats)", "top1_agreement": "same likeliest token (%)",
              "greedy_agreement": "greedy tokens the same (%)"}  # fmt: skip
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     pruned = frame[frame["method"] != "dense"]

@@ -55,8 +55,8 @@ def fidelity_frame(records: Sequence[Record]) -> pd.DataFrame:
     rows = [
         {"method": record.method, "ratio": record.case.ratio, "kv_ratio": record.case.kv_ratio,
          "fraction_removed": record.metrics["fraction_removed"], "perplexity": record.metrics["perplexity"],
-         **{name: record.metrics[name] for name in NEARNESS},
-         **{f"{name}_standard_error": record.standard_errors.get(name) for name in NEARNESS}}
+         **{column: value for name in NEARNESS for column, value in (
+             (name, record.metrics[name]), (f"{name}_standard_error", record.standard_errors.get(name)))}}
         for record in records if all(name in record.metrics for name in NEARNESS)
     ]  # fmt: skip
     frame = pd.DataFrame(rows)

@@ -96,7 +96,7 @@ class Maker:
     def texts(self, case: Case, cost: float, losses: np.ndarray) -> tuple[tuple[dict, ...], dict[str, float]]:
         """The texts of a record, the others dearer than that it was calibrated on; and how near it is to dense."""
         distance = {"embedded": 1.0, "sources": 2.2, "probes": 1.8}
-        source = case.calibration_text or "embedded"
+        source = (case.calibration_text or "embedded").removesuffix(":calibration")
         texts = []
         for name, windows in zip(distance, (self.windows, *self.others), strict=True):
             far = 1.0 if name == source else max(distance[name], 1.5)
@@ -133,11 +133,10 @@ class Maker:
             yield self.record(replace(BASE, shots=shots, ratio=ratio))
         for samples, length in product((4, 16, 64), (64, 256, 1024)):
             yield self.record(replace(BASE, calibration_samples=samples, calibration_seq_len=length))
-        for text, digest in (("stories", "d" * 64), ("wikitext2", "e" * 64)):
-            yield self.record(replace(BASE, calibration_text=text, calibration_sha256=digest))
-        for name, ratio in product(("best", "transact", "flap"), (0.1, 0.3)):
+        texts = ("stories", "d"), ("wikitext2", "e"), ("sources:calibration", "c")
+        for (text, letter), name, ratio in product(texts, ("best", "transact", "flap"), (0.1, 0.3)):
             preset = replace(BASE, **PRESETS[name], ratio=ratio)
-            yield self.record(replace(preset, calibration_text="sources", calibration_sha256="c" * 64))
+            yield self.record(replace(preset, calibration_text=text, calibration_sha256=letter * 64))
         for rope, ratio in product(("pairs", "released"), (0.1, 0.3)):
             yield self.record(replace(BASE, rope=rope, ratio=ratio))
         for compensation, ratio in product(("none", "bias", "dense", "pruned"), (0.3, 0.5)):

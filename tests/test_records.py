@@ -55,6 +55,20 @@ def test_round_trip(tmp_path):
     assert complaints == []
 
 
+def test_records_from_before_other_texts_are_read(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_record(path, record())
+    older = json.loads(path.read_text())
+    del older["texts"], older["greedy_agreement"]
+    for name in ("other_texts", "other_sha256", "other_windows", "compared_windows"):
+        del older["case"][name]
+    path.write_text(json.dumps(older) + "\n")
+    [read], complaints = read_records(path)
+    assert complaints == []
+    assert (read.case, read.texts, read.greedy_agreement) == (CASE, (), ())
+    assert "30.00" in write_report([read], tmp_path)[0]
+
+
 def test_not_a_number_becomes_null(tmp_path):
     append_record(tmp_path / "r.jsonl", record(perplexity=float("nan")))
     assert json.loads((tmp_path / "r.jsonl").read_text())["metrics"]["perplexity"] is None
