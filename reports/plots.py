@@ -495,7 +495,7 @@ def plot_texts(frame: pd.DataFrame, title: str = "") -> Figure:
     down = -(-len(columns) // 2)
     figure = Figure(figsize=(7.5, 0.8 + 2.7 * down), layout="constrained")
     panels = figure.subplots(down, 2, squeeze=False, sharex=True, sharey=True).flatten()
-    highest = np.log(highest_shown(np.exp(pd.concat([frame[name] for name in columns]).astype(float))))
+    highest = highest_rise(pd.concat([frame[name] for name in columns]))
     for axes, (name, words) in zip(panels, columns.items(), strict=False):
         draw_methods(axes, frame, name, 0.0)
         axes.set(title=words, ylim=(min(0, frame[list(columns)].min().min()) - 0.03 * highest, highest * 1.06))
@@ -511,6 +511,12 @@ def plot_texts(frame: pd.DataFrame, title: str = "") -> Figure:
     figure.suptitle("\n".join([title, *words]), fontsize=10)
     legend(figure, panels[0])
     return figure
+
+
+def highest_rise(nats: pd.Series) -> float:
+    """The rise above which lines leave the picture, as `highest_shown` has it for the perplexities."""
+    nats = nats.dropna().astype(float)
+    return nats[np.exp(nats) <= highest_shown(np.exp(nats))].max()
 
 
 def draw_methods(axes: Axes, frame: pd.DataFrame, y: str, dense: float) -> None:
@@ -532,7 +538,7 @@ def plot_fidelity(frame: pd.DataFrame, title: str = "") -> Figure:
              "greedy_agreement": "greedy tokens the same (%)"}  # fmt: skip
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     pruned = frame[frame["method"] != "dense"]
-    highest = np.log(highest_shown(np.exp(pruned["kl_nats"])))
+    highest = highest_rise(pruned["kl_nats"])
     for axes, name in zip(figure.subplots(1, 3), NEARNESS, strict=True):
         is_share, both = name != "kl_nats", [name, f"{name}_standard_error"]
         scaled = pruned.assign(**(pruned[both].astype(float) * (100 if is_share else 1)))
@@ -540,7 +546,7 @@ def plot_fidelity(frame: pd.DataFrame, title: str = "") -> Figure:
         fraction_axis(axes, pruned)
         axes.set_xlabel("parameters removed (%)")
         axes.set_ylabel(words[name])
-        axes.set_ylim((-3, 103) if is_share else (-0.03 * highest, highest * 1.06))
+        axes.set_ylim((-3, 103) if is_share else (-0.03 * highest, highest * 1.12))
         if not is_share and (beyond := list(dict.fromkeys(pruned["method"][pruned[name] > highest]))):
             axes.set_title(f"above the picture: {', '.join(beyond)}", fontsize=8, color=FAINT)
     figure.suptitle(f"{title}; {BARS}" if title else BARS, fontsize=10)

@@ -78,6 +78,8 @@ def other_rises(records: Sequence[Record], references: Sequence[Record | None]) 
     """The mean rise over each record's reference on the texts beside the first, in nats; NaN where there is none."""
     found, places = [math.nan] * len(records), {}
     for place, reference in enumerate(references):
+        if reference is records[place]:
+            continue
         places.setdefault(id(reference), []).append(place)
     for same in places.values():
         rises = rises_of_texts([records[place] for place in same], references[same[0]])

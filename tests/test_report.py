@@ -440,3 +440,12 @@ def test_lines_far_above_the_others_leave_the_picture_and_are_named():
     axes = draw(plot_perplexity, frame).axes[0]
     assert axes.get_ylim()[1] < 100
     assert axes.get_title(loc="left").splitlines() == ["above the picture:", "random 1,316, 29,871"]
+
+
+def test_the_highest_line_stays_in_the_picture():
+    from pandas import Series
+
+    from reports.plots import highest_rise
+
+    assert highest_rise(Series([0.157, 0.381, 0.335])) == 0.381
+    assert highest_rise(Series([0.1, 0.2, 0.3, 4.0])) == 0.3
