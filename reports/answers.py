@@ -348,8 +348,8 @@ def setting_words(question: Question, record: Record) -> str:
 
 
 def text_named(name: str) -> str:
-    """The name that a text was asked for by: a record's also says which part of it was taken."""
-    return re.sub(":(calibration|evaluation)$", "", name)
+    """The name that a text, or several in turn, was asked for by: a record's also says which part of it was taken."""
+    return re.sub(":(calibration|evaluation)(?=$|[,+])", "", name)
 
 
 def table_of(found: Answer) -> pd.DataFrame:

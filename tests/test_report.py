@@ -16,7 +16,7 @@ import pytest
 from bench.records import append_record
 from reports import findings
 from reports.__main__ import main
-from reports.answers import answer, rises_of_texts, table_of, text_label
+from reports.answers import answer, rises_of_texts, table_of, text_label, text_named
 from reports.files import write_whole
 from reports.findings import plain
 from reports.questions import QUESTIONS
@@ -372,6 +372,10 @@ def test_texts_of_the_same_name_are_told_apart_and_other_windows_are_not_paired(
 )  # fmt: skip
 def test_near_is_the_source_of_the_calibration_text(evaluation, calibration, near):
     assert is_near(evaluation, calibration) == near
+
+
+def test_a_mixture_is_called_as_it_was_asked_for():
+    assert text_named("self,embedded:calibration,sources:calibration") == "self,embedded,sources"
 
 
 def test_transfer_compares_calibration_texts_by_the_mean_of_all_texts(tmp_path):
