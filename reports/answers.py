@@ -1,12 +1,14 @@
 """A question of an ablation file, the records that answer it, and the frame that tables and pictures are made of."""
 
 import ast
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -112,9 +114,9 @@ class Answer:
     Columns of the frame: `group` (what else differs between records; empty where all are alike), `label` (the value of
     the subject), `setting` (the values along which it is compared, in words), the fields of the case, metrics and their
     standard errors; `times_dense`; differences of loss in nats with their intervals at 95 %: `rise`, `rise_low`,
-    `rise_high` over the dense model, `on NAME` that on each evaluation text, and `behind`, `behind_low`, `behind_high`
-    over the best of the same group and setting; `mean_rise_nats` and `other_texts_rise_nats`, the means over all texts
-    and over all but the first; `attention_removed` and `mlp_removed` as fractions of the dense widths.
+    `rise_high` over the dense model, and `behind`, `behind_low`, `behind_high` over the best of the same group and
+    setting; `other_texts_rise_nats`, the mean over all texts but the first, and, where the question shows every text,
+    `on NAME` of each and `mean_rise_nats` of all; `attention_removed` and `mlp_removed` as fractions of dense widths.
     """
 
     question: Question
@@ -228,10 +230,11 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
             best[question.setting(record)] = record
     full = widths_total(dense) if dense else None
     rises = differences(group, [dense] * len(group))
-    rises_by_text = rises_of_texts(group, dense)
+    rises_by_text = rises_of_texts(group, dense) if ON in question.columns else [{}] * len(group)
+    others = other_rises(group, dense)
     lags = differences(group, [best[question.setting(record)] for record in group])
     rows = []
-    for record, rise, by_text, lag in zip(group, rises, rises_by_text, lags, strict=True):
+    for record, rise, by_text, other, lag in zip(group, rises, rises_by_text, others, lags, strict=True):
         row = {
             "group": name, "label": question.label_of(record), "setting": setting_words(question, record),
             "method": record.method, **vars(record.case), **record.metrics,
@@ -242,8 +245,8 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
         row["packed_weight_mib"] = None if packed is None else packed / 2**20
         row["calibration_tokens"] = record.case.calibration_samples * record.case.calibration_seq_len
         row["times_dense"] = record.metrics["perplexity"] / dense.metrics["perplexity"] if dense else None
-        row |= interval_columns(by_text) | {"mean_rise_nats": mean_rise(list(by_text.values()))}
-        row["other_texts_rise_nats"] = mean_rise(list(by_text.values())[1:])
+        row |= interval_columns(by_text) | {"mean_rise_nats": mean_rise(by_text.values())}
+        row["other_texts_rise_nats"] = other
         row |= _columns("rise", rise) | _columns("behind", lag)
         total = widths_total(record)
         kept = [mine / whole for mine, whole in zip(total, full, strict=True)] if total and full else (None, None)
@@ -277,15 +280,17 @@ def differences(records: Sequence[Record], references: Sequence[Record | None]) 
     return found
 
 
+def losses_on(record: Record, text: Mapping) -> Sequence[float] | None:
+    """The record's losses on the same windows as a text of another record has; None where it has none."""
+    key = text["sha256"], len(text["losses"])
+    return next((one["losses"] for one in record.texts if (one["sha256"], len(one["losses"])) == key), None)
+
+
 def rises_of_texts(records: Sequence[Record], dense: Record | None) -> list[dict[str, Difference]]:
     """By how many nats each record's loss is above the dense model's on each text of both, the first one first."""
     found: list[dict[str, Difference]] = [{} for _ in records]
     for place, text in enumerate(dense.texts if dense else ()):
-        key = text["sha256"], len(text["losses"])
-        mine = [
-            next((one["losses"] for one in record.texts if (one["sha256"], len(one["losses"])) == key), None)
-            for record in records
-        ]
+        mine = [losses_on(record, text) for record in records]
         known = [index for index, losses in enumerate(mine) if losses is not None]
         if not known:
             continue
@@ -309,9 +314,21 @@ def interval_columns(rises: Mapping[str, Difference]) -> dict:
     return {name: value for text, rise in rises.items() for name, value in _columns(f"{ON}{text}", rise).items()}
 
 
-def mean_rise(rises: Sequence[Difference]) -> float:
+def mean_rise(rises: Iterable[Difference]) -> float:
     """The mean over texts in nats, NaN where there is none."""
-    return float(np.mean([rise.mean for rise in rises])) if rises else np.nan
+    means = [rise.mean for rise in rises]
+    return fmean(means) if means else math.nan
+
+
+def other_rises(records: Sequence[Record], dense: Record | None) -> list[float]:
+    """The mean rise over the dense model on the texts beside the first, in nats; NaN where there is none."""
+    expected = [(text, fmean(text["losses"])) for text in (dense.texts[1:] if dense else ())]
+    found = []
+    for record in records:
+        mine = [(losses_on(record, text), loss) for text, loss in expected if record is not dense]
+        rises = [fmean(losses) - loss for losses, loss in mine if losses is not None]
+        found.append(fmean(rises) if rises else math.nan)
+    return found
 
 
 def _columns(name: str, found: Difference | None) -> dict:

@@ -526,9 +526,21 @@ def draw_methods(axes: Axes, frame: pd.DataFrame, y: str, dense: float) -> None:
         rows = rows.sort_values("fraction_removed")
         colour, marker, dashes = style_of(method, frame["method"])
         bars = [0, *rows[errors].astype(float).fillna(0)] if errors in rows else None
-        removed = [0, *rows["fraction_removed"] * 100]
-        axes.errorbar(removed, [dense, *rows[y]], yerr=bars, label=method, color=colour, marker=marker,
-                      markersize=5, linestyle=dashes, linewidth=1.5, capsize=2)  # fmt: skip
+        removed, every = [0, *rows["fraction_removed"] * 100], 1 + len(rows) // 30
+        axes.errorbar(
+            removed,
+            [dense, *rows[y]],
+            yerr=bars,
+            label=method,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linestyle=dashes,
+            linewidth=1.5,
+            capsize=2,
+            markevery=every,
+            errorevery=every,
+        )
     axes.grid()
 
 

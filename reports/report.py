@@ -1,6 +1,5 @@
 """Records in; tables, plots and one page of what was found, and of what differs by more than chance, out."""
 
-import math
 import os
 from collections.abc import Sequence
 from itertools import combinations
@@ -21,8 +20,7 @@ from .answers import (
     file_of,
     interval_column,
     lead_of,
-    mean_rise,
-    rises_of_texts,
+    other_rises,
     table_of,
     title_of,
     with_interval,
@@ -54,7 +52,7 @@ def records_frame(records: Sequence[Record]) -> pd.DataFrame:
     dense = {comparable(r): r for r in sorted(newest, key=lambda one: len(one.texts)) if is_reference(r)}
     references = [dense.get(comparable(record)) for record in newest]
     changes = differences(newest, references)
-    others = other_rises(newest, references)
+    others = [other_rises([one], reference)[0] for one, reference in zip(newest, references, strict=True)]
     rows = []
     for record, reference, change, rise in zip(newest, references, changes, others, strict=True):
         rows.append({
@@ -72,20 +70,6 @@ def records_frame(records: Sequence[Record]) -> pd.DataFrame:
         if column not in frame:
             frame[column] = None
     return frame.sort_values(["model", "method", "ratio"], key=_dense_first, kind="stable", ignore_index=True)
-
-
-def other_rises(records: Sequence[Record], references: Sequence[Record | None]) -> list[float]:
-    """The mean rise over each record's reference on the texts beside the first, in nats; NaN where there is none."""
-    found, places = [math.nan] * len(records), {}
-    for place, reference in enumerate(references):
-        if reference is records[place]:
-            continue
-        places.setdefault(id(reference), []).append(place)
-    for same in places.values():
-        rises = rises_of_texts([records[place] for place in same], references[same[0]])
-        for place, by_text in zip(same, rises, strict=True):
-            found[place] = mean_rise(list(by_text.values())[1:])
-    return found
 
 
 def tasks_frame(records: Sequence[Record]) -> pd.DataFrame:

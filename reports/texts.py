@@ -40,7 +40,7 @@ def texts_frame(records: Sequence[Record], dense: Record | None) -> pd.DataFrame
             row = {name: getattr(record.case, name) for name in ("ratio", "kv_ratio", "calibration_text")}
             row |= {"method": record.method, "fraction_removed": record.metrics["fraction_removed"]}
             row |= interval_columns(rises)
-            rows.append(row | {"mean_rise_nats": mean_rise(list(rises.values()))})
+            rows.append(row | {"mean_rise_nats": mean_rise(rises.values())})
     frame = pd.DataFrame(rows)
     return frame.sort_values(["ratio", "mean_rise_nats"], ignore_index=True) if len(frame) else frame
 
