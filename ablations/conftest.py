@@ -18,6 +18,7 @@ import pytest
 from bench import cluster
 from bench.grid import estimate, in_order, shard_of
 from bench.records import Case, Record, append_record, read_results, sole_writer
+from bench.texts import EVALUATION_TEXTS
 from bench.workbench import Workbench, failed
 from reports.report import write_report, written
 from transact.inputs import TEXTS, read_config
@@ -37,10 +38,15 @@ def pytest_addoption(parser: pytest.Parser):
     group.addoption("--presets", help="presets, with commas: only questions that compare presets, and only these")
     group.addoption("--model", help="embedded model, checkpoint directory or hub id")
     group.addoption("--calibration", help=f"text: {', '.join(TEXTS)} or a file")
-    group.addoption("--domains", help="calibration texts of ablate_domain, with commas")
+    group.addoption("--domains", help="calibration texts of ablate_domain and ablate_transfer, with commas")
     group.addoption("--samples", type=int, help="calibration windows")
-    group.addoption("--evaluation", help=f"text: {', '.join(TEXTS)} or a file")
-    group.addoption("--windows", type=int, help="evaluation windows; 0: all")
+    texts = f"texts, with commas, the first the main one: {', '.join(EVALUATION_TEXTS)} or files"
+    group.addoption("--evaluation", help=texts)
+    group.addoption("--windows", type=int, help="evaluation windows of the first text; 0: all")
+    group.addoption("--other-windows", type=int, help="evaluation windows of each other text; 0: all")
+    everywhere = "other texts for every cell, not only presets"
+    group.addoption("--everywhere", action="store_true", default=None, help=everywhere)
+    group.addoption("--compared", type=int, help="windows of each text compared with the dense model; 0: all")
     group.addoption("--seq-len", type=int, help="tokens of a window")
     group.addoption("--windowing", default="blocks", help="blocks, or rolling as lm-eval's")
     group.addoption("--bos", action="store_true", help="begin each block with a BOS token")

@@ -8,6 +8,7 @@ from pathlib import Path
 from bench.cluster import check_address
 from bench.grid import parse_shard
 from bench.records import Case
+from bench.texts import EVALUATION_TEXTS, text_names, unreadable
 from bench.workbench import Workbench
 from transact.inputs import TEXTS, load_text
 from transact.recipe import recipe_by_name
@@ -37,12 +38,13 @@ def run_of(option: Callable) -> Run:
     if option("profile") not in PROFILES:
         raise ValueError(f"unknown profile {option('profile')!r}, allowed: {', '.join(PROFILES)}")
     settings = dict(PROFILES[option("profile")])
-    for name in ("model", "samples", "windows", "seq_len", "tasks", "limit"):
+    for name in ("model", "samples", "windows", "other_windows", "everywhere", "compared", "seq_len", "tasks", "limit"):
         if option(name) is not None:
             settings[name] = option(name)
     if settings["model"] is None:
         raise ValueError(f"profile {option('profile')!r} has no model of its own: name one by --model")
-    for name, least in {"windows": 0, "limit": 0, "samples": 1, "seq_len": 2}.items():
+    least_allowed = {"windows": 0, "other_windows": 0, "compared": 0, "limit": 0, "samples": 1, "seq_len": 2}
+    for name, least in least_allowed.items():
         if settings[name] < least:
             words = "0 (all) or more" if least == 0 else f"at least {least}"
             raise ValueError(f"{name.replace('_', '-')} must be {words}, got {settings[name]}")
@@ -86,8 +88,11 @@ def workbench_arguments(option: Callable, run: Run) -> dict:
         "domains": tuple(absolute(domain) for domain in settings["domains"]),
         "samples": settings["samples"],
         "calibration_seq_len": settings["seq_len"],
-        "evaluation": absolute(option("evaluation") or first_present(run, "evaluation")),
+        "evaluation": evaluation(option("evaluation"), run),
         "windows": settings["windows"] or None,
+        "other_windows": settings["other_windows"] or None,
+        "other_texts_everywhere": settings["everywhere"],
+        "compared_windows": settings["compared"] or None,
         "evaluation_seq_len": settings["seq_len"],
         "evaluation_windowing": option("windowing"),
         "evaluation_bos": option("bos"),
@@ -102,7 +107,8 @@ def workbench_arguments(option: Callable, run: Run) -> dict:
 
 # those that decide which cells there are, and what a cell is
 IDENTIFYING = ("profile", "ratios", "presets", "model", "calibration", "domains", "samples", "evaluation", "windows",
-               "seq_len", "windowing", "bos", "tasks", "tasks_path", "limit", "seed", "device", "dtype")  # fmt: skip
+               "other_windows", "everywhere", "compared", "seq_len", "windowing", "bos", "tasks", "tasks_path", "limit",
+               "seed", "device", "dtype")  # fmt: skip
 
 
 def options_given(option: Callable, defaults: object) -> list[str]:
@@ -117,7 +123,19 @@ def options_given(option: Callable, defaults: object) -> list[str]:
 
 def absolute(name: str) -> str:
     """A path of a file or directory, absolute; any other name as it is."""
-    return os.path.abspath(name) if Path(name).exists() and name not in TEXTS else name
+    return os.path.abspath(name) if Path(name).exists() and name not in EVALUATION_TEXTS else name
+
+
+def evaluation(given: str | None, run: Run) -> str:
+    """The evaluation texts, with commas: those `given`, or the profile's that can be read, with notes on the others."""
+    if given is not None:
+        return ",".join(absolute(name) for name in text_names(given))
+    main = first_present(run, "evaluation")
+    others = [name for name in run.settings["others"] if name != main]
+    for name, reason in unreadable(others).items():
+        run.notes.append(f"{name!r} is no evaluation text: {reason}")
+        others.remove(name)
+    return ",".join([main, *others])
 
 
 def first_present(run: Run, split: str) -> str:

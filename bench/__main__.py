@@ -18,6 +18,7 @@ from .quantise import FORMATS, check_format, packed_weight_bytes, quantised
 from .records import append_line, finite
 from .shapes import SHAPES
 from .speed import GRIDS, MODES, decode_rate
+from .texts import EVALUATION_TEXTS, load_evaluation_texts, windows_of
 
 
 def print_json(value: dict) -> None:
@@ -32,19 +33,19 @@ def print_report(table: str, files: Sequence[Path]) -> None:
 
 
 def perplexity_command(options: argparse.Namespace) -> None:
-    text = load_text(options.text, split="evaluation")
+    texts = load_evaluation_texts(options.text)
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
-    windows = evaluation_windows(
-        text, tokenizer, length=options.seq_len, count=options.windows, windowing=options.windowing, bos=options.bos
-    )
-    result = dataclasses.asdict(measure_perplexity(model, windows, progress=True))
-    del result["losses"]
-    print_json({
-        "model": options.model, "text": text.name, "sha256": text.sha256, "windows": len(windows.ids),
-        "seq_len": options.seq_len, "windowing": options.windowing, "bos": options.bos,
-        "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
-        **result,
-    })  # fmt: skip
+    settings = {"length": options.seq_len, "count": options.windows, "windowing": options.windowing, "bos": options.bos}
+    windows_by_text = [windows_of(text, tokenizer, **settings) for text in texts]
+    for text, windows in zip(texts, windows_by_text, strict=True):
+        result = dataclasses.asdict(measure_perplexity(model, windows, progress=True))
+        del result["losses"]
+        print_json({
+            "model": options.model, "text": text.name, "sha256": text.sha256, "windows": len(windows.ids),
+            "seq_len": options.seq_len, "windowing": options.windowing, "bos": options.bos,
+            "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
+            **result,
+        })  # fmt: skip
 
 
 def memory_command(options: argparse.Namespace) -> None:
@@ -194,7 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     perplexity = commands.add_parser("perplexity", help="perplexity and bits per byte on a text")
     perplexity.set_defaults(run=perplexity_command)
-    perplexity.add_argument("--text", default="embedded", help=f"{', '.join(TEXTS)} or a text file (embedded)")
+    texts = f"{', '.join(EVALUATION_TEXTS)} or text files, with commas, a line for each (embedded)"
+    perplexity.add_argument("--text", default="embedded", help=texts)
     perplexity.add_argument("--seq-len", type=int, default=256, help="tokens of a window (256)")
     perplexity.add_argument("--windows", type=int, help="the first N windows (all of the text)")
     windowing = "blocks: windows by themselves; rolling: every token once, as lm-eval (blocks)"

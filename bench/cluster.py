@@ -7,6 +7,7 @@ import functools
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .records import Case, Record
@@ -34,8 +35,9 @@ def workbench_of(settings: tuple[tuple[str, object], ...]) -> Workbench:
 def measure_cell(settings: tuple[tuple[str, object], ...], case: Case) -> Record:
     """What a worker does. A worker whose model, text, device or code is not the driver's measures nothing."""
     bench = workbench_of(settings)
-    for name in SHARED:
-        own, wanted = getattr(bench.dense_case, name), getattr(case, name)
+    ours = replace(bench.dense_case, other_sha256=bench.with_other_texts(case).other_sha256)
+    for name in (*SHARED, "other_sha256"):
+        own, wanted = getattr(ours, name), getattr(case, name)
         if own != wanted:
             return failed(case, ValueError(f"the worker's {name} is {own}, the driver's {wanted}"), bench.environment())
     return measured(bench, case)

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from .fidelity import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from .records import Case, Record
 from .workbench import EVALUATIONS, pruning_of, recipe_of, weights_of
 
@@ -13,6 +14,9 @@ PASSES = {"first moments": 1.0, "second moments": 1.5, "outputs": 0.5, "weights"
 SCORING_PASSES = {"obs": 2.0, "predicted-loss": 0.7, "leverage": 0.4}
 TRAINING_PASSES = 6.0  # over the text trained on: forward, backward, the teacher's, and their vocabularies
 COMPENSATING_PASSES = {"dense": 0.4, "pruned": 3.5}
+COMPARING_PASSES = 0.3  # over windows that are compared with the dense model: its head, two softmaxes
+WINDOWS_WITHOUT_A_LIMIT = 1000
+GREEDY_TOKENS = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS)
 SECONDS_OF_A_CELL = 1.5  # whatever its model
 TOKENS_OF_AN_ITEM = 60  # of a task, over all its choices
 ITEMS_WITHOUT_A_LIMIT = 170
@@ -105,9 +109,18 @@ def kind_of(case: Case) -> tuple:
     """What two cases share that take about as long."""
     return (
         case.model_hash, case.criterion, case.allocation, case.compensation, case.shots, case.calibration_samples,
-        case.calibration_seq_len, case.evaluation_windows, case.evaluation_seq_len, case.tasks, case.task_limit,
-        case.decode_tokens, case.recovery, case.recovery_tokens, case.quantisation, case.dtype, case.device,
+        case.calibration_seq_len, case.evaluation_windows, case.evaluation_seq_len, case.other_texts,
+        case.other_windows, case.compared_windows, case.tasks, case.task_limit, case.decode_tokens, case.recovery,
+        case.recovery_tokens, case.quantisation, case.dtype, case.device,
     )  # fmt: skip
+
+
+def _evaluation_tokens(case: Case) -> float:
+    """Tokens of forward passes that cost as much as measuring on all texts, beside the dense model and greedily."""
+    others = len(case.other_texts.split("+")) if case.other_texts else 0
+    windows = case.evaluation_windows + others * (case.other_windows or WINDOWS_WITHOUT_A_LIMIT)
+    compared = (1 + others) * case.compared_windows or windows
+    return (windows + COMPARING_PASSES * min(compared, windows)) * case.evaluation_seq_len + GREEDY_TOKENS
 
 
 def _forward_tokens(case: Case, made: set) -> float:
@@ -117,8 +130,9 @@ def _forward_tokens(case: Case, made: set) -> float:
     if weights_of(case) in made:
         return beside
     made.add(weights_of(case))
-    evaluation = case.evaluation_windows * case.evaluation_seq_len
-    training = TRAINING_PASSES * case.recovery_tokens + (EVALUATIONS + 1) * evaluation if case.recovery else 0
+    evaluation = _evaluation_tokens(case)
+    on_the_way = (EVALUATIONS + 1) * case.evaluation_windows * case.evaluation_seq_len
+    training = TRAINING_PASSES * case.recovery_tokens + on_the_way if case.recovery else 0
     pruning = "pruning", pruning_of(case)
     if case.calibration_sha256 is None or pruning in made:
         return beside + evaluation

@@ -1,6 +1,7 @@
 """Perplexity and bits per byte of a text, every token predicted at most once, summed in float64."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -121,9 +122,14 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, *, or_eos: bool = False) ->
 
 @torch.no_grad()
 def measure_perplexity(
-    model: nn.Module, windows: Windows, *, tokens_per_batch: int = 2048, progress: bool = False
+    model: nn.Module,
+    windows: Windows,
+    *,
+    tokens_per_batch: int = 2048,
+    on_logits: Callable[[torch.Tensor], None] | None = None,
+    progress: bool = False,
 ) -> Perplexity:
-    """Perplexity over windows of a text.
+    """Perplexity over windows of a text. `on_logits` is handed the logits of each batch, (windows, length, vocabulary).
 
     Raises ValueError where a loss is not finite, or where a window is longer than the model's context.
     """
@@ -138,6 +144,8 @@ def measure_perplexity(
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None if progress else True):
         batch = batch.to(model.device)
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float()
+        if on_logits is not None:
+            on_logits(logits)
         each = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         losses.append(each.view(len(batch), -1).double().cpu())
     each = torch.cat(losses)

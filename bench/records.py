@@ -36,6 +36,8 @@ class Case:
 
     `model_hash` is of configuration and weights; `evaluation_ids`, `calibration_ids` and `recovery_ids` are hashes of
     what the tokeniser makes of the texts (see `bench.workbench.ids_hash`; empty in records older than these fields).
+    `other_texts` are evaluation texts beside the first, names and hashes joined by "+", on `other_windows` of each (0:
+    all); on the first `compared_windows` of every text (0: all) predictions are compared with the dense model's.
     """
 
     model: str
@@ -81,6 +83,10 @@ class Case:
     evaluation_ids: str = ""
     calibration_ids: str | None = None
     recovery_ids: str | None = None
+    other_texts: str = ""
+    other_sha256: str = ""
+    other_windows: int = 0
+    compared_windows: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,11 @@ class Record:
     """A case and what was measured: metrics with units in their names, standard errors, environment, status.
 
     `method` is what tables call the recipe: the preset's name, or the criterion's. `losses` are those of each window
-    in nats. `tasks` holds by name what `bench.zero_shot.TaskResult` does: version, shots, items and their hash, each
-    metric with its standard error, and the scores of all items. `history` is what training measured on its way:
-    tokens seen, seconds, losses. `command` measures the cell again.
+    in nats. `texts` holds of each evaluation text, the first among them, what `bench.workbench.TextQuality` does: name,
+    hash, mean loss, and of each window the loss, and KL divergence from and agreement with the dense model;
+    `greedy_agreement` that of each greedy continuation. `tasks` holds by name what `bench.zero_shot.TaskResult` does:
+    version, shots, items and their hash, each metric with its standard error, and the scores of all items. `history`
+    is what training measured on its way: tokens seen, seconds, losses. `command` measures the cell again.
     """
 
     case: Case
@@ -104,6 +112,8 @@ class Record:
     widths: tuple[Mapping[str, int], ...] = ()
     tasks: Mapping[str, Mapping] = field(default_factory=dict)
     history: tuple[Mapping[str, float], ...] = ()
+    texts: tuple[Mapping, ...] = ()
+    greedy_agreement: tuple[float, ...] = ()
     command: str = ""
     schema: int = field(default=SCHEMA)
 

@@ -1,11 +1,13 @@
 """Has pruning become worse, or better, than the baseline that is kept in the repository?
 
-A baseline is a text file to be reviewed: perplexity, parameters and the loss of each window, by preset and ratio, on
-the embedded model and on text that every installation of the pinned packages has.
+A baseline is a text file to be reviewed: perplexity, parameters, the loss of each window, and how near predictions are
+to the dense model's, by preset and ratio, on the embedded model and on text that every installation of the pinned
+packages has.
 """
 
 import json
 import math
+import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,27 @@ from .workbench import Workbench, method_of
 BASELINE = Path(__file__).parents[1] / "reports" / "baseline.json"
 CELLS = (("best", 0.2), ("best", 0.5), ("transact", 0.3), ("transact-released", 0.3), ("flap", 0.3), ("wanda-sp", 0.3))
 SETTINGS = {"calibration": "docstrings", "samples": 32, "evaluation": "docstrings", "windows": 24, "dtype": "float32"}
-LEAST_TOLERANCE, MOST_TOLERANCE = 0.01, 0.1  # of perplexity
+LEAST_TOLERANCE, MOST_TOLERANCE = 0.01, 0.1  # of perplexity as a fraction, of KL in nats, of shares of tokens
+SCORES = ("losses", "kl_nats", "top1_agreement", "greedy_agreement")  # of each window or continuation
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """How near a cell is to the dense model, before and now: nats of KL, or a share of tokens."""
+
+    name: str
+    before: float
+    now: float
+    tolerance: float
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong, or nothing."""
+        change = self.now - self.before
+        if abs(change) <= self.tolerance:
+            return ""
+        is_worse = (change > 0) == (self.name == "kl_nats")
+        return f"{self.name} worse" if is_worse else f"{self.name} better: bless it"
 
 
 @dataclass(frozen=True)
@@ -36,15 +58,16 @@ class Verdict:
     tolerance: float
     parameters_before: int
     parameters: int
+    nearness: tuple[Nearness, ...]
 
     @property
     def complaint(self) -> str:
         """What is wrong, or nothing."""
         if self.parameters != self.parameters_before:
             return f"parameters were {self.parameters_before:,}"
-        if abs(self.change) <= self.tolerance:
-            return ""
-        return "worse" if self.change > 0 else "better: bless it"
+        if abs(self.change) > self.tolerance:
+            return "worse" if self.change > 0 else "better: bless it"
+        return next(filter(None, (one.complaint for one in self.nearness)), "")
 
 
 def measure_cells(
@@ -71,7 +94,7 @@ def _header(cases: Sequence[Case]) -> dict:
     case = next((case for case in cases if case.calibration_sha256), cases[0])
     kept = ("model", "model_hash", "calibration_text", "calibration_sha256", "calibration_ids", "calibration_samples",
             "evaluation_text", "evaluation_sha256", "evaluation_ids", "evaluation_windows", "evaluation_seq_len",
-            "dtype")  # fmt: skip
+            "compared_windows", "dtype")  # fmt: skip
     return {name: getattr(case, name) for name in kept}
 
 
@@ -100,6 +123,9 @@ def baseline_of(records: Sequence[Record]) -> dict:
                 "perplexity": finite(record.metrics["perplexity"]),
                 "parameters": record.metrics["parameters"],
                 "losses": list(record.losses),
+                "kl_nats": list(record.texts[0]["kl_nats"]),
+                "top1_agreement": list(record.texts[0]["top1_agreement"]),
+                "greedy_agreement": list(record.greedy_agreement),
             }
             for record in records
         },
@@ -115,8 +141,8 @@ def compare(baseline: Mapping, records: Sequence[Record]) -> list[Verdict]:
     """A verdict on every cell of the baseline.
 
     Perplexity may move by 3 standard errors of the paired differences of the windows' losses (of fewer than ten windows
-    by as many as are passed no more often, by Student's t), or by 1 %, whichever is more, and never by more than 10 %.
-    Raises ValueError as `check_comparable` does.
+    by as many as are passed no more often, by Student's t), or by 1 %, whichever is more, and never by more than 10 %;
+    so may KL divergence in nats, and agreements as shares of tokens. Raises ValueError as `check_comparable` does.
     """
     check_comparable(baseline, [record.case for record in records])
     now = baseline_of(records)
@@ -134,6 +160,7 @@ def compare(baseline: Mapping, records: Sequence[Record]) -> list[Verdict]:
                 tolerance=min(max(error, LEAST_TOLERANCE), MOST_TOLERANCE),
                 parameters_before=before["parameters"],
                 parameters=cell["parameters"],
+                nearness=tuple(_nearness(score, cell[score], before[score]) for score in SCORES[1:]),
             )
         )
     return verdicts
@@ -144,14 +171,25 @@ def errors_allowed(windows: int) -> float:
     return 3.0 if windows >= FEW else float(stdtrit(windows - 1, ndtr(3.0)))
 
 
+def _nearness(name: str, now: Sequence[float], before: Sequence[float]) -> Nearness:
+    difference = paired_difference(now, before)
+    error = errors_allowed(len(now)) * difference.standard_error if len(now) > 1 else 0.0
+    tolerance = min(max(error, LEAST_TOLERANCE), MOST_TOLERANCE)
+    return Nearness(name, statistics.fmean(before), statistics.fmean(now), tolerance)
+
+
 def table(verdicts: Sequence[Verdict]) -> str:
     """The verdicts as lines of text."""
-    lines = [f"{'cell':24} {'baseline':>10} {'now':>10} {'change':>9} {'tolerance':>9}  verdict"]
+    lines = [
+        f"{'cell':24} {'baseline':>10} {'now':>10} {'change':>9} {'tolerance':>9}  "
+        f"{'KL nats':>15} {'top-1 agreement':>15} {'greedy the same':>15}  verdict"
+    ]
     for v in verdicts:
         lines.append(
             f"{v.cell:24} {_number(v.perplexity_before)} {_number(v.perplexity)} "
             f"{f'{v.change:+9.2%}' if v.change < 10 else '  > +999%'} {v.tolerance:9.2%}  "
-            f"{v.complaint or 'as before'}"
+            + "".join(f"{one.before:6.3f} -> {one.now:<5.3f} " for one in v.nearness)
+            + f" {v.complaint or 'as before'}"
         )
     return "\n".join(lines)
 
@@ -164,8 +202,10 @@ def read_baseline(path: Path) -> dict:
     """Raises ValueError where there is none or it cannot be read."""
     try:
         baseline = json.loads(path.read_text(encoding="utf-8"))
-        for cell in baseline["cells"].values():
+        for name, cell in baseline["cells"].items():
             cell["perplexity"], cell["parameters"], cell["losses"][0]
+            if missing := [score for score in SCORES if not cell.get(score)]:
+                raise ValueError(f"cell {name!r} has no {missing[0]}: --bless writes a new baseline")
         return baseline
     except FileNotFoundError as error:
         raise ValueError(f"there is no baseline {str(path)!r}; --bless writes one") from error

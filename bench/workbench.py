@@ -3,9 +3,10 @@
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from torch import nn
@@ -17,11 +18,13 @@ from transact.inputs import Text
 from transact.recovery import shot_trainings
 
 from .environment import code_hash, environment, fast_dtype
+from .fidelity import Comparison, DenseReference, GreedyReference
 from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
-from .perplexity import Perplexity, evaluation_windows, measure_perplexity
+from .perplexity import Perplexity, Windows, measure_perplexity
 from .quantise import check_format, packed_weight_bytes, quantised, torchao_version
 from .records import Case, Record
 from .speed import decode_rate
+from .texts import load_evaluation_texts, windows_of
 
 
 def recipe_fields(recipe: transact.Recipe) -> dict:
@@ -54,7 +57,7 @@ def failed(case: Case, error: Exception, environment: Mapping) -> Record:
 
 def weights_of(case: Case) -> Case:
     """What decides a case's weights: two cases with the same differ in what is measured beside perplexity."""
-    return replace(case, tasks="", task_limit=None, decode_tokens=0)
+    return replace(case, tasks="", task_limit=None, decode_tokens=0, other_texts="", other_sha256="", other_windows=0)
 
 
 def pruning_of(case: Case) -> Case:
@@ -70,6 +73,27 @@ def ids_hash(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     vocabulary = sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id
     return hashlib.sha256(ids.cpu().numpy().tobytes() + repr(vocabulary).encode()).hexdigest()[:16]
+
+
+def is_plain_preset(case: Case) -> bool:
+    """Whether it is the dense model, or a preset with the widths that a ratio gives: measured on other texts too."""
+    named = case.mha_dim, case.mlp_dim, case.only_layer, case.head_multiple, case.mlp_multiple
+    is_preset = case.criterion == "dense" or recipe_of(case) in transact.PRESETS.values()
+    return is_preset and all(width is None for width in named)
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """A model on one text. `losses`, `kl_nats` and `top1_agreement` are means of each window, the latter two of the
+    first few: how near the model is to the dense one (see `bench.fidelity.Fidelity`)."""
+
+    name: str
+    sha256: str
+    tokens: int
+    loss_nats: float
+    losses: tuple[float, ...]
+    kl_nats: tuple[float, ...]
+    top1_agreement: tuple[float, ...]
 
 
 EVALUATIONS = 3  # of a model on its way through training, beside the one before
@@ -118,6 +142,10 @@ class Workbench:
 
     The statistics, the pruned model and its quality that were made last are kept: cases in the order of
     `bench.grid.in_order` make each once. `domains` are other calibration texts that cases may name.
+
+    `evaluation` names texts with commas between them: `windows` of the first, on which everything is measured, and
+    `other_windows` of each other, for presets or, with `other_texts_everywhere`, for every case. On `compared_windows`
+    of each text predictions are compared with the dense model's (None: all).
     """
 
     def __init__(
@@ -133,6 +161,9 @@ class Workbench:
         evaluation_seq_len: int = 256,
         evaluation_windowing: str = "blocks",
         evaluation_bos: bool = False,
+        other_windows: int | None = 8,
+        other_texts_everywhere: bool = False,
+        compared_windows: int | None = 8,
         tasks: Sequence[str] = (),
         tasks_path: Path | None = None,
         task_limit: int | None = None,
@@ -143,7 +174,7 @@ class Workbench:
         dtype = fast_dtype(device) if dtype == "auto" else dtype
         self.dense, self.tokenizer = transact.load_model(model, dtype=dtype, device=device)
         transact.check_prunable(self.dense)
-        evaluation_text = transact.load_text(evaluation, split="evaluation")
+        evaluation_texts = load_evaluation_texts(evaluation)
         context = self.dense.config.max_position_embeddings
         if max(calibration_seq_len, evaluation_seq_len) > context:
             longest = max(calibration_seq_len, evaluation_seq_len)
@@ -153,15 +184,18 @@ class Workbench:
         self._texts: dict[str, tuple[Text, torch.Tensor]] = {}
         self.ids_hashes: dict[str, str] = {}
         self.calibration_windows(*self.calibration)  # what is wrong with the text is known at once
-        try:
-            self.evaluation_windows = evaluation_windows(
-                evaluation_text, self.tokenizer, length=evaluation_seq_len, count=windows,
-                windowing=evaluation_windowing, bos=evaluation_bos,
-            )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"evaluation text {evaluation!r}: {error}") from error
+        counts = windows, *[other_windows] * (len(evaluation_texts) - 1)
+        self.evaluation_texts = [
+            (text, windows_of(text, self.tokenizer, length=evaluation_seq_len, count=count,
+                              windowing=evaluation_windowing, bos=evaluation_bos))
+            for text, count in zip(evaluation_texts, counts, strict=True)
+        ]  # fmt: skip
+        evaluation_text, self.evaluation_windows = self.evaluation_texts[0]
+        if compared_windows is not None and compared_windows < 1:
+            raise ValueError(f"compared-windows must be at least 1, got {compared_windows}")
+        self.other_texts_everywhere = other_texts_everywhere
         self.task_names, self.tasks_path, self.task_limit = tuple(tasks), tasks_path, task_limit
-        self.dense_case = Case(
+        dense_case = Case(
             model=Path(model).name,
             model_hash=model_hash(self.dense),
             **recipe_fields(transact.Recipe()) | {"criterion": "dense"},
@@ -184,10 +218,20 @@ class Workbench:
             device=self.dense.device.type,
             code=code_hash(),
             evaluation_ids=ids_hash(self.evaluation_windows.ids, self.tokenizer),
+            compared_windows=compared_windows or 0,
         )
+        others = [text for text, _ in self.evaluation_texts[1:]]
+        self._others = {
+            "other_texts": "+".join(text.name for text in others),
+            "other_sha256": "+".join(text.sha256 for text in others),
+            "other_windows": (other_windows or 0) if others else 0,
+        }
+        self.dense_case = self.with_other_texts(dense_case)
         self._calibrations = Calibrations(self.dense)
         self._pruned: tuple[Case, nn.Module, dict[str, float], list[dict[str, float]]] | None = None
-        self._quality: tuple[Case, Perplexity, float] | None = None
+        self._qualities: tuple[Case, list[tuple[TextQuality, Perplexity, float]]] | None = None
+        self._greedy: tuple[Case, tuple[float, ...], float] | None = None
+        self._references: dict[str, DenseReference] = {}
 
     def text(self, name: str) -> tuple[Text, torch.Tensor]:
         """A calibration text and its tokens, read once. Raises ValueError where it cannot be read."""
@@ -257,6 +301,7 @@ class Workbench:
             decode_tokens=decode_tokens, **fields,
         )  # fmt: skip
         self.widths(case)
+        case = self.with_other_texts(case)
         return self.with_quantisation(self.with_recovery(case, recovery, recovery_tokens), quantisation)
 
     def with_recovery(self, case: Case, way: str, tokens: int) -> Case:
@@ -306,6 +351,11 @@ class Workbench:
         if name:
             check_format(name)
         return replace(case, quantisation=name)
+
+    def with_other_texts(self, case: Case) -> Case:
+        """The same case measured on the other evaluation texts too, or on none of them; see `Workbench`."""
+        measured = self.other_texts_everywhere or is_plain_preset(case)
+        return replace(case, **self._others if measured else {name: type(v)() for name, v in self._others.items()})
 
     def with_tasks(self, case: Case) -> Case:
         """The same case with the workbench's tasks measured as well."""
@@ -385,19 +435,52 @@ class Workbench:
         seconds["prune_s"] = time.perf_counter() - start
         return pruned.model, seconds, history
 
-    def quality(self, model: nn.Module, case: Case) -> tuple[Perplexity, float]:
-        """Perplexity of a case's model and the seconds that it took; the last is kept for cases of the same weights."""
+    @cached_property
+    def _greedy_reference(self) -> GreedyReference:
+        return GreedyReference(self.dense, self.evaluation_windows)
+
+    def greedy_agreement(self, model: nn.Module, case: Case) -> tuple[tuple[float, ...], float]:
+        """How far a case's model continues each prompt as the dense one does; and the seconds; kept as qualities."""
         made = weights_of(case)
-        if self._quality is None or self._quality[0] != made:
-            start = time.perf_counter()
-            measured = measure_perplexity(model, self.evaluation_windows, progress=True)
-            self._quality = made, measured, time.perf_counter() - start
-        return self._quality[1:]
+        if self._greedy is None or self._greedy[0] != made:
+            reference, start = self._greedy_reference, time.perf_counter()
+            self._greedy = made, reference.agreement(model), time.perf_counter() - start
+        return self._greedy[1:]
+
+    def qualities(self, model: nn.Module, case: Case) -> list[tuple[TextQuality, Perplexity, float]]:
+        """A case's model on each of its evaluation texts, and the seconds; kept for cases of the same weights."""
+        made = weights_of(case)
+        if self._qualities is None or self._qualities[0] != made:
+            self._qualities = made, []
+        kept, texts = self._qualities[1], self.evaluation_texts[: None if case.other_texts else 1]
+        kept += [self._quality(model, *text) for text in texts[len(kept) :]]
+        return kept[: len(texts)]
+
+    def _quality(self, model: nn.Module, text: Text, windows: Windows) -> tuple[TextQuality, Perplexity, float]:
+        start = time.perf_counter()
+        if text.sha256 not in self._references:
+            count = self.dense_case.compared_windows or len(windows.ids)
+            self._references[text.sha256] = DenseReference(self.dense, windows, count)
+        comparison = Comparison(self._references[text.sha256])
+        measured = measure_perplexity(model, windows, on_logits=comparison.add, progress=True)
+        quality = TextQuality(
+            text.name, text.sha256, measured.tokens, measured.loss, measured.losses, **asdict(comparison.fidelity())
+        )
+        return quality, measured, time.perf_counter() - start
 
     def measure_model(self, model: nn.Module, seconds: Mapping[str, float], case: Case) -> Record:
-        """The record of a model: quality on the evaluation text, and sizes. Peak memory counts the dense model too."""
-        quality, perplexity_s = self.quality(model, case)
+        """The record of a model: quality on the evaluation texts, and sizes. Peak memory counts the dense model too."""
+        qualities = self.qualities(model, case)
+        main, quality, perplexity_s = qualities[0]
         seconds = {**seconds, "perplexity_s": perplexity_s}
+        if len(qualities) > 1:
+            seconds["other_texts_s"] = sum(one for _, _, one in qualities[1:])
+        greedy_agreement, seconds["greedy_s"] = self.greedy_agreement(model, case)
+        nearness = {
+            "kl_nats": main.kl_nats,
+            "top1_agreement": main.top1_agreement,
+            "greedy_agreement": greedy_agreement,
+        }
         tasks = {}
         if case.tasks:
             from .zero_shot import evaluate_tasks
@@ -411,6 +494,7 @@ class Workbench:
             "bits_per_byte": quality.bits_per_byte,
             "loss_nats": quality.loss,
             "tokens": quality.tokens,
+            **{name: fmean(values) for name, values in nearness.items()},
             "fraction_removed": transact.fraction_removed(self.dense.config, widths),
             "kv_fraction_removed": transact.kv_fraction_removed(self.dense.config, widths),
             "parameters": model.num_parameters(),
@@ -423,6 +507,7 @@ class Workbench:
             "loss_nats": quality.standard_error,
             "perplexity": quality.perplexity * quality.standard_error,  # delta method: perplexity is exp(loss)
             "bits_per_byte": quality.bits_per_byte * quality.standard_error / quality.loss,
+            **{name: stdev(values) / len(values) ** 0.5 for name, values in nearness.items() if len(values) > 1},
         }
         environment = self.environment()
         if case.quantisation:
@@ -439,5 +524,7 @@ class Workbench:
             environment=environment,
             losses=quality.losses,
             widths=tuple(asdict(layer) for layer in widths),
+            texts=tuple(asdict(one) for one, _, _ in qualities),
+            greedy_agreement=greedy_agreement,
             tasks={name: asdict(result) for name, result in tasks.items()},
         )

@@ -1,12 +1,14 @@
 """A question of an ablation file, the records that answer it, and the frame that tables and pictures are made of."""
 
 import ast
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from bench.significance import Difference, paired_differences
 from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference, quality
 
 ABLATIONS = Path(__file__).resolve().parent.parent / "ablations"
+ON = "on "  # before a text's name: the rise over the dense model on it
 # what every other question leaves alone
 PLAIN = {"mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None, "mlp_multiple": None,
          "ridge": None, "recovery": "", "quantisation": ""}  # fmt: skip
@@ -29,7 +32,7 @@ class Question:
     `subject` are the fields of a case that are compared, `along` those that they are compared along. Records answer
     it that differ in these only, hold the values of `where` (and `PLAIN`'s elsewhere), satisfy `belongs`, and take at
     least two values of the subject. `label` names a record's value of the subject. `draw` and `find` make a picture
-    and sentences of an answer; `columns` are the metrics its table shows beside perplexity.
+    and sentences of an answer; `columns` are the metrics its table shows beside perplexity, `ON` the rise on each text.
     """
 
     name: str
@@ -111,8 +114,9 @@ class Answer:
     Columns of the frame: `group` (what else differs between records; empty where all are alike), `label` (the value of
     the subject), `setting` (the values along which it is compared, in words), the fields of the case, metrics and their
     standard errors; `times_dense`; differences of loss in nats with their intervals at 95 %: `rise`, `rise_low`,
-    `rise_high` over the dense model and `behind`, `behind_low`, `behind_high` over the best of the same group and
-    setting; `attention_removed` and `mlp_removed` as fractions of the dense widths.
+    `rise_high` over the dense model, and `behind`, `behind_low`, `behind_high` over the best of the same group and
+    setting; `other_texts_rise_nats`, the mean over all texts but the first, and, where the question shows every text,
+    `on NAME` of each and `mean_rise_nats` of all; `attention_removed` and `mlp_removed` as fractions of dense widths.
     """
 
     question: Question
@@ -126,8 +130,9 @@ def answer(question: Question, chosen: RecordSet) -> Answer | None:
     varying = {*question.subject, *question.along}
     identity = attrgetter(*(n for n in Case.__dataclass_fields__ if n not in {*varying, *ASIDE, *SHARED, *CALIBRATION}))
     free = [name for name in CALIBRATION if name in varying]
+    # of two records that differ in what was measured aside, the one with most texts, then the one timed
     groups: dict[tuple, dict[tuple, Record]] = {}
-    for record in sorted(chosen.records, key=lambda record: record.case.decode_tokens > 0):  # of two, the one timed
+    for record in sorted(chosen.records, key=lambda record: (len(record.texts), record.case.decode_tokens > 0)):
         if is_reference(record) and "quantisation" not in question.subject:
             continue
         if question.matches(record) and chosen.is_calibrated_alike(record, but=free):
@@ -135,8 +140,8 @@ def answer(question: Question, chosen: RecordSet) -> Answer | None:
     asked = compared(question, [list(group.values()) for group in groups.values()])
     if not asked:
         return None
-    dense = next((r for r in reversed(chosen.records) if is_reference(r) and question.belongs(r)), None)
-    dense = dense or next((r for r in reversed(chosen.records) if is_reference(r)), None)
+    references = sorted((r for r in chosen.records if is_reference(r)), key=lambda record: len(record.texts))
+    dense = next((r for r in reversed(references) if question.belongs(r)), references[-1] if references else None)
     names = group_names(question, asked)
     rows = [row for name, group in zip(names, asked, strict=True) for row in group_rows(question, name, group, dense)]
     records = tuple(record for group in asked for record in group)
@@ -225,9 +230,11 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
             best[question.setting(record)] = record
     full = widths_total(dense) if dense else None
     rises = differences(group, [dense] * len(group))
+    rises_by_text = rises_of_texts(group, dense) if ON in question.columns else [{}] * len(group)
+    others = other_rises(group, dense)
     lags = differences(group, [best[question.setting(record)] for record in group])
     rows = []
-    for record, rise, lag in zip(group, rises, lags, strict=True):
+    for record, rise, by_text, other, lag in zip(group, rises, rises_by_text, others, lags, strict=True):
         row = {
             "group": name, "label": question.label_of(record), "setting": setting_words(question, record),
             "method": record.method, **vars(record.case), "loss_nats": None, **record.metrics,
@@ -238,6 +245,8 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
         row["packed_weight_mib"] = None if packed is None else packed / 2**20
         row["calibration_tokens"] = record.case.calibration_samples * record.case.calibration_seq_len
         row["times_dense"] = record.metrics["perplexity"] / dense.metrics["perplexity"] if dense else None
+        row |= interval_columns(by_text) | {"mean_rise_nats": mean_rise(by_text.values())}
+        row["other_texts_rise_nats"] = other
         row |= _columns("rise", rise) | _columns("behind", lag)
         total = widths_total(record)
         kept = [mine / whole for mine, whole in zip(total, full, strict=True)] if total and full else (None, None)
@@ -268,6 +277,57 @@ def differences(records: Sequence[Record], references: Sequence[Record | None]) 
                           for one in (records, references))  # fmt: skip
         for place, one in zip(places, paired_differences(scores, others), strict=True):
             found[place] = one
+    return found
+
+
+def losses_on(record: Record, text: Mapping) -> Sequence[float] | None:
+    """The record's losses on the same windows as a text of another record has; None where it has none."""
+    key = text["sha256"], len(text["losses"])
+    return next((one["losses"] for one in record.texts if (one["sha256"], len(one["losses"])) == key), None)
+
+
+def rises_of_texts(records: Sequence[Record], dense: Record | None) -> list[dict[str, Difference]]:
+    """By how many nats each record's loss is above the dense model's on each text of both, the first one first."""
+    found: list[dict[str, Difference]] = [{} for _ in records]
+    for place, text in enumerate(dense.texts if dense else ()):
+        mine = [losses_on(record, text) for record in records]
+        known = [index for index, losses in enumerate(mine) if losses is not None]
+        if not known:
+            continue
+        scores = np.array([mine[index] for index in known], dtype=np.float64)
+        references = np.broadcast_to(np.array(text["losses"], dtype=np.float64), scores.shape)
+        label = text_label(place, dense)
+        for index, change in zip(known, paired_differences(scores, references), strict=True):
+            found[index][label] = change
+    return found
+
+
+def text_label(place: int, record: Record) -> str:
+    """What tables call an evaluation text of a record: its name, and its hash where another has the same name."""
+    names = [text_named(text["name"]) for text in record.texts]
+    digest = record.texts[place]["sha256"][:6]
+    return names[place] if names.count(names[place]) == 1 else f"{names[place]} {digest}"
+
+
+def interval_columns(rises: Mapping[str, Difference]) -> dict:
+    """The columns `on NAME`, and those of its interval, of the rise on each text."""
+    return {name: value for text, rise in rises.items() for name, value in _columns(f"{ON}{text}", rise).items()}
+
+
+def mean_rise(rises: Iterable[Difference]) -> float:
+    """The mean over texts in nats, NaN where there is none."""
+    means = [rise.mean for rise in rises]
+    return fmean(means) if means else math.nan
+
+
+def other_rises(records: Sequence[Record], dense: Record | None) -> list[float]:
+    """The mean rise over the dense model on the texts beside the first, in nats; NaN where there is none."""
+    expected = [(text, fmean(text["losses"])) for text in (dense.texts[1:] if dense else ())]
+    found = []
+    for record in records:
+        mine = [(losses_on(record, text), loss) for text, loss in expected if record is not dense]
+        rises = [fmean(losses) - loss for losses, loss in mine if losses is not None]
+        found.append(fmean(rises) if rises else math.nan)
     return found
 
 
@@ -307,8 +367,8 @@ def setting_words(question: Question, record: Record) -> str:
 
 
 def text_named(name: str) -> str:
-    """The name that a text was asked for by: a record's also says which part of it was taken."""
-    return re.sub(":(calibration|evaluation)$", "", name)
+    """The name that a text, or several in turn, was asked for by: a record's also says which part of it was taken."""
+    return re.sub(":(calibration|evaluation)(?=$|[,+])", "", name)
 
 
 def table_of(found: Answer) -> pd.DataFrame:
@@ -325,9 +385,14 @@ def table_of(found: Answer) -> pd.DataFrame:
                 table[name] = frame[name]
 
     add(question.along, 2)
+    if ON in question.columns:
+        for name in [name for name in frame if name.startswith(ON) and f"{name}_low" in frame]:
+            table[name] = interval_column(frame, name)
+        add(("mean_rise_nats",))
     add(("perplexity", "perplexity_standard_error", "times_dense"))
     table["loss_over_dense"] = interval_column(frame, "rise")
     table["loss_over_best"] = interval_column(frame, "behind")
+    add(("other_texts_rise_nats", "kl_nats", "top1_agreement", "greedy_agreement"))
     add(("fraction_removed", "kv_fraction_removed"), 2)
     add(question.columns)
     return table.dropna(axis="columns", how="all")

@@ -5,9 +5,11 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 
+from bench.flips import Flips
 from bench.significance import Difference
 
-from .answers import Answer, difference, percent, with_interval
+from .answers import ON, Answer, difference, percent, with_interval
+from .texts import is_near, texts_of
 
 UNTOLD = "and nothing tells whether that is chance"
 
@@ -234,3 +236,74 @@ def tasks(frame: pd.DataFrame) -> list[str]:
             f"to {row['value']:.2f}."
         )
     return sentences
+
+
+def flips(frame: pd.DataFrame) -> list[str]:
+    """For each pruned method: how many answers of all tasks changed, in both directions, and whether that is chance."""
+    counted = frame[(frame["metric"] == "acc") & frame["lost"].notna()]
+    sentences = []
+    for (method, ratio), rows in counted.groupby(["method", "ratio"], sort=False):
+        lost, won = int(rows["lost"].sum()), int(rows["won"].sum())
+        all_of_them = Flips(int(rows["items"].sum()), lost, won)
+        p_value = plain(all_of_them.p_value, 2) if all_of_them.p_value >= 1e-4 else "< 0.0001"
+        sentences.append(
+            f"“{method}” with {percent(ratio)} removed answers {lost + won} of {all_of_them.items} items otherwise "
+            f"than the dense model: {lost} that were right are wrong, {won} that were wrong are right (McNemar's exact "
+            f"p {p_value})."
+        )
+    return sentences
+
+
+def texts(frame: pd.DataFrame) -> list[str]:
+    """Which method rises least over the dense model on each text and on their mean, at each fraction removed."""
+    names, sentences = texts_of(frame), []
+    for ratio, rows in frame.groupby("ratio"):
+        if len(rows) < 2:
+            continue
+        least: dict[str, list[str]] = {}
+        for name in names:
+            least.setdefault(rows.loc[rows[f"{ON}{name}"].idxmin(), "method"], []).append(name)
+        best, second = rows.iloc[0], rows.iloc[1]
+        where = "; ".join(f"“{method}” on {listed(found)}" for method, found in least.items())
+        sentences.append(
+            f"With {percent(ratio)} removed the mean rise over {len(names)} texts is least with “{best['method']}”, "
+            f"{best['mean_rise_nats']:.3f} nats; “{second['method']}” follows with {second['mean_rise_nats']:.3f}. "
+            f"Least on each: {where}."
+        )
+    return sentences
+
+
+def fidelity(frame: pd.DataFrame) -> list[str]:
+    """Which method stays nearest to the dense model at each fraction removed, and how near that is."""
+    sentences = []
+    for ratio, rows in frame[frame["method"] != "dense"].groupby("ratio"):
+        if len(rows) < 2:
+            continue
+        row = rows.loc[rows["kl_nats"].idxmin()]
+        sentences.append(
+            f"With {percent(ratio)} removed “{row['method']}” is nearest to the dense model: KL divergence "
+            f"{row['kl_nats']:.3f} nats, the same likeliest token at {percent(row['top1_agreement'])} of all places, "
+            f"and the same greedy continuation for {percent(row['greedy_agreement'])} of its tokens."
+        )
+    return sentences
+
+
+def transfer(found: Answer) -> list[str]:
+    """What calibration on each text costs near it and far from it, and which text is best on the mean of all."""
+    names = texts_of(found.frame)
+    sentences = []
+    for setting, rows in found.frame.groupby("setting", sort=False):
+        best = rows.loc[rows["mean_rise_nats"].idxmin()]
+        near, far = (
+            [row[f"{ON}{name}"] for _, row in rows.iterrows() for name in names
+             if is_near(name, row["calibration_text"]) == is_it]
+            for is_it in (True, False)
+        )  # fmt: skip
+        which = ", ".join(filter(None, (best["group"], f"calibrated on {best['label']}")))
+        words = f"the mean rise over {len(names)} texts is least with “{which}”, {best['mean_rise_nats']:.3f} nats"
+        sides = f"; {np.nanmean(near):.3f} near and {np.nanmean(far):.3f} far on the average" if near and far else ""
+        sentences.append(f"{f'With {setting} ' if setting else ''}{words}{sides}.")
+    for (group, setting), rows in found.frame.groupby(["group", "setting"], sort=False):
+        parts = ", ".join(f"“{row['label']}” {row['mean_rise_nats']:.3f}" for _, row in rows.iterrows())
+        sentences.append(f"{', '.join(filter(None, (group, setting)))}: by calibration text the mean rise is {parts}.")
+    return sentences[:8]

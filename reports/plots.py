@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from .answers import Answer, percent
+from .answers import ON, Answer, percent
 from .files import write_whole
 from .findings import is_on_front
+from .texts import MEAN, NEARNESS, is_near, texts_of
 
 INK, FAINT = "#1f2328", "#808080"  # the page turns ink into the colour of its text; the grey suits light and dark
 # Okabe and Ito's colour-blind-safe colours; markers and dashes tell the lines apart in print
@@ -455,4 +456,124 @@ def plot_tasks(frame: pd.DataFrame, title: str = "") -> Figure:
     axes.set_title(title)
     axes.grid()
     legend(figure, axes)
+    return figure
+
+
+def plot_transfer(found: Answer) -> Figure:
+    """Nats over the dense model: calibration texts by evaluation texts, a heat map for each preset and fraction.
+
+    A column of panels has one scale of colours; bold: the text's source is the calibration text's.
+    """
+    frame, texts = found.frame, texts_of(found.frame)
+    columns = [*(f"{ON}{text}" for text in texts), "mean_rise_nats"]
+    groups, settings, labels = (list(dict.fromkeys(frame[name])) for name in ("group", "setting", "label"))
+    size = (max(7, 1 + len(settings) * (0.7 + 0.75 * len(columns))), 1.6 + len(groups) * (0.5 + 0.4 * len(labels)))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(groups), len(settings), squeeze=False, sharex=True, sharey=True)
+    for across, setting in enumerate(settings):
+        at_setting = frame[frame["setting"] == setting]
+        values = at_setting[columns].to_numpy(dtype=float)
+        norm = Normalize(min(0, np.nanmin(values)), max(np.nanmax(values), 0.01))
+        for down, group in enumerate(groups):
+            axes = panels[down, across]
+            rows = at_setting[at_setting["group"] == group].drop_duplicates("label", keep="last").set_index("label")
+            grid = rows[columns].reindex(labels).to_numpy(dtype=float)
+            mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap="cividis_r", norm=norm, edgecolor="white")
+            for y, x in np.argwhere(~np.isnan(grid)):
+                near = x < len(texts) and is_near(texts[x], rows["calibration_text"][labels[y]])
+                axes.text(x + 0.5, y + 0.5, f"{grid[y, x]:.2f}", ha="center", va="center", fontsize=9,
+                          color="#000000" if norm(grid[y, x]) < 0.5 else "#ffffff",
+                          fontweight="bold" if near else "normal")  # fmt: skip
+            axes.set_title(", ".join(filter(None, (group, setting))))
+            axes.set_xticks(np.arange(len(columns)) + 0.5, [*texts, "mean"], rotation=20, ha="right")
+            axes.set_yticks(np.arange(len(labels)) + 0.5, labels)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        bar = figure.colorbar(mesh, ax=panels[:, across], orientation="horizontal", aspect=30, shrink=0.9)
+        bar.set_label("rise in loss over the dense model (nats)")
+        bar.outline.set_visible(False)
+        bar.solids.set(rasterized=False, edgecolor="face")
+    panels[0, 0].invert_yaxis()
+    figure.supylabel("calibrated on", fontsize=10)
+    figure.suptitle("evaluated on (bold: near the calibration text)", fontsize=10)
+    return figure
+
+
+def plot_texts(frame: pd.DataFrame, title: str = "") -> Figure:
+    """The rise over the dense model in nats against the fraction removed, a panel for each text and their mean."""
+    texts = texts_of(frame)
+    near = [text for text in texts if is_near(text, frame["calibration_text"].dropna().iloc[:1].squeeze())]
+    columns = {f"{ON}{text}": f"{text} ({'near' if text in near else 'far'})" for text in texts}
+    columns |= {"mean_rise_nats": MEAN}
+    down = -(-len(columns) // 2)
+    figure = Figure(figsize=(7.5, 0.8 + 2.7 * down), layout="constrained")
+    panels = figure.subplots(down, 2, squeeze=False, sharex=True, sharey=True).flatten()
+    highest = highest_rise(pd.concat([frame[name] for name in columns]))
+    for axes, (name, words) in zip(panels, columns.items(), strict=False):
+        draw_methods(axes, frame, name, 0.0)
+        axes.set(title=words, ylim=(min(0, frame[list(columns)].min().min()) - 0.03 * highest, highest * 1.06))
+    for axes in panels[len(columns) :]:
+        axes.set_visible(False)
+    for axes in panels[::2]:
+        axes.set_ylabel("rise in loss (nats)")
+    for axes in panels[len(columns) - 2 :]:
+        fraction_axis(axes, frame)
+        axes.tick_params(labelbottom=True)
+    beyond = frame[(frame[list(columns)] > highest).any(axis=1)]
+    words = [f"above the picture: {', '.join(dict.fromkeys(beyond['method']))}"] if len(beyond) else []
+    figure.suptitle("\n".join([title, *words]), fontsize=10)
+    legend(figure, panels[0])
+    return figure
+
+
+def highest_rise(nats: pd.Series) -> float:
+    """The rise above which lines leave the picture, as `highest_shown` has it for the perplexities."""
+    nats = nats.dropna().astype(float)
+    return nats[np.exp(nats) <= highest_shown(np.exp(nats))].max()
+
+
+def draw_methods(axes: Axes, frame: pd.DataFrame, y: str, dense: float) -> None:
+    """A line for each method of the column `y` over the fraction removed, from the dense model's value at nothing."""
+    errors = f"{y}_standard_error"
+    for method, rows in frame.groupby("method", sort=False):
+        rows = rows.sort_values("fraction_removed")
+        colour, marker, dashes = style_of(method, frame["method"])
+        bars = [0, *rows[errors].astype(float).fillna(0)] if errors in rows else None
+        removed, every = [0, *rows["fraction_removed"] * 100], 1 + len(rows) // 30
+        axes.errorbar(
+            removed,
+            [dense, *rows[y]],
+            yerr=bars,
+            label=method,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linestyle=dashes,
+            linewidth=1.5,
+            capsize=2,
+            markevery=every,
+            errorevery=every,
+        )
+    axes.grid()
+
+
+def plot_fidelity(frame: pd.DataFrame, title: str = "") -> Figure:
+    """KL divergence, top-1 agreement and greedy agreement against the fraction removed, a panel each."""
+    words = {"kl_nats": "KL from the dense model (nats)", "top1_agreement": "same likeliest token (%)",
+             "greedy_agreement": "greedy tokens the same (%)"}  # fmt: skip
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    pruned = frame[frame["method"] != "dense"]
+    highest = highest_rise(pruned["kl_nats"])
+    for axes, name in zip(figure.subplots(1, 3), NEARNESS, strict=True):
+        is_share, both = name != "kl_nats", [name, f"{name}_standard_error"]
+        scaled = pruned.assign(**(pruned[both].astype(float) * (100 if is_share else 1)))
+        draw_methods(axes, scaled, name, 100 if is_share else 0)
+        fraction_axis(axes, pruned)
+        axes.set_xlabel("parameters removed (%)")
+        axes.set_ylabel(words[name])
+        axes.set_ylim((-3, 103) if is_share else (-0.03 * highest, highest * 1.12))
+        if not is_share and (beyond := list(dict.fromkeys(pruned["method"][pruned[name] > highest]))):
+            axes.set_title(f"above the picture: {', '.join(beyond)}", fontsize=8, color=FAINT)
+    figure.suptitle(f"{title}; {BARS}" if title else BARS, fontsize=10)
+    legend(figure, figure.axes[0])
     return figure

@@ -5,7 +5,7 @@ from functools import partial
 from bench.records import Record
 
 from . import findings, plots
-from .answers import Question, text_named
+from .answers import ON, Question, text_named
 from .sets import is_timed
 
 RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots")
@@ -79,6 +79,9 @@ QUESTIONS = (
     Question("domain", ("calibration_text", "calibration_sha256", "calibration_ids"), plots.plot_lines,
              findings.alternatives, label=lambda record: text_named(record.case.calibration_text),
              belongs=lambda record: record.case.calibration_sha256 is not None),
+    Question("transfer", ("calibration_text", "calibration_sha256"), plots.plot_transfer, findings.transfer,
+             label=lambda record: text_named(record.case.calibration_text), columns=(ON,),
+             belongs=lambda record: record.case.calibration_sha256 is not None and len(record.texts) > 1),
     Question("rope", ("rope",), plots.plot_lines, findings.alternatives),
     Question("compensation", ("compensation", "ridge"), plots.plot_lines, findings.alternatives, label=ridge_label),
     Question("allocation", ("allocation", "criterion", "granularity", "compensation"), plots.plot_trade_off,

@@ -7,20 +7,35 @@ from pathlib import Path
 
 import pandas as pd
 
+from bench.flips import flips
 from bench.records import Record
 from bench.significance import differences as task_differences
 
 from . import findings
-from .answers import Question, answer, differences, file_of, lead_of, table_of, title_of, with_interval
+from .answers import (
+    ON,
+    Question,
+    answer,
+    differences,
+    file_of,
+    interval_column,
+    lead_of,
+    other_rises,
+    table_of,
+    title_of,
+    with_interval,
+)
 from .files import write_whole
 from .page import Section, page
-from .plots import draw, plot_perplexity, plot_tasks, write_figure
+from .plots import draw, plot_fidelity, plot_perplexity, plot_tasks, plot_texts, write_figure
 from .questions import QUESTIONS
 from .sets import RecordSet, comparable, is_reference, newest_by_case, newest_set, quality
 from .tables import csv_of, markdown_table, write_table
+from .texts import fidelity_frame, fullest, is_near, texts_frame, texts_of
 
 COLUMNS = ["model", "method", "ratio", "kv_ratio", "fraction_removed", "kv_fraction_removed", "perplexity",
-           "perplexity_standard_error", "times_dense", "loss_over_dense", "bits_per_byte", "parameters", "weight_mib",
+           "perplexity_standard_error", "times_dense", "loss_over_dense", "other_texts_rise_nats", "kl_nats",
+           "top1_agreement", "greedy_agreement", "bits_per_byte", "parameters", "weight_mib",
            "kv_bytes_per_token", "prune_s", "perplexity_s", "peak_memory_mib", "dtype", "device"]  # fmt: skip
 NOISE = "Differences with paired intervals at 95 % (bootstrap; of fewer than ten pairs Student's t); ≈: within noise."
 METHODS = ("preset", "criterion")  # the questions whose records are told apart by their method
@@ -34,11 +49,12 @@ def records_frame(records: Sequence[Record]) -> pd.DataFrame:
     empty where there is none.
     """
     newest = newest_by_case(records)
-    dense = {comparable(r): r for r in newest if is_reference(r)}
+    dense = {comparable(r): r for r in sorted(newest, key=lambda one: len(one.texts)) if is_reference(r)}
     references = [dense.get(comparable(record)) for record in newest]
     changes = differences(newest, references)
+    others = [other_rises([one], reference)[0] for one, reference in zip(newest, references, strict=True)]
     rows = []
-    for record, reference, change in zip(newest, references, changes, strict=True):
+    for record, reference, change, rise in zip(newest, references, changes, others, strict=True):
         rows.append({
             **vars(record.case),
             "method": record.method,
@@ -46,6 +62,7 @@ def records_frame(records: Sequence[Record]) -> pd.DataFrame:
             "perplexity_standard_error": record.standard_errors.get("perplexity"),
             "times_dense": record.metrics["perplexity"] / reference.metrics["perplexity"] if reference else None,
             "loss_over_dense": with_interval(change) if change else None,
+            "other_texts_rise_nats": rise,
             "weight_mib": record.metrics["weight_bytes"] / 2**20,
         })  # fmt: skip
     frame = pd.DataFrame(rows)
@@ -57,6 +74,9 @@ def records_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 def tasks_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row for each newest case, task and metric that has scores; `over_dense` as in `records_frame`.
+
+    `lost` and `won` count answers that were right and are wrong, and the other way round, `mcnemar_p` says how likely
+    so uneven a change is by chance: where each item is right or wrong.
 
     Only records with the tasks, and the items, of the last one that has any.
     """
@@ -72,16 +92,21 @@ def tasks_frame(records: Sequence[Record]) -> pd.DataFrame:
         for task, result in record.tasks.items():
             for metric, value in result["metrics"].items():
                 change = changes.get(f"{task} {metric}") if metric != "perplexity" else None
+                flipped = None
+                if change is not None:
+                    flipped = flips(result["scores"][metric], dense.tasks[task]["scores"][metric])
                 rows.append({
                     "capability": result["capability"], "task": task, "version": result["version"],
                     "shots": result["shots"], "items": result["items"], "metric": metric, "chance": result["chance"],
                     "method": record.method, "ratio": record.case.ratio, "value": value,
                     "standard_error": result["standard_errors"][metric],
                     "over_dense": with_interval(change) if change else None,
+                    "lost": flipped.lost if flipped else None, "won": flipped.won if flipped else None,
+                    "mcnemar_p": flipped.p_value if flipped else None,
                     "over_dense_mean": change.mean if change else None,
                     "over_dense_high": change.high if change else None,
                 })  # fmt: skip
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows).astype({"lost": "Int64", "won": "Int64"})
     order = {task: position for position, task in enumerate(with_tasks[-1].tasks)}
 
     def in_order(column: pd.Series) -> pd.Series:
@@ -139,6 +164,7 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
     answers = {question.name: _question(question, chosen, directory, note) for question in QUESTIONS}
     parts = [*answers.values()]
     parts.insert(2, _capability(chosen, directory, note))
+    parts[1:1] = filter(None, (_texts(chosen, directory, note), _fidelity(chosen, directory, note)))
     sections = [section for section, _, _ in parts]
     if all(answers[name][0].table is None for name in METHODS):  # else these two show the same
         sections.insert(0, overview[0])
@@ -175,9 +201,55 @@ def _methods(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, li
             pairs,
             list(pairs),
         )
-    shown = [name for name in COLUMNS[1:15] if frame[name].notna().any()]
+    shown = [name for name in COLUMNS[1:19] if frame[name].notna().any()]
     section = Section("overview", title, table=frame[shown], picture=directory / "perplexity.svg")
     return section, files, markdown_table(frame, shown)
+
+
+def _texts(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, list[Path], str] | None:
+    """Every method on every evaluation text; None where there is one text only."""
+    records = fullest(methods_of(chosen))
+    dense = max(filter(is_reference, chosen.records), key=lambda record: len(record.texts), default=None)
+    frame = texts_frame(records, dense)
+    if not len(frame):
+        return None
+    calibration = chosen.calibration[0] if chosen.calibration else None
+    table = frame[["method", "ratio", "kv_ratio"]].dropna(axis="columns", how="all")
+    for text in texts_of(frame):
+        side = "near" if is_near(text, calibration) else "far"
+        table[f"{text} ({side})"] = interval_column(frame, f"{ON}{text}")
+    table["mean_rise_nats"] = frame["mean_rise_nats"]
+    title = "How do the methods do near the calibration text and far from it?"
+    counts = ", ".join(f"{len(text['losses'])} of {text['name']}" for text in dense.texts)
+    about = f"Rise of the loss over the dense model in nats; windows: {counts}."
+    files = write_table(directory / "texts", title, f"{note} {about} {NOISE}", table, list(table))
+    pictured = frame[frame["kv_ratio"].isna()]
+    files += write_figure(directory / "texts", draw(plot_texts, pictured, chosen.newest.case.model))
+    sentences = findings.texts(frame)
+    section = Section("texts", title, about, sentences=sentences, table=table, picture=directory / "texts.svg")
+    return section, files, f"{title}\n  " + "\n  ".join(sentences)
+
+
+def _fidelity(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, list[Path], str] | None:
+    """How near every method stays to the dense model; None where that was not measured."""
+    frame = fidelity_frame(fullest(methods_of(chosen)))
+    if not len(frame) or (frame["method"] == "dense").all():
+        return None
+    title = "What does perplexity hide? Predictions beside the dense model's"
+    compared = len(chosen.newest.texts[0]["kl_nats"]) if chosen.newest.texts else 0
+    about = (
+        f"KL divergence of the dense model's predictions and the share of places with the same likeliest token, on "
+        f"{compared} windows; share of the tokens of greedy continuations up to the first difference."
+    )
+    shown = [name for name in frame if name != "fraction_removed" and frame[name].notna().any()]
+    files = write_table(directory / "fidelity", title, f"{note} {about}", frame, shown)
+    pictured = frame[frame["kv_ratio"].isna()]
+    files += write_figure(directory / "fidelity", draw(plot_fidelity, pictured, chosen.newest.case.model))
+    sentences = findings.fidelity(frame)
+    section = Section(
+        "fidelity", title, about, sentences=sentences, table=frame[shown], picture=directory / "fidelity.svg"
+    )
+    return section, files, f"{title}\n  " + "\n  ".join(sentences)
 
 
 def _capability(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, list[Path], str]:
@@ -195,9 +267,10 @@ def _capability(chosen: RecordSet, directory: Path, note: str) -> tuple[Section,
         title = f"{chosen.newest.case.model}, {chosen.newest.case.dtype}, {several} items a task"
         files += write_figure(directory / "tasks", draw(plot_tasks, frame, title))
         picture = directory / "tasks.svg"
-    shown = ["task", "items", "method", "ratio", "value", "standard_error", "over_dense"]
+    shown = ["task", "items", "method", "ratio", "value", "standard_error", "over_dense", "lost", "won", "mcnemar_p"]
     accuracy = frame[frame["metric"] == "acc"]
-    section = Section(name, title_of(name), lead_of(name), file_of(name), sentences=findings.tasks(frame),
+    sentences = [*findings.tasks(frame), *findings.flips(frame)]
+    section = Section(name, title_of(name), lead_of(name), file_of(name), sentences=sentences,
                       table=frame[["task", "metric", *shown[1:]]], picture=picture)  # fmt: skip
     return section, files, markdown_table(accuracy, shown) if len(accuracy) else ""
 
@@ -230,6 +303,7 @@ def write_all_cells(chosen: RecordSet, path: Path) -> Path:
     rows = [
         {"method": record.method, **vars(record.case), **record.metrics,
          **{f"{name}_standard_error": error for name, error in record.standard_errors.items()},
+         **{f"loss_nats {text['name']}": text["loss_nats"] for text in record.texts[1:]},
          "command": record.command}
         for record in newest_by_case(chosen.records)
     ]  # fmt: skip

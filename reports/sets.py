@@ -13,7 +13,7 @@ CALIBRATION = ("calibration_text", "calibration_sha256", "calibration_ids", "cal
                "calibration_seq_len", "seed")  # fmt: skip
 SPEED = "decode_tokens_per_s"
 # measured on the side: they change no other figure
-ASIDE = ("tasks", "task_limit", "decode_tokens")
+ASIDE = ("tasks", "task_limit", "decode_tokens", "other_texts", "other_sha256", "other_windows", "compared_windows")
 QUALITY = attrgetter(*(name for name in Case.__dataclass_fields__ if name not in ASIDE))
 
 _shared, _calibration = attrgetter(*SHARED), attrgetter(*CALIBRATION)

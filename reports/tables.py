@@ -20,7 +20,9 @@ TABLE_FORMATS = {
     "parameters": "{:,.0f}", "weight_mib": "{:.1f}", "packed_weight_mib": "{:.1f}", "prune_s": "{:.2f}",
     "perplexity_s": "{:.1f}",
     "peak_memory_mib": "{:,.0f}", "calibration_tokens": "{:,.0f}", "recovery_tokens": "{:,.0f}", "ratio": "{:g}",
-    "kv_ratio": "{:g}",
+    "kv_ratio": "{:g}", "other_texts_rise_nats": "{:.3f}", "mean_rise_nats": "{:.3f}", "kl_nats": "{:.3f}",
+    "kl_nats_standard_error": "{:.3f}", "top1_agreement": "{:.3f}", "top1_agreement_standard_error": "{:.3f}",
+    "greedy_agreement": "{:.3f}", "greedy_agreement_standard_error": "{:.3f}", "mcnemar_p": "{:.2g}",
 }  # fmt: skip
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",

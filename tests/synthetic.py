@@ -50,6 +50,7 @@ class Maker:
     def __init__(self, seed: int = 0, windows: int = 48):
         self.generator = np.random.default_rng(seed)
         self.windows = self.generator.normal(3.4, 0.3, windows)
+        self.others = [np.random.default_rng(seed + place).normal(2.5, 0.3, 8) for place in (1, 2)]
 
     def record(self, case: Case, **changes) -> Record:
         attention = 1 - case.ratio if case.mha_dim is None else case.mha_dim / (HEADS * HEAD_DIM * 3)
@@ -68,15 +69,16 @@ class Maker:
             losses = self.windows
         loss = float(losses.mean())
         error = float(losses.std(ddof=1) / len(losses) ** 0.5)
+        texts, nearness = self.texts(case, cost, losses)
         bytes_each = {"": 4, "int8": 1, "int4": 0.5}[case.quantisation]
         parameters = int(1e8 * (1 - removed))
         metrics = {
             "perplexity": math.exp(loss), "bits_per_byte": loss / 3, "loss_nats": loss, "tokens": 48 * 255,
             "fraction_removed": removed, "kv_fraction_removed": 1 - attention, "parameters": parameters,
             "weight_bytes": int(parameters * bytes_each), "kv_bytes_per_token": int(23040 * attention),
-            "peak_memory_mib": 900, "prune_s": 1.0, "perplexity_s": 2.0,
+            "peak_memory_mib": 900, "prune_s": 1.0, "perplexity_s": 2.0, **nearness,
         }  # fmt: skip
-        errors = {"perplexity": math.exp(loss) * error, "loss_nats": error}
+        errors = {"perplexity": math.exp(loss) * error, "loss_nats": error, **dict.fromkeys(nearness, 0.02)}
         if case.decode_tokens:
             metrics["decode_tokens_per_s"] = 30 * (1 + removed) + self.generator.normal(0, 0.3)
             errors["decode_tokens_per_s"] = 0.4
@@ -85,10 +87,28 @@ class Maker:
         return Record(
             case, method_of(case), metrics, errors,
             {"device": "Imaginary CPU @ 2 GHz", "torch": "2", "transformers": "5", "transact": "0", "python": "3"},
-            losses=tuple(losses.tolist()), widths=(width,) * LAYERS,
+            losses=tuple(losses.tolist()), widths=(width,) * LAYERS, texts=texts,
+            greedy_agreement=(nearness["greedy_agreement"],) * 16,
             command=f"python -m pytest 'ablations/ablate_criterion.py::test_criterion[{case.criterion}-{case.ratio}]' "
             "--model synthetic", **changes,
         )  # fmt: skip
+
+    def texts(self, case: Case, cost: float, losses: np.ndarray) -> tuple[tuple[dict, ...], dict[str, float]]:
+        """The texts of a record, the others dearer than that it was calibrated on; and how near it is to dense."""
+        distance = {"embedded": 1.0, "sources": 2.2, "probes": 1.8}
+        source = (case.calibration_text or "embedded").removesuffix(":calibration")
+        texts = []
+        for name, windows in zip(distance, (self.windows, *self.others), strict=True):
+            far = 1.0 if name == source else max(distance[name], 1.5)
+            noise = self.generator.normal(0, 0.01 + 0.02 * cost, len(windows)) if cost else 0
+            own = losses if name == "embedded" else windows + far * cost + noise
+            shares = {"kl_nats": [0.8 * far * cost] * 8, "top1_agreement": [math.exp(-far * cost)] * 8}
+            texts.append({
+                "name": f"{name}:evaluation", "sha256": {"embedded": "b"}.get(name, name[0]) * 64, "tokens": 2040,
+                "loss_nats": float(own.mean()), "losses": own.tolist(), **shares,
+            })  # fmt: skip
+        nearness = {"kl_nats": 0.8 * cost, "top1_agreement": math.exp(-cost), "greedy_agreement": math.exp(-4 * cost)}
+        return tuple(texts), nearness
 
     def every_question(self) -> Iterator[Record]:
         """The dense model, and the grid of each ablation file."""
@@ -113,8 +133,10 @@ class Maker:
             yield self.record(replace(BASE, shots=shots, ratio=ratio))
         for samples, length in product((4, 16, 64), (64, 256, 1024)):
             yield self.record(replace(BASE, calibration_samples=samples, calibration_seq_len=length))
-        for text, digest in (("stories", "d" * 64), ("wikitext2", "e" * 64)):
-            yield self.record(replace(BASE, calibration_text=text, calibration_sha256=digest))
+        texts = ("stories", "d"), ("wikitext2", "e"), ("sources:calibration", "c")
+        for (text, letter), name, ratio in product(texts, ("best", "transact", "flap"), (0.1, 0.3)):
+            preset = replace(BASE, **PRESETS[name], ratio=ratio)
+            yield self.record(replace(preset, calibration_text=text, calibration_sha256=letter * 64))
         for rope, ratio in product(("pairs", "released"), (0.1, 0.3)):
             yield self.record(replace(BASE, rope=rope, ratio=ratio))
         for compensation, ratio in product(("none", "bias", "dense", "pruned"), (0.3, 0.5)):

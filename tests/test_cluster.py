@@ -105,6 +105,8 @@ def test_a_worker_with_other_code_measures_nothing(tiny_directory, tiny_text):
     refused = measure_cell(settings, replace(case, code="older"))
     assert refused.status == "failed"
     assert refused.error == f"ValueError: the worker's code is {case.code}, the driver's older"
+    refused = measure_cell(settings, replace(case, other_sha256="f" * 64))
+    assert refused.error == f"ValueError: the worker's other_sha256 is , the driver's {'f' * 64}"
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,28 @@ def test_bench_perplexity_prints_json_last(tiny_directory, tiny_text, capsys):
     assert {"perplexity", "bits_per_byte", "sha256", "standard_error"} <= result.keys()
 
 
+def test_bench_perplexity_prints_a_line_for_each_text(tiny_directory, tiny_text, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("w1 w2 w3 w4 w5 " * 20)
+    arguments = ["perplexity", str(tiny_directory), "--seq-len", "20", "--windows", "5", "--device", "cpu", "--text"]
+    assert bench_main([*arguments, f"{tiny_text},{other}"]) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["text"] for one in results] == ["words.txt", "other.txt"]
+    assert bench_main([*arguments, str(other)]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(results[1]["loss"])
+    for texts, message in (
+        (f"{tiny_text},nofile", "no text 'nofile', allowed: embedded"),
+        (f"{other},{other}", "is the same as 'other.txt' before it: name each text once"),
+    ):
+        assert bench_main([*arguments, texts]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    other.write_text("w1 " * 19)
+    assert bench_main([*arguments, f"{tiny_text},{other}"]) == 2
+    assert "evaluation text 'other.txt': the text is too short: 19 tokens" in capsys.readouterr().err
+
+
 def test_bench_perplexity_is_strict_json(tiny_directory, tiny_text, capsys):
     arguments = ["--text", str(tiny_text), "--seq-len", "40", "--windows", "1", "--device", "cpu"]
     assert bench_main(["perplexity", str(tiny_directory), *arguments]) == 0

@@ -173,13 +173,19 @@ def test_estimates_come_from_like_records_or_a_stated_rate():
     cases = [replace(CASE, ratio=ratio) for ratio in (0.1, 0.2, 0.3)]
     by_rate = estimate(cases, [], 10**8)
     assert (by_rate.cells, by_rate.recorded, by_rate.measured) == (3, 0, 0)
-    tokens = 3 * 3 * 8 + 2 * 8  # three evaluations, one calibration
+    evaluation = 3 * 8 * 1.3 + 16 * (32 + 64)  # its windows, compared with the dense model, and greedy continuations
+    tokens = 3 * evaluation + 2 * 8  # three evaluations, one calibration
     assert by_rate.seconds == pytest.approx(3 * 1.5 + tokens * 2e8 / 2.4e11)
     measured = record(ratio=0.1)
     measured = replace(measured, metrics={**measured.metrics, "cell_s": 90.0})
     assert str(estimate(cases, [measured], 10**8)) == (
         "3 cells, 1 with records; the other 2 take about 3 minutes (2 by the recorded seconds of like cells, 0 by a "
         "stated rate)"
+    )
+    others = replace(cases[0], other_texts="a+b", other_windows=2, compared_windows=1)
+    more = (2 * 2 * 8 + 3 * 8 * 0.3) - 3 * 8 * 0.3  # two windows of both, and the first of each text compared
+    assert estimate([others], [], 10**8).seconds - estimate(cases[:1], [], 10**8).seconds == pytest.approx(
+        more * 2e8 / 2.4e11
     )
     failed = replace(measured, status="failed")
     assert estimate(cases, [failed], 10**8).recorded == 0

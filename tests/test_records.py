@@ -39,7 +39,12 @@ def record(criterion: str = "activation", ratio: float = 0.2, perplexity: float 
     environment = {"device": "cpu", "torch": "2", "transformers": "5", "transact": "0"}
     case = replace(CASE, criterion=criterion, ratio=ratio, **changes)
     losses = tuple(math.log(perplexity) + change for change in (-0.1, 0.0, 0.1))
-    return Record(case, criterion, metrics, {"perplexity": 1.0}, environment, losses=losses)
+    text = {"name": case.evaluation_text, "sha256": case.evaluation_sha256, "tokens": 21, "loss_nats": losses[1],
+            "losses": losses, "kl_nats": (0.1, 0.2), "top1_agreement": (0.8, 0.6)}  # fmt: skip
+    return Record(
+        case, criterion, metrics, {"perplexity": 1.0}, environment, losses=losses, texts=(text,),
+        greedy_agreement=(0.5, 1.0, 0.0),
+    )  # fmt: skip
 
 
 def test_round_trip(tmp_path):
@@ -63,6 +68,20 @@ def test_versions_of_tasks_are_text_in_older_records_too(tmp_path):
     assert complaints == []
     assert [one.tasks["words"]["version"] for one in read] == ["2", "2"]
     check_comparable(*read)
+
+
+def test_records_from_before_other_texts_are_read(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_record(path, record())
+    older = json.loads(path.read_text())
+    del older["texts"], older["greedy_agreement"]
+    for name in ("other_texts", "other_sha256", "other_windows", "compared_windows"):
+        del older["case"][name]
+    path.write_text(json.dumps(older) + "\n")
+    [read], complaints = read_records(path)
+    assert complaints == []
+    assert (read.case, read.texts, read.greedy_agreement) == (CASE, (), ())
+    assert "30.00" in write_report([read], tmp_path)[0]
 
 
 def test_not_a_number_becomes_null(tmp_path):

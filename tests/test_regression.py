@@ -30,6 +30,14 @@ def moved(one, nats: float, spread: float = 0.0):
     return replace(one, losses=losses)
 
 
+def nearer(one, score: str, by: float, spread: float = 0.0):
+    """The record with another KL divergence or agreement in every window."""
+    if score == "greedy_agreement":
+        return replace(one, greedy_agreement=tuple(share + by for share in one.greedy_agreement))
+    first, second = one.texts[0][score]
+    return replace(one, texts=(one.texts[0] | {score: (first + by - spread, second + by + spread)},))
+
+
 def verdicts_after(change, tmp_path):
     path = tmp_path / "baseline.json"
     write_baseline(path, some_records())
@@ -50,6 +58,15 @@ def verdicts_after(change, tmp_path):
         (lambda one: moved(one, 0.12, spread=0.2), ["", "worse", ""]),  # never more than 10 %
         (lambda one: moved(one, 9.0), ["", "worse", ""]),
         (lambda one: replace(one, metrics={**one.metrics, "parameters": 999}), ["", "parameters were 1,000", ""]),
+        (lambda one: nearer(one, "kl_nats", 0.009), ["", "", ""]),
+        (lambda one: nearer(one, "kl_nats", 0.011), ["", "kl_nats worse", ""]),
+        (lambda one: nearer(one, "kl_nats", -0.011), ["", "kl_nats better: bless it", ""]),
+        (lambda one: nearer(one, "kl_nats", 0.05, spread=0.1), ["", "", ""]),  # three standard errors are 0.3
+        (lambda one: nearer(one, "kl_nats", 0.11, spread=0.1), ["", "kl_nats worse", ""]),  # never more than 0.1
+        (lambda one: nearer(one, "top1_agreement", -0.02), ["", "top1_agreement worse", ""]),
+        (lambda one: nearer(one, "top1_agreement", 0.02), ["", "top1_agreement better: bless it", ""]),
+        (lambda one: nearer(one, "greedy_agreement", -0.02), ["", "greedy_agreement worse", ""]),
+        (lambda one: moved(nearer(one, "kl_nats", -0.5), 0.5), ["", "worse", ""]),  # perplexity first
     ],
 )
 def test_verdicts(change, complaints, tmp_path):
@@ -81,6 +98,25 @@ def test_cells_without_a_perplexity_are_compared_by_their_losses(tmp_path):
     assert [verdict.complaint for verdict in better] == ["", "better: bless it", ""]
     for verdicts in (same, changed, better):
         assert "inf" not in regression.table(verdicts)
+
+
+def test_the_table_shows_how_near_to_the_dense_model(tmp_path):
+    lines = regression.table(verdicts_after(lambda one: nearer(one, "kl_nats", 0.25), tmp_path)).splitlines()
+    assert [line.index("KL nats") for line in lines[:1]]
+    assert "0.150 -> 0.400  0.700 -> 0.700  0.500 -> 0.500" in lines[2]
+    assert lines[2].endswith("kl_nats worse")
+    assert lines[1].endswith("as before")
+
+
+def test_a_baseline_of_an_older_version_asks_for_a_new_one(tmp_path):
+    path = tmp_path / "baseline.json"
+    write_baseline(path, some_records())
+    older = json.loads(path.read_text())
+    for cell in older["cells"].values():
+        del cell["kl_nats"]
+    path.write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="cell 'dense' has no kl_nats: --bless writes a new baseline"):
+        read_baseline(path)
 
 
 def test_a_baseline_can_be_reviewed(tmp_path):

@@ -15,14 +15,16 @@ from xml.etree import ElementTree
 import pytest
 
 from bench.records import append_record, finite, read_records
+from reports import findings
 from reports.__main__ import main
-from reports.answers import answer, table_of
+from reports.answers import answer, rises_of_texts, table_of, text_label, text_named
 from reports.files import write_whole
 from reports.findings import plain
 from reports.questions import QUESTIONS
-from reports.report import write_report
-from reports.sets import newest_set
+from reports.report import records_frame, tasks_frame, write_report
+from reports.sets import ASIDE, newest_set
 from reports.tables import latex_table, markdown_table
+from reports.texts import is_near, texts_frame, texts_of
 from tests.synthetic import BASE, DENSE, PRESETS, Maker
 
 BY_NAME = {question.name: question for question in QUESTIONS}
@@ -110,7 +112,7 @@ def test_questions_without_records_are_said_to_have_none(tmp_path):
 def test_a_question_takes_records_that_differ_in_its_fields_only(records, name):
     question = BY_NAME[name]
     found = answer(question, newest_set(records))
-    free = {*question.subject, *question.along, "tasks", "task_limit", "decode_tokens", "seed"}
+    free = {*question.subject, *question.along, *ASIDE, "seed"}
     fixed = [field for field in vars(BASE) if field not in free and not field.startswith("calibration")]
     for _, group in found.frame.groupby("group"):
         assert all(group[field].nunique(dropna=False) == 1 for field in fixed)
@@ -128,7 +130,7 @@ def test_the_expected_cells_answer(records):
     assert sizes["allocation"] == 3 * 6 + 3  # FLAP's has no cache budget
     assert sizes["layer"] == 8
     assert sizes["calibration"] == 9
-    assert sizes["domain"] == 3
+    assert sizes["domain"] == sizes["transfer"] == 4 * 3 * 2
     assert sizes["recovery"] == 4
     assert sizes["quantisation"] == 6
 
@@ -312,6 +314,105 @@ def test_presets_of_the_synthetic_records_are_those_of_the_core():
         assert all(getattr(REAL[name], field) == value for field, value in fields.items())
 
 
+def record_on(case, texts: dict[str, list[float]], calibration: str = "near:calibration", **changes):
+    """A record with these losses on these texts, the first the main one."""
+    one = Maker(windows=2).record(replace(case, calibration_text=calibration if case.ratio else None), **changes)
+    losses = next(iter(texts.values()))
+    metrics = {**one.metrics, "loss_nats": sum(losses) / len(losses), "kl_nats": 0.25}
+    entries = tuple(
+        {"name": name, "sha256": name[0] * 64, "tokens": 9, "loss_nats": sum(each) / len(each), "losses": each,
+         "kl_nats": [0.2, 0.3], "top1_agreement": [0.5, 0.75]}
+        for name, each in texts.items()
+    )  # fmt: skip
+    return replace(one, losses=tuple(losses), texts=entries, metrics=metrics)
+
+
+def some_texts():
+    """The dense model, and two presets of which each is better on one of two texts."""
+    dense = record_on(DENSE, {"near:evaluation": [3.0, 4.0], "far": [2.0, 2.5, 3.0]})
+    best = record_on(
+        replace(BASE, **PRESETS["best"]), {"near:evaluation": [3.1, 4.3], "far": [2.5, 3.0, 3.8]}
+    )  # fmt: skip
+    flap = record_on(
+        replace(BASE, **PRESETS["flap"]), {"near:evaluation": [3.5, 4.5], "far": [2.2, 2.8, 3.4]}
+    )  # fmt: skip
+    return dense, best, flap
+
+
+def test_every_text_has_its_rise_and_all_their_mean(tmp_path):
+    dense, best, flap = some_texts()
+    frame = texts_frame([dense, best, flap], dense)
+    rows = frame.set_index("method")
+    assert rows.loc["best", ["on near", "on far", "mean_rise_nats"]].tolist() == pytest.approx([0.2, 0.6, 0.4])
+    assert rows.loc["flap", ["on near", "on far", "mean_rise_nats"]].tolist() == pytest.approx([0.5, 0.3, 0.4])
+    assert texts_of(frame) == ["near", "far"]
+    printed, _ = write_report([dense, best, flap], tmp_path)
+    assert "Least on each: “best” on near; “flap” on far." in printed
+    head = (tmp_path / "texts.csv").read_text().splitlines()[0]
+    assert head == "method,ratio,near (near),far (far),mean_rise_nats"
+    assert records_frame([dense, best, flap])["other_texts_rise_nats"].tolist()[1:] == pytest.approx([0.6, 0.3])
+    assert "0.600" in (tmp_path / "preset.md").read_text()
+    assert "is nearest to the dense model: KL divergence 0.250 nats" in printed
+    assert "on 2 windows" in (tmp_path / "fidelity.md").read_text()
+
+
+def test_texts_of_the_same_name_are_told_apart_and_other_windows_are_not_paired():
+    dense, best, _ = some_texts()
+    entries = [dense.texts[0] | {"name": "far"}, dense.texts[1]]
+    twin = replace(dense, texts=tuple(entries))
+    assert [text_label(place, twin) for place in (0, 1)] == ["far nnnnnn", "far ffffff"]
+    short = replace(best, texts=(best.texts[0], best.texts[1] | {"losses": [2.0]}))
+    assert list(rises_of_texts([short, best], dense)[0]) == ["near"]
+    assert rises_of_texts([best], None) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "calibration", "near"),
+    [("embedded:evaluation", "embedded:calibration", True), ("sources:evaluation", "embedded:calibration", False),
+     ("probes", None, False), ("my.txt", "my.txt", True), ("sources:evaluation", "self,sources:calibration", True)],
+)  # fmt: skip
+def test_near_is_the_source_of_the_calibration_text(evaluation, calibration, near):
+    assert is_near(evaluation, calibration) == near
+
+
+def test_a_mixture_is_called_as_it_was_asked_for():
+    assert text_named("self,embedded:calibration,sources:calibration") == "self,embedded,sources"
+
+
+def test_transfer_compares_calibration_texts_by_the_mean_of_all_texts(tmp_path):
+    dense, best, _ = some_texts()
+    other = record_on(best.case, {"near:evaluation": [3.4, 4.4], "far": [2.1, 2.6, 3.1]}, "far:calibration")
+    other = replace(other, case=replace(other.case, calibration_sha256="f" * 64))
+    found = answer(BY_NAME["transfer"], newest_set([dense, best, other]))
+    table = table_of(found).set_index("transfer")
+    assert table["mean_rise_nats"].to_dict() == pytest.approx({"near": 0.4, "far": 0.25})
+    assert table.loc["far", "on far"].startswith("+0.100 [")
+    assert BY_NAME["transfer"].find(found)[0] == (
+        "With 30 % removed the mean rise over 2 texts is least with “calibrated on far”, 0.250 nats; 0.150 near and "
+        "0.500 far on the average."
+    )
+
+
+def test_flips_of_known_items_are_counted_in_both_directions():
+    def answered(case, scores):
+        result = {"version": 1.0, "shots": 0, "items": 8, "sha256": "d" * 64, "capability": None, "chance": None,
+                  "metrics": {"acc": sum(scores) / 8, "f1": 0.5}, "standard_errors": {"acc": 0.1, "f1": 0.1},
+                  "scores": {"acc": scores, "f1": [0.5] * 8}}  # fmt: skip
+        return Maker().record(replace(case, tasks="t"), tasks={"t": result})
+
+    dense = answered(DENSE, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    pruned = answered(BASE, [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    frame = tasks_frame([dense, pruned])
+    rows = frame[frame["metric"] == "acc"].set_index("method")
+    assert rows.loc["transact", ["lost", "won"]].tolist() == [5, 1]
+    assert rows.loc["transact", "mcnemar_p"] == 2 * (1 + 6) / 2**6
+    assert frame[frame["metric"] == "f1"]["lost"].isna().all()  # no score of right or wrong
+    assert findings.flips(frame) == [
+        "“transact” with 30 % removed answers 6 of 8 items otherwise than the dense model: 5 that were right are "
+        "wrong, 1 that were wrong are right (McNemar's exact p 0.22)."
+    ]
+
+
 def test_every_ablation_file_has_a_question():
     from reports.answers import ABLATIONS
 
@@ -382,3 +483,12 @@ def test_models_without_a_perplexity_keep_their_loss(which, records, tmp_path, c
     for path in (path for suffix in ("md", "csv", "tex") for path in tmp_path.glob(f"*.{suffix}")):
         assert not re.search(r"\b(inf|nan|None)\b", path.read_text(encoding="utf-8")), path
     assert not re.search(r"\b(inf|nan)\b", capsys.readouterr().out)
+
+
+def test_the_highest_line_stays_in_the_picture():
+    from pandas import Series
+
+    from reports.plots import highest_rise
+
+    assert highest_rise(Series([0.157, 0.381, 0.335])) == 0.381
+    assert highest_rise(Series([0.1, 0.2, 0.3, 4.0])) == 0.3
