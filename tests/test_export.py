@@ -15,7 +15,7 @@ from transact import PRESETS, Recipe, Widths, fraction_removed, kv_fraction_remo
 from transact.__main__ import main
 from transact.allocate import plain_widths, removal_losses, shared_pairs
 from transact.criteria import LayerScores
-from transact.export import check_exportable, plain_llama, write_gguf
+from transact.export import plain_llama, write_gguf
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
 PLAIN = replace(PRESETS["best"], allocation="plain")
@@ -73,9 +73,9 @@ def test_what_padding_would_undo_is_refused():
     dense = tiny_llama("gqa")
     pruned = transact.prune(dense, WINDOWS, recipe="transact", ratio=0.4)
     with pytest.raises(ValueError, match=r"of the 39\.\d% of the linear parameters .* prune with --plain"):
-        check_exportable(pruned.model)
+        plain_llama(pruned.model)
     with pytest.raises(ValueError, match="a pruned checkpoint is exported, this one is of type 'llama'"):
-        check_exportable(dense)
+        plain_llama(dense)
 
 
 def test_plain_widths_are_the_cheapest_pair():

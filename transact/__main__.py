@@ -26,7 +26,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .criteria import CRITERIA
-from .export import GGUF_TYPES, plain_llama, write_gguf
+from .export import FORMATS, GGUF_TYPES, check_exportable, check_tokenizer, plain_llama, write_gguf
 from .inputs import (
     DTYPES,
     EMBEDDED_MODEL,
@@ -415,7 +415,10 @@ def pruning_summary(dense: torch.nn.Module, pruned: Pruned) -> dict:
 
 def export_command(options: argparse.Namespace) -> None:
     out = check_export_destination(options.out, options.format, overwrite=options.overwrite)
+    check_exportable(read_config(options.directory), options.format)
     model, tokenizer = load_model(options.directory, device="cpu")
+    if options.format == "gguf":
+        check_tokenizer(tokenizer, model)
     plain = plain_llama(model, pad=options.pad)
     pruned, size = fraction_removed(model.config, widths_of(model.config)), plain.num_parameters()
     extra = size - model.num_parameters()
@@ -554,7 +557,7 @@ def build_parser() -> argparse.ArgumentParser:
     export = command("export", export_command, "write a pruned checkpoint for tools that know only plain Llamas")
     export.add_argument("directory", help="a pruned checkpoint directory")
     export.add_argument("out", help="what to write: a directory (llama) or a file (gguf); must not exist")
-    export.add_argument("--format", choices=["llama", "gguf"], default="llama",
+    export.add_argument("--format", choices=FORMATS, default="llama",
                         help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp (llama)")  # fmt: skip
     export.add_argument("--type", choices=[*GGUF_TYPES], default="f16", help="of matrices in a GGUF file (f16)")
     export.add_argument("--pad", action="store_true", help="pad with zeros up to the widest layer, whatever it costs")
