@@ -80,6 +80,14 @@ def tiny_llama(variant: str = "gqa", *, seed: int = 0, layers: int = 2, head_dim
     return _unsettled(LlamaForCausalLM(config).eval())
 
 
+def llama_with(**settings) -> LlamaForCausalLM:
+    """The tiny GQA Llama with another configuration that has the same weights."""
+    dense = tiny_llama("gqa")
+    model = LlamaForCausalLM(LlamaConfig(**{**dense.config.to_dict(), **settings})).eval()
+    model.load_state_dict(dense.state_dict())
+    return model
+
+
 @torch.no_grad()
 def _unsettled(model: torch.nn.Module) -> torch.nn.Module:
     for parameter in model.parameters():
@@ -115,6 +123,22 @@ def random_plan(config: LlamaConfig, *, seed: int = 0, drop_heads: bool = False)
         )
 
     return Plan(tuple(layer() for _ in range(config.num_hidden_layers)))
+
+
+def plain_plan(config: LlamaConfig, *, head_dim: int, mlp: int = 24) -> Plan:
+    """A plan that a plain Llama holds without padding: the same RoPE pairs and widths in all heads and layers."""
+    kv_heads = config.num_key_value_heads
+    return Plan(
+        tuple(
+            LayerPlan(
+                kv_heads=torch.arange(kv_heads),
+                rope_pairs=torch.arange(head_dim_of(config) // 2)[-head_dim // 2 :].repeat(kv_heads, 1),
+                value_dims=torch.arange(head_dim).repeat(kv_heads, 1),
+                mlp_dims=torch.arange(mlp),
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+    )
 
 
 def scores_of(model: LlamaForCausalLM, criterion: str, windows: torch.Tensor | None = None) -> list[LayerScores]:

@@ -192,7 +192,7 @@ def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
         "num_attention_heads": padded.kv_heads * group, "num_key_value_heads": padded.kv_heads,
         "intermediate_size": padded.mlp, "attention_bias": config.attention_bias or config.attention_output_bias,
         "mlp_bias": config.mlp_bias or config.mlp_output_bias, "tie_word_embeddings": is_tied(model),
-        "rope_parameters": _rope_parameters(config, padded, pairs),
+        "rope_parameters": _rope_parameters(model, padded, pairs),
     }  # fmt: skip
     plain_config = LlamaConfig(**settings)
     plain_config._attn_implementation = config._attn_implementation
@@ -213,7 +213,10 @@ def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
         for name in ("gate_proj", "up_proj", "down_proj"):
             _fill(getattr(layer.mlp, name), getattr(narrow.mlp, name))
     plain.tie_weights()
-    plain.model.rotary_emb = type(plain.model.rotary_emb)(plain_config).to(model.device)
+    if _keeps_rope(config, padded, pairs):
+        plain.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    else:
+        plain.model.rotary_emb = LlamaRotaryEmbedding(plain_config).to(model.device)
     plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.eval()
 
@@ -256,12 +259,13 @@ def _keeps_rope(config: PretrainedConfig, padded: Widths, pairs: list[int]) -> b
     return padded.qk_head_dim == config.head_dim and len(pairs) == config.head_dim // 2
 
 
-def _rope_parameters(config: PretrainedConfig, padded: Widths, pairs: list[int]) -> dict:
+def _rope_parameters(model: nn.Module, padded: Widths, pairs: list[int]) -> dict:
     """The dense model's own where all pairs are there, else "longrope" with one factor for each kept frequency."""
-    own, width = config.rope_parameters, padded.qk_head_dim
+    config, width = model.config, padded.qk_head_dim
+    own = config.rope_parameters
     if _keeps_rope(config, padded, pairs):
         return dict(own)
-    short, long, attention_factor = _frequencies(config)
+    short, long, attention_factor = _frequencies(model)
 
     def factors(frequencies: torch.Tensor) -> list[float]:
         kept = frequencies[pairs].tolist()
@@ -279,16 +283,13 @@ def _rope_parameters(config: PretrainedConfig, padded: Widths, pairs: list[int])
     }  # fmt: skip
 
 
-def _frequencies(config: PretrainedConfig) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Frequencies by pair, those of longer texts, both float64, and the factor of both tables.
-
-    From the configuration: a model's own tables may have been cast, or be those of the last text.
-    """
-    rotary = LlamaRotaryEmbedding(config)
-    short = long = rotary.inv_freq
+def _frequencies(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Frequencies by pair, those of longer texts, both float64 on the CPU, and the factor of both tables."""
+    rotary = model.model.rotary_emb
+    short = long = rotary.original_inv_freq.cpu()  # the other buffer may be that of the last text
     if rotary.rope_type == "longrope":
-        longer = config.rope_parameters["original_max_position_embeddings"] + 1
-        long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=longer)
+        longer = model.config.rope_parameters["original_max_position_embeddings"] + 1
+        long = ROPE_INIT_FUNCTIONS["longrope"](model.config, seq_len=longer)[0].to(short.dtype)
     return short.double(), long.double(), float(rotary.attention_scaling)
 
 
@@ -320,7 +321,7 @@ def write_gguf(path: Path, plain: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    _add_rope(writer, config)
+    _add_rope(writer, plain)
     _add_tokenizer(writer, tokenizer, plain)
     for name, tensor in _gguf_tensors(plain):
         array = tensor.detach().float().cpu().numpy()
@@ -339,17 +340,17 @@ def write_gguf(path: Path, plain: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
     writer.close()
 
 
-def _add_rope(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
+def _add_rope(writer: gguf.GGUFWriter, plain: LlamaForCausalLM) -> None:
     """RoPE as llama.cpp has it: a base, a factor that each pair's frequency is divided by, one factor of the tables."""
-    width, base = config.head_dim, config.rope_parameters["rope_theta"]
+    width, base = plain.config.head_dim, plain.config.rope_parameters["rope_theta"]
     writer.add_rope_dimension_count(width)
     writer.add_rope_freq_base(base)
-    short, long, attention_factor = _frequencies(config)
+    short, long, attention_factor = _frequencies(plain)
     own = base ** (-torch.arange(width // 2).double() * 2 / width)
     if attention_factor != 1:
         writer.add_rope_scaling_attn_factors(attention_factor)
     if not torch.equal(short, long):
-        length = config.rope_parameters["original_max_position_embeddings"]
+        length = plain.config.rope_parameters["original_max_position_embeddings"]
         writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
         writer.add_rope_scaling_orig_ctx_len(length)
         writer.add_tensor("rope_factors_short.weight", (own / short).float().numpy())
