@@ -12,28 +12,11 @@ from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedTokenizerFast
 
 import transact
-from tests.tiny import llama_with, plain_plan, random_plan, tiny_llama, tiny_relative
+from tests.tiny import LONGROPE, ROPES, llama_with, plain_plan, random_plan, tiny_llama, tiny_relative
 from transact.__main__ import main
 from transact.export import check_exportable, check_tokenizer, plain_llama, pre_tokenizer_of, write_gguf
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
-    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0],
-}  # fmt: skip
-ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 10000.0},
-    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "llama3": {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-    "yarn": YARN,
-    "yarn with its own attention factor": {**YARN, "attention_factor": 1.5, "beta_fast": 16, "truncate": False},
-    "longrope": LONGROPE,
-    "longrope with its own attention factor": {**LONGROPE, "attention_factor": 0.7},
-}  # fmt: skip
 
 
 class AsLlamaCppReadsIt:
