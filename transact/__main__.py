@@ -24,6 +24,7 @@ from .checkpoint import (
     check_export_destination,
     load_plan,
     save_checkpoint,
+    save_model,
 )
 from .criteria import CRITERIA
 from .export import FORMATS, GGUF_TYPES, check_exportable, check_tokenizer, plain_llama, write_gguf
@@ -426,7 +427,7 @@ def export_command(options: argparse.Namespace) -> None:
         if options.format == "gguf":
             write_gguf(partial, plain, tokenizer, kind=options.type)
         else:
-            plain.save_pretrained(partial)
+            save_model(plain, partial)
             tokenizer.save_pretrained(partial)
             origin = {"from": options.directory, "transact": __version__, "zeros_added": max(0, extra)}
             (partial / EXPORTED).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
