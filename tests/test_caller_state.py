@@ -15,7 +15,7 @@ from transact.entry import undisturbed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
 WINDOWS = torch.randint(1, 97, (16, 24), generator=torch.Generator().manual_seed(3))
-TRAINING = transact.Training(tokens=192, batch=2, learning_rate=1e-3, bf16=False)
+TRAINING = transact.Training(tokens=96, batch=2, learning_rate=1e-3, bf16=False)
 
 
 def with_dropout() -> LlamaForCausalLM:
@@ -85,11 +85,14 @@ def test_a_failure_gives_the_mode_back():
     dense = with_dropout().train()
     with pytest.raises(ValueError, match="vocabulary has 97"):
         transact.prune(dense, WINDOWS + 97)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="of its own"), undisturbed(dense):
-        assert torch.is_grad_enabled()
-        raise RuntimeError("of its own")
+    with torch.no_grad(), default_dtype(torch.float64):
+        with undisturbed(dense):
+            assert torch.is_grad_enabled()
+            assert torch.get_default_dtype() == torch.float32
+            assert not dense.training
+        assert not torch.is_grad_enabled()
+        assert torch.get_default_dtype() == torch.float64
     assert dense.training
-    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -181,12 +184,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_integers_are_windows(kind):
     dense = tiny_llama()
-    for preset in ("best", "transact", "llm-pruner"):
-        expected = transact.prune(dense, WINDOWS, recipe=preset, ratio=0.3)
-        assert_equal(
-            weights(transact.prune(dense, KINDS[kind](), recipe=preset, ratio=0.3).model), weights(expected.model)
-        )
-    narrowed = expected.model
+    narrowed = transact.prune(dense, KINDS[kind](), ratio=0.3).model
+    assert_equal(weights(narrowed), weights(transact.prune(dense, WINDOWS, ratio=0.3).model))
     measured, wanted = (transact.calibrate(narrowed, windows) for windows in (KINDS[kind](), WINDOWS))
     assert torch.equal(measured.layers[0].mlp, wanted.layers[0].mlp)
     assert measured.tokens == wanted.tokens
@@ -268,7 +267,7 @@ def test_adapters_are_refused_at_once_and_merged_ones_are_weights(adapted):
         lambda: transact.loss_gradients(dense, WINDOWS),
         lambda: transact.recover(narrowed, WINDOWS, TRAINING, teacher=tiny_llama()),
     ):
-        with pytest.raises(ValueError, match="carries adapters of peft .*: merge them into its weights first"):
+        with pytest.raises(ValueError, match=r"carries adapters of peft .*: merge them into its weights first"):
             work()
     if adapted is wrapped:
         merged = dense.merge_and_unload()
@@ -286,5 +285,5 @@ def test_adapter_files_beside_the_weights_are_refused_by_name(tiny_directory, ti
         with pytest.raises(ValueError, match=r"adapter_config\.json.*merge them into the model's weights first"):
             transact.load_model(directory)
     assert main(["prune", str(both), str(tmp_path / "out"), "--calibration", str(tiny_text)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("transact: error: model ")
     assert not (tmp_path / "out").exists()

@@ -27,6 +27,7 @@ from .checkpoint import (
     save_model,
 )
 from .criteria import CRITERIA
+from .entry import check_vocabulary
 from .export import FORMATS, GGUF_TYPES, check_exportable, check_tokenizer, plain_llama, write_gguf
 from .inputs import (
     DTYPES,
@@ -149,11 +150,12 @@ def training_of(options: argparse.Namespace) -> Training:
 def training_windows(
     options: argparse.Namespace,
     training: Training,
-    context: int,
+    model: torch.nn.Module,
     tokenizer: transformers.PreTrainedTokenizerBase,
     shots: int = 1,
 ) -> tuple[Text, torch.Tensor, torch.Tensor]:
     """The text to train on, its windows, and those held out."""
+    context = model.config.max_position_embeddings
     length = min(DEFAULT_TRAINING_LENGTH, context) if options.train_seq_len is None else options.train_seq_len
     if length > context:
         raise ValueError(f"train-seq-len {length} is longer than the model's context of {context}")
@@ -162,7 +164,9 @@ def training_windows(
         share = f"in {shots} shots leave {least} for one of them, which is" if shots > 1 else "are"
         raise ValueError(f"tokens {training.tokens} {share} less than one window of {length}")
     text = load_text(options.text)
-    windows, held_out = hold_out(cut_windows(tokenise(text, tokenizer), length=length))
+    windows = cut_windows(tokenise(text, tokenizer), length=length)
+    check_vocabulary(model.config, windows)
+    windows, held_out = hold_out(windows)
     tell(
         f"{training.tokens:,} tokens are {training.tokens / windows.numel():.2f} epochs of {text.name} "
         f"({windows.numel():,} tokens), in {training.steps(length):,} steps"
@@ -219,7 +223,7 @@ def recover_command(options: argparse.Namespace) -> None:
             hint = "" if options.teacher else " (what was pruned, as pruning.json says: --teacher says where it is now)"
             raise ValueError(f"teacher{hint}: {error}") from error
     check_recoverable(model, training, teacher)
-    text, windows, held_out = training_windows(options, training, config.max_position_embeddings, tokenizer)
+    text, windows, held_out = training_windows(options, training, model, tokenizer)
     training = training.with_rate(config.hidden_size, windows.shape[1])
     recovered = train_with_advice(
         checkpoints_of(out), model, windows, training, teacher=teacher, progress=True,
@@ -261,9 +265,9 @@ class ShotTraining:
         tokenizer: transformers.PreTrainedTokenizerBase,
         checkpoints: Path,
     ):
-        training, context = training_of(options), dense.config.max_position_embeddings
+        training = training_of(options)
         check_checkpoints(checkpoints, allowed=["shot-*"])
-        self.text, self.windows, self.held_out = training_windows(options, training, context, tokenizer, shots)
+        self.text, self.windows, self.held_out = training_windows(options, training, dense, tokenizer, shots)
         training = training.with_rate(dense.config.hidden_size, self.windows.shape[1])
         self.trainings = shot_trainings(training, shots)
         self.teacher = dense if training.needs_teacher() else None

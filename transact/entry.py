@@ -16,9 +16,13 @@ def check_model(model: nn.Module) -> None:
         if type(module).__module__.partition(".")[0] == "peft":
             where = f"{name} is {type(module).__name__}" if name else type(module).__name__
             raise ValueError(f"the model carries adapters of peft ({where}): merge them into its weights first")
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in MODEL_TYPES:
-        raise ValueError(f"the model is of type {kind!r}, allowed: {', '.join(MODEL_TYPES)}")
+    if model_type_of(model) not in MODEL_TYPES:
+        raise ValueError(f"the model is of type {model_type_of(model)!r}, allowed: {', '.join(MODEL_TYPES)}")
+
+
+def model_type_of(model: nn.Module) -> str:
+    """The type that its configuration names; the class's name where it has none, as wrappers have."""
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
 
 
 def has_own_head(model: nn.Module) -> bool:
@@ -41,7 +45,7 @@ def check_trainable(model: nn.Module) -> None:
     """Raise ValueError where gradients cannot be taken since the weights were made in inference mode."""
     name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if name is not None:
-        raise ValueError(f"{name} was made inside torch.inference_mode() and takes no gradients: load the model outside")
+        raise ValueError(f"{name} was made inside torch.inference_mode() and takes no gradients: load it outside")
 
 
 def checked_windows(model: nn.Module, windows: torch.Tensor | Sequence) -> torch.Tensor:
@@ -74,7 +78,7 @@ def check_vocabulary(config: PretrainedConfig, ids: torch.Tensor) -> None:
     """Raise ValueError where token ids lie outside of the model's vocabulary."""
     if ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ValueError(
-            f"windows hold token ids from {ids.min()} to {ids.max()}, the model's vocabulary has {config.vocab_size}: "
+            f"token ids go from {ids.min()} to {ids.max()}, the model's vocabulary has {config.vocab_size}: "
             "is the tokeniser the model's own?"
         )
 

@@ -80,7 +80,6 @@ def load_model(
             model, loading = AutoModelForCausalLM.from_pretrained(
                 source, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, ignore_mismatched_sizes=True
             )
-        tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # torn files raise whatever their parser raises
         raise ValueError(f"model {str(name)!r} cannot be read: {in_one_line(error)}") from error
     # transformers fills what is missing or mismatched with random numbers, and leaves out what is unexpected
@@ -94,7 +93,15 @@ def load_model(
                 f"model {str(name)!r} cannot be read: {first} is {state} ({len(loading[what])} such weights)"
             )
     model.config.tie_word_embeddings = not has_own_head(model)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), load_tokenizer(name)
+
+
+def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer alone of a model by name. Raises ValueError, in one line, where it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(_source(name))
+    except Exception as error:  # torn files raise whatever their parser raises
+        raise ValueError(f"the tokeniser of {str(name)!r} cannot be read: {in_one_line(error)}") from error
 
 
 def _source(name: str | os.PathLike) -> str:

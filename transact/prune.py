@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .configuration_transact import TransActConfig
-from .entry import check_model, check_unquantised, has_own_head
+from .entry import check_model, check_unquantised, has_own_head, model_type_of
 from .modeling_transact import TransActForCausalLM
 from .plan import LayerPlan, Plan
 from .widths import Widths, dense_widths, has_query_key_norm, head_dim_of, widths_of
@@ -26,14 +26,14 @@ CONFIGURATION_FIELDS = (
 
 def check_prunable(model: nn.Module) -> None:
     """Raise ValueError unless `model` is of a family that can be narrowed, at hand, and its weights are all finite."""
-    config = model.config
-    if config.model_type == TransActConfig.model_type:
+    kind = model_type_of(model)
+    if kind == TransActConfig.model_type:
         raise ValueError("the model is pruned already: prune its dense model, in several shots if need be")
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"a {config.model_type!r} model cannot be pruned, allowed: {', '.join(FAMILIES)}")
+    if kind not in FAMILIES:
+        raise ValueError(f"a {kind!r} model cannot be pruned, allowed: {', '.join(FAMILIES)}")
     check_model(model)
-    if head_dim_of(config) % 2:
-        raise ValueError(f"heads of {head_dim_of(config)} dimensions cannot be pruned: RoPE rotates pairs")
+    if head_dim_of(model.config) % 2:
+        raise ValueError(f"heads of {head_dim_of(model.config)} dimensions cannot be pruned: RoPE rotates pairs")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is offloaded: load the model into host memory and prune it layer by layer")
