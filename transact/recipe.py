@@ -171,10 +171,10 @@ def prune(
     `windows` (samples, length) of token ids, of any integers or lists of rows, are what it is calibrated on; they may
     be left out where the recipe needs no text. `ratio` is the fraction removed of the dense decoder layers' linear
     parameters, `kv_ratio` the least fraction removed of the KV bytes per token; `widths` names them instead.
-    `statistics` of these windows, if there already, serve the first shot. `train` is called after each shot with the narrowed model and the shot's number from
-    1 on, and gives the model that the next shot prunes. A `device` computes one block at a time there, for models
-    larger than it. What keeps everything (a ratio of 0) is the dense model, bit for bit. The result is in the dense
-    model's mode, or in that in which `train` left it.
+    `statistics` of these windows, if there already, serve the first shot. `train` is called after each shot with the
+    narrowed model and the shot's number from 1 on, and gives the model that the next shot prunes. A `device` computes
+    one block at a time there, for models larger than it. What keeps everything (a ratio of 0) is the dense model, bit
+    for bit. The result is in the dense model's mode, or in that in which `train` left it.
 
     Raises ValueError for what cannot be pruned, budgets out of reach, and settings that exclude each other.
     """
