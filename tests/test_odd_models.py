@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -295,6 +296,52 @@ def test_weights_that_transformers_knows_to_leave_out_are_no_matter(checkpoint):
     for left_out in ("lm_head.weight", "model.embed_tokens.weight"):  # transformers ties either to the other
         edit_weights(checkpoint, **weights | {"lm_head.weight": weights["model.embed_tokens.weight"], left_out: None})
         assert torch.equal(logits(transact.load_model(checkpoint)[0]), logits(both))
+
+
+def saved_with_tokenizer(model, directory: Path, tiny_directory: Path) -> Path:
+    model.save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_directory / name, directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "named"),
+    [
+        ("llama", ODD["dynamic"][1], "RoPE type 'dynamic' cannot be stated"),
+        ("mistral", {"sliding_window": 8}, "has a sliding window"),
+        ("qwen2", WINDOW | {"max_window_layers": 0}, "has a sliding window"),
+        ("qwen2", WINDOW | {"max_window_layers": 1}, "layers of full_attention and sliding_attention"),
+        ("qwen3", {}, "has query-key norms"),
+        ("mistral", {"num_attention_heads": 6, "head_dim": 16}, "a plain Llama's heads divide its hidden size"),
+    ],
+)
+def test_plain_pruning_is_refused_before_work_where_no_export_follows(
+    family, settings, named, tiny_directory, tiny_text, tmp_path, capsys, monkeypatch
+):
+    model = odd_model(family, **copy.deepcopy(settings))
+    directory = saved_with_tokenizer(model, tmp_path / "model", tiny_directory)
+    monkeypatch.setattr("transact.__main__.load_model", None)  # nothing is loaded yet
+    capsys.readouterr()
+    assert prune_command(directory, tmp_path / "out", tiny_text, "--plain") == 2
+    assert re.match(f"transact: error: .*({named})", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_plain_pruning_accepts_is_exported(tiny_directory, tiny_text, tmp_path):
+    assert prune_command(tiny_directory, tmp_path / "out", tiny_text, "--plain", "--ratio", "0.4") == 0
+    assert main(["export", str(tmp_path / "out"), str(tmp_path / "plain")]) == 0
+    # an export of ours has RoPE of type longrope
+    assert prune_command(tmp_path / "plain", tmp_path / "again", tiny_text, "--plain") == 0
+    assert main(["export", str(tmp_path / "again"), str(tmp_path / "twice")]) == 0
+    plain = transact.Recipe(criterion="predicted-loss", allocation="plain", compensation="pruned")
+    for family, settings in (
+        ("qwen2", WINDOW), ("llama", WINDOW), ("llama", {"rope_parameters": YARN}),
+        ("qwen2", {"rope_parameters": LONGROPE}),
+    ):  # fmt: skip
+        pruned = transact.prune(odd_model(family, **copy.deepcopy(settings)), WINDOWS, recipe=plain, ratio=0.4).model
+        scale = logits(pruned).abs().max()
+        torch.testing.assert_close(logits(plain_llama(pruned)) / scale, logits(pruned) / scale, rtol=1e-5, atol=1e-5)
 
 
 CHAT = {"temperature": 0.6, "top_p": 0.9, "pad_token_id": 0, "max_length": 99}  # as Llama 2's: no do_sample

@@ -333,6 +333,8 @@ def prune_command(options: argparse.Namespace) -> None:
     recipe = chosen_recipe(options)
     out = check_destination(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)
+    if recipe.allocation == "plain":  # what it is for comes after it
+        check_exportable(read_config(options.model))
     with stage("load"):
         home = "cpu" if options.layerwise else options.device
         dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)
