@@ -118,8 +118,11 @@ def test_what_is_set_around_calibration_changes_nothing(state):
     assert layer.mlp.dtype == torch.float64
 
 
-def recovered_weights(teacher: LlamaForCausalLM) -> dict[str, torch.Tensor]:
-    narrowed = transact.prune(tiny_llama(), recipe=transact.Recipe(criterion="magnitude"), ratio=0.3).model
+def narrowed_llama():
+    return transact.prune(tiny_llama(), recipe=transact.Recipe(criterion="magnitude"), ratio=0.3).model
+
+
+def recovered_weights(narrowed, teacher: LlamaForCausalLM) -> dict[str, torch.Tensor]:
     recovered = transact.recover(narrowed, WINDOWS, TRAINING, teacher=teacher)
     assert not recovered.model.training
     return weights(recovered.model)
@@ -127,14 +130,14 @@ def recovered_weights(teacher: LlamaForCausalLM) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def usual_recovery() -> dict[str, torch.Tensor]:
-    return recovered_weights(tiny_llama())
+    return recovered_weights(narrowed_llama(), tiny_llama())
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_what_is_set_around_recovery_changes_nothing(state, usual_recovery):
-    teacher = tiny_llama().train()
+    narrowed, teacher = narrowed_llama(), tiny_llama().train()
     with STATES[state]():
-        recovered = recovered_weights(teacher)
+        recovered = recovered_weights(narrowed, teacher)
     assert_equal(recovered, usual_recovery)
     assert teacher.training
 
@@ -221,7 +224,7 @@ NO_WINDOWS = {
 def test_what_is_no_windows_is_refused_everywhere_alike(kind):
     windows, named = NO_WINDOWS[kind]
     dense = tiny_llama()
-    narrowed = transact.prune(dense, recipe=transact.Recipe(criterion="magnitude"), ratio=0.3).model
+    narrowed = narrowed_llama()
     for work in (
         lambda: transact.prune(dense, windows),
         lambda: transact.prune(dense, windows, recipe="transact"),
@@ -264,7 +267,7 @@ def prompted(model):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_adapters_are_refused_at_once_and_merged_ones_are_weights(adapted):
     dense = adapted(tiny_llama())
-    narrowed = adapted(transact.prune(tiny_llama(), recipe=transact.Recipe(criterion="magnitude"), ratio=0.3).model)
+    narrowed = adapted(narrowed_llama())
     for work in (
         lambda: transact.prune(dense, WINDOWS),
         lambda: transact.prune(dense, recipe=transact.Recipe(criterion="magnitude")),
