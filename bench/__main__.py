@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transact.__main__ import OneLineParser, add_model_options, run_command
-from transact.inputs import TEXTS, load_model, load_text, resolve_device
+from transact.entry import check_vocabulary
+from transact.inputs import TEXTS, load_model, load_text, load_tokenizer, read_config, resolve_device
 
 from . import regression
 from .memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
@@ -64,14 +65,17 @@ def quantise_command(options: argparse.Namespace) -> None:
     if options.decode < 1:
         raise ValueError(f"decode must be at least 1 token, got {options.decode}")
     text = load_text(options.text, split="evaluation")
+    paths, windows = [*filter(None, (options.dense, options.model))], {}
+    for path in paths:  # what is wrong with the second is known before the first is measured
+        windows[path] = evaluation_windows(text, load_tokenizer(path), length=options.seq_len, count=options.windows)
+        check_vocabulary(read_config(path), windows[path].ids)
     print("| model | weights | perplexity | MiB in memory | MiB packed | decoded tokens per second |")
     print("|---|---|---|---|---|---|")
-    for path in filter(None, (options.dense, options.model)):
-        model, tokenizer = load_model(path, dtype=options.dtype, device=options.device)
-        windows = evaluation_windows(text, tokenizer, length=options.seq_len, count=options.windows)
+    for path in paths:
+        model, _ = load_model(path, dtype=options.dtype, device=options.device)
         for name in ("", *formats):
             copied = quantised(model, name) if name else model
-            perplexity = measure_perplexity(copied, windows, progress=True).perplexity
+            perplexity = measure_perplexity(copied, windows[path], progress=True).perplexity
             rate, error = decode_rate(copied, options.decode)
             held, packed = weight_bytes(copied) / 2**20, packed_weight_bytes(copied) / 2**20
             weights = name or str(model.dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from transact.prune import features_of
 from transact.widths import Widths, kv_elements_per_token, linear_parameters, widths_of
 
 
@@ -19,9 +20,16 @@ class Costs:
 
 
 def weight_elements(config: PretrainedConfig, widths: Sequence[Widths]) -> int:
-    """Elements that every step reads: the decoder's linear weights, its norms, and the language-model head."""
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    return linear_parameters(config, widths) + norms + config.vocab_size * config.hidden_size
+    """Elements that every step reads: the decoder's weights, biases and norms, and the language-model head."""
+    features, hidden = features_of(config), config.hidden_size
+    group = config.num_attention_heads // config.num_key_value_heads
+    vectors = hidden  # the last norm
+    for w in widths:
+        heads = w.kv_heads * ((group + 1) * w.qk_head_dim + w.v_head_dim)
+        vectors += 2 * hidden + features["attention_bias"] * heads + features["attention_output_bias"] * hidden
+        vectors += features["mlp_bias"] * 2 * w.mlp + features["mlp_output_bias"] * hidden
+        vectors += features["query_key_norm"] * 2 * w.qk_head_dim
+    return linear_parameters(config, widths) + vectors + config.vocab_size * hidden
 
 
 def decode_costs(config: PretrainedConfig, *, context: int, batch: int, element_size: int) -> Costs:

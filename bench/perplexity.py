@@ -9,6 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from transact.entry import check_vocabulary
 from transact.inputs import Text, cut_windows, tokenise
 
 from .token_bytes import token_bytes
@@ -131,13 +132,15 @@ def measure_perplexity(
 ) -> Perplexity:
     """Perplexity over windows of a text. `on_logits` is handed the logits of each batch, (windows, length, vocabulary).
 
-    Raises ValueError where a loss is not finite, or where a window is longer than the model's context.
+    Raises ValueError where a loss is not finite, where a window is longer than the model's context, or where it holds
+    tokens that the model does not know.
     """
     count, length = len(windows.ids), windows.ids.shape[1] - 1
     if length > model.config.max_position_embeddings:
         raise ValueError(
             f"windows read {length} tokens, longer than the model's context of {model.config.max_position_embeddings}"
         )
+    check_vocabulary(model.config, windows.ids)
     model.eval()
     batches = windows.ids.split(max(1, tokens_per_batch // length))
     losses = []

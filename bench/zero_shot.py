@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -17,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from transact.entry import check_vocabulary
 from transact.inputs import in_one_line
 
 from .probes import PROBES, probes_directory
@@ -51,7 +53,10 @@ class TaskResult:
 
 
 class _CheckedModel(HFLM):
-    """A model that refuses items longer than its context, which lm-eval would cut, and losses that are no numbers."""
+    """A model that refuses items longer than its context, which lm-eval would cut, and what it has no numbers for.
+
+    That is tokens beyond its vocabulary, and losses that are not a number.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, progress: bool):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=32)
@@ -62,7 +67,8 @@ class _CheckedModel(HFLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         for text, context, continuation in requests:
-            self._check_length(len(context) + len(continuation) - 1, text)
+            self._check([*context, *continuation[:-1]], text)
+            check_vocabulary(self.model.config, torch.tensor(continuation))
         results = super()._loglikelihood_tokens(requests, disable_tqdm or self.hide_progress, override_bs)
         for (text, *_), (loss, _) in zip(requests, results, strict=True):
             if math.isnan(loss):
@@ -73,10 +79,12 @@ class _CheckedModel(HFLM):
         for request in requests:
             # lm-eval cuts the prompt to make room for all that may be generated
             new = request.args[1].get("max_gen_toks", self.max_gen_toks)
-            self._check_length(len(self.tok_encode(request.args[0])) + new, request.args)
+            self._check(self.tok_encode(request.args[0]), request.args, new)
         return super().generate_until(requests, disable_tqdm or self.hide_progress)
 
-    def _check_length(self, tokens: int, text: tuple | None) -> None:
+    def _check(self, ids: Sequence[int], text: tuple | None, new: int = 0) -> None:
+        check_vocabulary(self.model.config, torch.tensor(ids))
+        tokens = len(ids) + new
         if tokens > self.max_length:
             raise ValueError(
                 f"the item {_shortened(text)} takes {tokens} tokens, the model's context is {self.max_length}"

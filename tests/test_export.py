@@ -1,21 +1,23 @@
 """Exported checkpoints compute what the pruned model does; what cannot be exported says why."""
 
+import copy
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 import transact
 from tests.test_recipes import WINDOWS, logits
-from tests.tiny import random_plan, tiny_llama
+from tests.tiny import ROPES, llama_with, plain_plan, random_plan, tiny_llama, tiny_relative
 from transact import PRESETS, Recipe, Widths, fraction_removed, kv_fraction_removed
 from transact.__main__ import main
 from transact.allocate import plain_widths, removal_losses, shared_pairs
 from transact.criteria import LayerScores
-from transact.export import check_exportable, plain_llama, write_gguf
+from transact.export import EXPRESSED, LACKING, check_exportable, plain_llama, write_gguf
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
 PLAIN = replace(PRESETS["best"], allocation="plain")
@@ -73,9 +75,9 @@ def test_what_padding_would_undo_is_refused():
     dense = tiny_llama("gqa")
     pruned = transact.prune(dense, WINDOWS, recipe="transact", ratio=0.4)
     with pytest.raises(ValueError, match=r"of the 39\.\d% of the linear parameters .* prune with --plain"):
-        check_exportable(pruned.model)
+        plain_llama(pruned.model)
     with pytest.raises(ValueError, match="a pruned checkpoint is exported, this one is of type 'llama'"):
-        check_exportable(dense)
+        plain_llama(dense)
 
 
 def test_plain_widths_are_the_cheapest_pair():
@@ -115,6 +117,175 @@ def test_shared_pairs_are_those_that_cost_least_together():
     layer = LayerScores(rope_pairs=rows, value_dims=torch.ones(2, 6), mlp_dims=torch.ones(4))
     shared = shared_pairs([layer])[0].rope_pairs
     torch.testing.assert_close(shared, torch.tensor([[1.5, 3.5, 8.0]] * 2))
+
+
+def difference(model, other, ids=WINDOWS) -> float:
+    """Of the logits, relative, computed in float64: nothing but weights and tables is rounded."""
+    expected = logits(copy.deepcopy(model).double(), ids)
+    return ((logits(copy.deepcopy(other).double(), ids) - expected).norm() / expected.norm()).item()
+
+
+def narrowed_plainly(dense, head_dim=10):
+    return transact.apply_plan(dense, plain_plan(dense.config, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_weight_is_rounded(dtype, tmp_path):
+    tiny_llama("gqa").to(dtype).save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    pruned = narrowed_plainly(dense)
+    plain_llama(pruned).save_pretrained(tmp_path / "plain")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert loaded.dtype == loaded.config.dtype == dtype
+    assert difference(pruned, loaded) < 1e-6
+
+
+@pytest.mark.parametrize("head_dim", [10, 16])
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_rope_stays_what_it_is(rope, head_dim, tmp_path):
+    narrowed = narrowed_plainly(llama_with(rope_parameters=copy.deepcopy(ROPES[rope])), head_dim)
+    plain_llama(narrowed).save_pretrained(tmp_path / "plain")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert loaded.config.head_dim == head_dim
+    long = torch.randint(1, 97, (1, 200), generator=torch.Generator().manual_seed(1))
+    for ids in (WINDOWS[:, :12], long, WINDOWS[:, :12]):  # on either side of what longrope was trained on, and back
+        assert difference(narrowed, loaded, ids) < 1e-5
+
+
+def test_what_is_exported_can_be_pruned_and_exported_again():
+    once = plain_llama(narrowed_plainly(tiny_llama("gqa"), 12))
+    again = narrowed_plainly(once, 8)
+    assert difference(again, plain_llama(again)) < 1e-6
+
+
+def test_rope_that_depends_on_the_length_needs_all_its_pairs():
+    dense = llama_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    whole = narrowed_plainly(dense, 16)
+    long = torch.randint(1, 97, (1, 200), generator=torch.Generator().manual_seed(1))
+    for ids in (WINDOWS, long, WINDOWS):
+        assert difference(whole, plain_llama(whole), ids) < 1e-6
+    for _ in range(2):  # whatever text came before
+        with pytest.raises(ValueError, match="RoPE type 'dynamic' cannot be stated"):
+            plain_llama(narrowed_plainly(dense, 10))
+        logits(dense, long)
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_is_exported_whatever_the_flag_says(tmp_path):
+    narrowed = narrowed_plainly(tiny_llama("tied"))
+    tied = plain_llama(narrowed)
+    assert tied.config.tie_word_embeddings
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    narrowed.lm_head.weight = torch.nn.Parameter(torch.randn(97, 48))
+    narrowed.config.tie_word_embeddings = True
+    plain_llama(narrowed).save_pretrained(tmp_path / "plain")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert not loaded.config.tie_word_embeddings
+    assert torch.equal(loaded.lm_head.weight, narrowed.lm_head.weight)
+    assert difference(narrowed, loaded) < 1e-6
+
+
+def test_several_dtypes_become_the_widest():
+    narrowed = narrowed_plainly(tiny_llama("gqa")).to(torch.bfloat16)
+    narrowed.model.layers[0].self_attn.q_proj.float()
+    narrowed.model.norm.float()
+    plain = plain_llama(narrowed)
+    assert {parameter.dtype for parameter in plain.parameters()} == {plain.config.dtype} == {torch.float32}
+    assert torch.equal(plain.model.norm.weight, narrowed.model.norm.weight)
+
+
+def test_settings_of_generation_are_copies():
+    narrowed = narrowed_plainly(tiny_llama("gqa"))
+    narrowed.generation_config.eos_token_id = [3, 5]
+    plain = plain_llama(narrowed)
+    narrowed.generation_config.eos_token_id.append(7)
+    assert plain.generation_config.eos_token_id == [3, 5]
+
+
+def test_every_field_of_a_pruned_configuration_is_accounted_for():
+    own = {field.name for field in fields(transact.TransActConfig)} - {field.name for field in fields(LlamaConfig)}
+    assert own == {*EXPRESSED, *LACKING}
+
+
+REFUSED = {
+    "final_logit_softcapping": (30.0, "says final_logit_softcapping, which no export states"),
+    "logit_scale": (0.5, "says logit_scale"),
+    "layer_types": (["sliding_attention"] * 2, "says layer_types"),
+    "query_key_norm": (True, "has query-key norms"),
+    "sliding_window": (8, "has a sliding window"),
+    "quantization_config": ({"quant_method": "torchao"}, "the model is quantised"),
+    "rope_parameters": (
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "say partial_rotary_factor"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("format", ["llama", "gguf"])
+def test_what_no_export_states_is_refused(format, name):
+    narrowed = narrowed_plainly(tiny_llama("gqa"))
+    check_exportable(narrowed.config, format)
+    narrowed.config.unset = None
+    check_exportable(narrowed.config, format)
+    value, named = REFUSED[name]
+    setattr(narrowed.config, name, value)
+    with pytest.raises(ValueError, match=named) as caught:
+        check_exportable(narrowed.config, format)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=named):
+        plain_llama(narrowed)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (tiny_relative("qwen3").config, "has query-key norms"),
+        (tiny_relative("mistral").config, "has a sliding window"),
+        (llama_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}).config, "'dynamic'"),
+        (GPT2Config(), "a 'gpt2' model cannot be exported, allowed: llama, mistral, qwen2, qwen3"),
+        (MistralConfig(hidden_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=16), "in groups of 3"),
+        (MistralConfig(hidden_size=64, num_attention_heads=6, num_key_value_heads=3, head_dim=16), "without --plain"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_plain_pruning_would_be_in_vain_for_is_known_before_it(config, named):
+    with pytest.raises(ValueError, match=named) as caught:
+        check_exportable(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_plain_pruning_is_good_for():
+    for config in (
+        tiny_relative("qwen2").config,
+        *(llama_with(rope_parameters=dict(of)).config for of in ROPES.values()),
+    ):
+        for format in ("llama", "gguf"):
+            check_exportable(config, format)
+    with pytest.raises(ValueError, match="unknown export format 'onnx', allowed: llama, gguf"):
+        check_exportable(tiny_llama("gqa").config, "onnx")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_weights_that_are_not_the_configurations_are_refused_by_name():
+    narrowed = narrowed_plainly(tiny_llama("gqa"))
+    biased, lacking, adapted, quantised = (copy.deepcopy(narrowed) for _ in range(4))
+    biased.model.layers[1].self_attn.q_proj.bias = torch.nn.Parameter(torch.ones(60))
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn\.q_proj\.bias is 60, by the configuration it is absent"
+    ):
+        plain_llama(biased)
+    del lacking.model.layers[1]
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.input_layernorm\.weight is absent, by the configuration it is 48"
+    ):
+        plain_llama(lacking)
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.* by the configuration it is "):
+        plain_llama(adapted)
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(quantised, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj\.weight is quantised"):
+        plain_llama(quantised)
 
 
 def byte_level_tokenizer():

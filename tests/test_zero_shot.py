@@ -257,6 +257,19 @@ def test_room_for_generation_is_asked_for(tiny, tasks_path):
         results_of(*tiny, resolve_tasks(["said"], tasks_path))
 
 
+def test_tokens_beyond_the_vocabulary_are_refused(tiny_directory, tasks_path):
+    model, tokenizer = transact.load_model(tiny_directory, device="cpu")
+    model.resize_token_embeddings(50)
+    write_task(tasks_path, "far", [{"context": "w1", "choices": ["w60", "w3"], "gold": 0}])
+    with pytest.raises(ValueError, match="task 'far': token ids go from 60 to 60, the model's vocabulary has 50"):
+        results_of(model, tokenizer, resolve_tasks(["far"], tasks_path))
+    items = [{"context": "w60", "answer": "w2"}]
+    changes = {"output_type": "generate_until", "doc_to_target": "{{answer}}", "doc_to_choice": None}
+    write_task(tasks_path, "asked", items, **changes)
+    with pytest.raises(ValueError, match="vocabulary has 50"):
+        results_of(model, tokenizer, resolve_tasks(["asked"], tasks_path))
+
+
 def test_two_tasks_of_one_name_are_refused(tasks_path):
     write_task(tasks_path, "probe_sums", some_items())
     with pytest.raises(ValueError, match="there is another task 'probe_sums'"):

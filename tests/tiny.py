@@ -37,6 +37,24 @@ VARIANTS = {
     "biases": {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
 }
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0],
+}  # fmt: skip
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": YARN,
+    "yarn with its own attention factor": {**YARN, "attention_factor": 1.5, "beta_fast": 16, "truncate": False},
+    "longrope": LONGROPE,
+    "longrope with its own attention factor": {**LONGROPE, "attention_factor": 0.7},
+}  # fmt: skip
+
 
 FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
@@ -80,6 +98,14 @@ def tiny_llama(variant: str = "gqa", *, seed: int = 0, layers: int = 2, head_dim
     return _unsettled(LlamaForCausalLM(config).eval())
 
 
+def llama_with(**settings) -> LlamaForCausalLM:
+    """The tiny GQA Llama with another configuration that has the same weights."""
+    dense = tiny_llama("gqa")
+    model = LlamaForCausalLM(LlamaConfig(**{**dense.config.to_dict(), **settings})).eval()
+    model.load_state_dict(dense.state_dict())
+    return model
+
+
 @torch.no_grad()
 def _unsettled(model: torch.nn.Module) -> torch.nn.Module:
     for parameter in model.parameters():
@@ -115,6 +141,22 @@ def random_plan(config: LlamaConfig, *, seed: int = 0, drop_heads: bool = False)
         )
 
     return Plan(tuple(layer() for _ in range(config.num_hidden_layers)))
+
+
+def plain_plan(config: LlamaConfig, *, head_dim: int, mlp: int = 24) -> Plan:
+    """A plan that a plain Llama holds without padding: the same RoPE pairs and widths in all heads and layers."""
+    kv_heads = config.num_key_value_heads
+    return Plan(
+        tuple(
+            LayerPlan(
+                kv_heads=torch.arange(kv_heads),
+                rope_pairs=torch.arange(head_dim_of(config) // 2)[-head_dim // 2 :].repeat(kv_heads, 1),
+                value_dims=torch.arange(head_dim).repeat(kv_heads, 1),
+                mlp_dims=torch.arange(mlp),
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+    )
 
 
 def scores_of(model: LlamaForCausalLM, criterion: str, windows: torch.Tensor | None = None) -> list[LayerScores]:

@@ -25,9 +25,11 @@ from .checkpoint import (
     check_export_destination,
     load_plan,
     save_checkpoint,
+    save_model,
 )
 from .criteria import CRITERIA
-from .export import GGUF_TYPES, plain_llama, write_gguf
+from .entry import check_vocabulary
+from .export import FORMATS, GGUF_TYPES, check_exportable, check_tokenizer, plain_llama, write_gguf
 from .inputs import (
     DTYPES,
     EMBEDDED_MODEL,
@@ -149,11 +151,12 @@ def training_of(options: argparse.Namespace) -> Training:
 def training_windows(
     options: argparse.Namespace,
     training: Training,
-    context: int,
+    model: torch.nn.Module,
     tokenizer: transformers.PreTrainedTokenizerBase,
     shots: int = 1,
 ) -> tuple[Text, torch.Tensor, torch.Tensor]:
     """The text to train on, its windows, and those held out."""
+    context = model.config.max_position_embeddings
     length = min(DEFAULT_TRAINING_LENGTH, context) if options.train_seq_len is None else options.train_seq_len
     if length > context:
         raise ValueError(f"train-seq-len {length} is longer than the model's context of {context}")
@@ -162,7 +165,9 @@ def training_windows(
         share = f"in {shots} shots leave {least} for one of them, which is" if shots > 1 else "are"
         raise ValueError(f"tokens {training.tokens} {share} less than one window of {length}")
     text = load_text(options.text)
-    windows, held_out = hold_out(cut_windows(tokenise(text, tokenizer), length=length))
+    windows = cut_windows(tokenise(text, tokenizer), length=length)
+    check_vocabulary(model.config, windows)
+    windows, held_out = hold_out(windows)
     tell(
         f"{training.tokens:,} tokens are {training.tokens / windows.numel():.2f} epochs of {text.name} "
         f"({windows.numel():,} tokens), in {training.steps(length):,} steps"
@@ -219,7 +224,7 @@ def recover_command(options: argparse.Namespace) -> None:
             hint = "" if options.teacher else " (what was pruned, as pruning.json says: --teacher says where it is now)"
             raise ValueError(f"teacher{hint}: {error}") from error
     check_recoverable(model, training, teacher)
-    text, windows, held_out = training_windows(options, training, config.max_position_embeddings, tokenizer)
+    text, windows, held_out = training_windows(options, training, model, tokenizer)
     training = training.with_rate(config.hidden_size, windows.shape[1])
     recovered = train_with_advice(
         checkpoints_of(out), model, windows, training, teacher=teacher, progress=True,
@@ -261,9 +266,9 @@ class ShotTraining:
         tokenizer: transformers.PreTrainedTokenizerBase,
         checkpoints: Path,
     ):
-        training, context = training_of(options), dense.config.max_position_embeddings
+        training = training_of(options)
         check_checkpoints(checkpoints, allowed=["shot-*"])
-        self.text, self.windows, self.held_out = training_windows(options, training, context, tokenizer, shots)
+        self.text, self.windows, self.held_out = training_windows(options, training, dense, tokenizer, shots)
         training = training.with_rate(dense.config.hidden_size, self.windows.shape[1])
         self.trainings = shot_trainings(training, shots)
         self.teacher = dense if training.needs_teacher() else None
@@ -329,6 +334,8 @@ def prune_command(options: argparse.Namespace) -> None:
     recipe = chosen_recipe(options)
     out = check_destination(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)
+    if recipe.allocation == "plain":  # what it is for comes after it
+        check_exportable(read_config(options.model))
     with stage("load"):
         home = "cpu" if options.layerwise else options.device
         dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)
@@ -416,7 +423,10 @@ def pruning_summary(dense: torch.nn.Module, pruned: Pruned) -> dict:
 
 def export_command(options: argparse.Namespace) -> None:
     out = check_export_destination(options.out, options.format, overwrite=options.overwrite)
+    check_exportable(read_config(options.directory), options.format)
     model, tokenizer = load_model(options.directory, device="cpu")
+    if options.format == "gguf":
+        check_tokenizer(tokenizer, model)
     plain = plain_llama(model, pad=options.pad)
     pruned, size = fraction_removed(model.config, widths_of(model.config)), plain.num_parameters()
     extra = size - model.num_parameters()
@@ -424,7 +434,7 @@ def export_command(options: argparse.Namespace) -> None:
         if options.format == "gguf":
             write_gguf(partial, plain, tokenizer, kind=options.type)
         else:
-            plain.save_pretrained(partial)
+            save_model(plain, partial)
             tokenizer.save_pretrained(partial)
             origin = {"from": options.directory, "transact": __version__, "zeros_added": max(0, extra)}
             (partial / EXPORTED).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
@@ -555,7 +565,7 @@ def build_parser() -> argparse.ArgumentParser:
     export = command("export", export_command, "write a pruned checkpoint for tools that know only plain Llamas")
     export.add_argument("directory", help="a pruned checkpoint directory")
     export.add_argument("out", help="what to write: a directory (llama) or a file (gguf); must not exist")
-    export.add_argument("--format", choices=["llama", "gguf"], default="llama",
+    export.add_argument("--format", choices=FORMATS, default="llama",
                         help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp (llama)")  # fmt: skip
     export.add_argument("--type", choices=[*GGUF_TYPES], default="f16", help="of matrices in a GGUF file (f16)")
     export.add_argument("--pad", action="store_true", help="pad with zeros up to the widest layer, whatever it costs")

@@ -275,12 +275,12 @@ def global_widths(
     excess = linear_parameters(config, current) - (1 - ratio) * linear_parameters(config, dense_widths(config))
     heads, mlp = [w.kv_heads for w in current], [w.mlp for w in current]
     for _, index, is_head, cost in sorted(units):
+        if excess <= 0:
+            break
         if is_head and cost > excess:  # MLP dimensions come nearer to the budget
             continue
         excess -= cost
         (heads if is_head else mlp)[index] -= 1
-        if excess <= 0:
-            break
     widths = tuple(Widths(h, w.qk_head_dim, w.v_head_dim, m) for h, m, w in zip(heads, mlp, current, strict=True))
     if (removed := fraction_removed(config, widths)) < ratio - TOLERANCE:
         raise ValueError(f"ratio {ratio} is out of reach: one head and one MLP dimension a layer remove {removed:.3f}")

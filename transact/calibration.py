@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .entry import check_model, checked_windows, undisturbed
 from .gradients import LayerGradients, loss_gradients
 from .walk import LayerWalk, kv_heads_of
 
@@ -175,24 +176,6 @@ def held_out_split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return windows[~is_held_out], windows[is_held_out]
 
 
-def check_windows(model: nn.Module, windows: torch.Tensor) -> None:
-    """Raise ValueError unless `windows` is a non-empty matrix of ids of the model's vocabulary within its context."""
-    if not isinstance(windows, torch.Tensor) or windows.dtype != torch.long:
-        got = getattr(windows, "dtype", type(windows).__name__)
-        raise ValueError(f"windows must be a tensor of token ids (torch.int64), got {got}")
-    if windows.ndim != 2 or windows.numel() == 0:
-        raise ValueError(
-            f"windows must be a non-empty (samples, length) matrix of token ids, got {tuple(windows.shape)}"
-        )
-    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
-    if windows.shape[1] > context:
-        raise ValueError(f"seq-len {windows.shape[1]} is longer than the model's context of {context}")
-    if windows.min() < 0 or windows.max() >= vocabulary:
-        raise ValueError(
-            f"windows hold token ids from {windows.min()} to {windows.max()}, the model's vocabulary has {vocabulary}"
-        )
-
-
 @torch.no_grad()
 def iterate_statistics(
     model: nn.Module,
@@ -204,12 +187,11 @@ def iterate_statistics(
     tokens_per_batch: int = 2048,
     progress: bool = False,
 ) -> Iterator[LayerStatistics]:
-    """The statistics of layer after layer; see `calibrate`, which collects them.
+    """The statistics of layer after layer; see `calibrate`, which collects them and sees to the model's mode.
 
     With a `device` the model stays where it lies and one block at a time is computed on the device, hidden states
     being kept in host memory; each layer's statistics can then be used and dropped before the next layer's exist.
     """
-    check_windows(model, windows)
     group = model.config.num_attention_heads // model.config.num_key_value_heads
     per_batch = max(1, tokens_per_batch // windows.shape[1])
     batches = [
@@ -219,27 +201,22 @@ def iterate_statistics(
     ]
     collectors = [_Collector(layer, second_moments) for layer in model.model.layers]
     bar = {"desc": "calibrate", "disable": None if progress else True}
-    was_training = model.training
-    model.eval()
-    try:
-        if device is None:
-            with ExitStack() as stack:
+    if device is None:
+        with ExitStack() as stack:
+            for collector in collectors:
+                stack.enter_context(collector.watching())
+            for held_out, batch in tqdm(batches, unit="batch", **bar):
                 for collector in collectors:
-                    stack.enter_context(collector.watching())
-                for held_out, batch in tqdm(batches, unit="batch", **bar):
-                    for collector in collectors:
-                        collector.held_out = held_out
-                    model.model(input_ids=batch.to(model.device), use_cache=False)
-            finished = iter(collectors)
-        else:
-            walk = LayerWalk(model, [batch for _, batch in batches], device=device)
-            finished = _collect_by_layer(walk, collectors, [held_out for held_out, _ in batches], bar)
-        for index, collector in enumerate(finished):
-            yield collector.statistics(index, windows.numel(), group, gradients[index] if gradients else None)
-            collector.sums.clear()
-            collector.moments.clear()
-    finally:
-        model.train(was_training)
+                    collector.held_out = held_out
+                model.model(input_ids=batch.to(model.device), use_cache=False)
+        finished = iter(collectors)
+    else:
+        walk = LayerWalk(model, [batch for _, batch in batches], device=device)
+        finished = _collect_by_layer(walk, collectors, [held_out for held_out, _ in batches], bar)
+    for index, collector in enumerate(finished):
+        yield collector.statistics(index, windows.numel(), group, gradients[index] if gradients else None)
+        collector.sums.clear()
+        collector.moments.clear()
 
 
 def _collect_by_layer(walk: LayerWalk, collectors: list[_Collector], held_out: list[int], bar: dict):
@@ -269,14 +246,17 @@ def calibrate(
     "outputs" of every module's output, over an eighth of the windows, "weights" of every weight, over all of them (see
     `loss_gradients`). `device` computes block by block there (see `iterate_statistics`).
 
-    Raises ValueError where `windows` does not fit the model or an activation is not finite (the layer is named).
+    Windows may be of any integers, or lists of rows. Raises ValueError where they do not fit the model, or it is none
+    of the family or carries adapters, or an activation is not finite (the layer is named).
     """
-    check_windows(model, windows)
-    measured = None
-    if gradients:
-        measured = loss_gradients(model, windows, of=gradients, device=device, progress=progress)
-    layers = iterate_statistics(
-        model, windows, second_moments=second_moments, gradients=measured, device=device,
-        tokens_per_batch=tokens_per_batch, progress=progress,
-    )  # fmt: skip
-    return Statistics(layers=tuple(layers), tokens=windows.numel())
+    check_model(model)
+    with undisturbed(model):
+        windows = checked_windows(model, windows)
+        measured = None
+        if gradients:
+            measured = loss_gradients(model, windows, of=gradients, device=device, progress=progress)
+        layers = iterate_statistics(
+            model, windows, second_moments=second_moments, gradients=measured, device=device,
+            tokens_per_batch=tokens_per_batch, progress=progress,
+        )  # fmt: skip
+        return Statistics(layers=tuple(layers), tokens=windows.numel())

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .plan import Plan
 
@@ -62,12 +63,34 @@ def save_checkpoint(
     """
     out = check_destination(out, overwrite=overwrite)
     with all_or_nothing(out) as partial:
-        model.save_pretrained(partial)
+        save_model(model, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         save_file(plan.tensors(), partial / "plan.safetensors", metadata={"format": "pt"})
         (partial / "pruning.json").write_text(json.dumps(pruning, indent=2) + "\n", encoding="utf-8")
     return out
+
+
+def save_model(model: PreTrainedModel, directory: Path) -> None:
+    """Write configuration, weights and the generation settings, these as they are: see `plain_generation`."""
+    with plain_generation(model) as settings:
+        model.save_pretrained(directory)
+    if settings is not None:
+        settings.to_json_file(directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+
+
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[GenerationConfig | None]:
+    """The model can be saved meanwhile, without its own generation settings, which are yielded.
+
+    transformers refuses to save some that it loads: many chat models have a temperature and do not sample.
+    """
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield settings
+    finally:
+        model.generation_config = settings
 
 
 @contextmanager

@@ -270,7 +270,7 @@ def compensate_on_pruned_inputs(
     The target of `o_proj` and `down_proj` is the residual stream of the `model` it was cut from, less that of the
     narrowed one before the projection, so every layer also makes up for the errors of those before it; the other
     projections read a linear guess of what the dense model's would read. Both models advance block by block
-    (`LayerWalk`); see there for `device`.
+    (`LayerWalk`); see there for `device`. Both are in evaluation mode.
     """
     if bias:
         _ensure_bias(narrowed)
@@ -279,8 +279,6 @@ def compensate_on_pruned_inputs(
     parts = [part.split(per_batch) if len(part) else () for part in held_out_split(windows)]
     batches = [*parts[0], *parts[1]]
     held_out = [0] * len(parts[0]) + [1] * len(parts[1])
-    was_training = narrowed.training
-    narrowed.eval()
     target_walk, walk = LayerWalk(model, batches, device=device), LayerWalk(narrowed, batches, device=device)
     ridges = []
     for index, before in target_walk.blocks(desc="compensate", disable=None if progress else True):
@@ -308,7 +306,6 @@ def compensate_on_pruned_inputs(
                 mlp.down_proj, _mlp_inputs(walk, layer), walk, target_walk.hidden, held_out, bias, ridge
             )
         ridges.append(chosen)
-    narrowed.train(was_training)
     return ridges
 
 

@@ -53,6 +53,9 @@ class TransActConfig(LlamaConfig):
         """Widest query-key head. Its presence tells `generate` that keys and values differ in width."""
         return max(self.qk_head_dims)
 
+    def validate_architecture(self):
+        """Llama's own check that heads divide the hidden size, which `head_dim` makes needless: nothing to check."""
+
     def validate_widths(self):
         """Part of `@strict`: one width per layer, none wider than the dense model's, and whole RoPE pairs."""
         dense_widths = {

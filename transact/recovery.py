@@ -22,9 +22,9 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .calibration import check_windows
-from .checkpoint import model_hash
+from .checkpoint import model_hash, plain_generation
 from .configuration_transact import TransActConfig
+from .entry import check_model, check_trainable, check_unquantised, checked_windows, undisturbed
 from .modeling_transact import TransActForCausalLM
 
 WAYS = ("distillation", "full", "lora", "lora-distillation")
@@ -148,14 +148,11 @@ def epoch_order(epoch: int, available: int, seed: int) -> torch.Tensor:
 def check_recoverable(model: nn.Module, training: Training, teacher: nn.Module | None) -> None:
     """Raise ValueError unless this is a narrowed model that can be trained so, by this teacher."""
     training.check()
+    check_model(model)
     if model.config.model_type != TransActConfig.model_type:
         raise ValueError(f"the model is not pruned (type {model.config.model_type!r}): prune it first")
-    for name, parameter in model.named_parameters():
-        kind = type(parameter.data)  # torchao has tensors of its own
-        if kind is not torch.Tensor or not parameter.is_floating_point():
-            raise ValueError(
-                f"{name} is quantised ({kind.__name__}, {parameter.dtype}): train the model first, then quantise it"
-            )
+    check_unquantised(model)
+    check_trainable(model)
     if not training.needs_teacher():
         return
     if teacher is None:
@@ -182,7 +179,7 @@ def recover(
     evaluations: int = 4,
     progress: bool = False,
 ) -> Recovered:
-    """Train a narrowed model on windows (N, T) of token ids; the model given is changed.
+    """Train a narrowed model on windows (N, T) of token ids; the model given is changed, and in evaluation mode after.
 
     AdamW with betas 0.9 and 0.95, gradients clipped at 1, a tenth of the steps to warm up, then a cosine down to
     nothing; weights are kept in float32 meanwhile unless they are only adapted. Runs wherever Trainer does: one device,
@@ -194,7 +191,23 @@ def recover(
     training diverges, with the last good checkpoint left where it is.
     """
     check_recoverable(model, training, teacher)
-    check_windows(model, windows)
+    with undisturbed(model, *([] if teacher is None else [teacher])):
+        windows = checked_windows(model, windows)
+        recovered = _train(model, windows, training, teacher, checkpoints, evaluate, evaluations, progress)
+    recovered.model.eval()
+    return recovered
+
+
+def _train(
+    model: TransActForCausalLM,
+    windows: torch.Tensor,
+    training: Training,
+    teacher: nn.Module | None,
+    checkpoints: Path | None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None,
+    evaluations: int,
+    progress: bool,
+) -> Recovered:
     if windows.shape[1] < 2:
         raise ValueError("windows must hold at least 2 tokens each: the second is predicted from the first")
     training = training.with_rate(model.config.hidden_size, windows.shape[1])
@@ -230,16 +243,19 @@ def recover(
         if progress and trainer.is_world_process_zero():
             trainer.add_callback(_Bar(count * windows.shape[1]))
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=resumed)
+        with plain_generation(model):
+            trainer.train(resume_from_checkpoint=resumed)
     seconds = time.perf_counter() - start
     if student is not model:
         model = student.merge_and_unload()
     elif trainer.is_fsdp_enabled:
+        generation = model.generation_config
         model = gathered(trainer.model_wrapped, model.config)
+        model.generation_config = generation
     _cast_parameters(model, before)
     if training.gradient_checkpointing:
         _checkpointing(model, "disable")()
-    model.requires_grad_(True).eval()
+    model.requires_grad_(True)
     tokens_per_step = training.batch * windows.shape[1]
     history = [
         {"tokens": min(row["step"] * tokens_per_step, count * windows.shape[1])}

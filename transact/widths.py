@@ -36,7 +36,7 @@ def dense_widths(config: PretrainedConfig) -> tuple[Widths, ...]:
 
 def widths_of(config: PretrainedConfig) -> tuple[Widths, ...]:
     """The widths of a model by its configuration, narrowed or dense."""
-    if not hasattr(config, "kv_head_counts"):
+    if config.model_type != "transact_llama":
         return dense_widths(config)
     lists = (config.kv_head_counts, config.qk_head_dims, config.v_head_dims, config.intermediate_sizes)
     return tuple(Widths(*widths) for widths in zip(*lists, strict=True))
@@ -225,7 +225,7 @@ def check_modules(config: PretrainedConfig, modules: Sequence[str], granularity:
 
 def has_query_key_norm(config: PretrainedConfig) -> bool:
     """Whether queries and keys are normalised head by head (Qwen3): then no pair of them can be dropped exactly."""
-    return getattr(config, "query_key_norm", False) or config.model_type == "qwen3"
+    return config.model_type == "qwen3" or (config.model_type == "transact_llama" and config.query_key_norm)
 
 
 def prunable_modules(config: PretrainedConfig, modules: Sequence[str]) -> tuple[str, ...]:

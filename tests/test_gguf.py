@@ -1,0 +1,378 @@
+"""GGUF files: read as llama.cpp reads them, they give the model's logits; what llama.cpp would do otherwise is refused.
+
+The reader below is llama.cpp's graph of a "llama" (src/models/llama.cpp, src/llama-model.cpp of version 0.3.36 of
+llama-cpp-python) in float64: it knows what the file says and nothing else.
+"""
+
+import gguf
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch.nn.functional import rms_norm, silu
+from transformers import PreTrainedTokenizerFast
+
+import transact
+from tests.tiny import LONGROPE, ROPES, llama_with, plain_plan, random_plan, tiny_llama, tiny_relative
+from transact.__main__ import main
+from transact.export import check_exportable, check_tokenizer, plain_llama, pre_tokenizer_of, write_gguf
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+class AsLlamaCppReadsIt:
+    def __init__(self, path, *, context: int):
+        reader = gguf.GGUFReader(path)
+        self.values = {name: field.contents() for name, field in reader.fields.items()}
+        self.tensors = {
+            tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).double()
+            for tensor in reader.tensors
+        }
+        self.context = context
+
+    def get(self, name: str, default=None):
+        return self.values.get(f"llama.{name}", default)
+
+    def linear(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = inputs @ self.tensors[f"{name}.weight"].mT
+        return outputs + self.tensors[f"{name}.bias"] if f"{name}.bias" in self.tensors else outputs
+
+    def norm(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
+        epsilon = self.get("attention.layer_norm_rms_epsilon")
+        return rms_norm(inputs, inputs.shape[-1:], self.tensors[f"{name}.weight"], epsilon)
+
+    def rope(self, heads: torch.Tensor) -> torch.Tensor:
+        """(length, heads, width), neighbours are pairs."""
+        scaling = self.get("rope.scaling.type", "linear")
+        assert scaling in ("linear", "longrope")
+        width = self.get("rope.dimension_count")
+        name = "rope_freqs.weight"
+        if scaling == "longrope":
+            is_long = self.context > self.get("rope.scaling.original_context_length")
+            name = f"rope_factors_{'long' if is_long else 'short'}.weight"
+        factors = self.tensors.get(name, torch.ones(width // 2).double())
+        frequencies = self.get("rope.freq_base") ** (-torch.arange(width // 2).double() * 2 / width) / factors
+        angles = torch.arange(len(heads)).double()[:, None] * frequencies / self.get("rope.scaling.factor", 1.0)
+        cos, sin = (
+            table(angles)[:, None] * self.get("rope.scaling.attn_factor", 1.0) for table in (torch.cos, torch.sin)
+        )
+        first, second = heads.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        assert self.values["general.architecture"] == "llama"
+        hidden, length = self.tensors["token_embd.weight"][ids], len(ids)
+        width, heads, kv_heads = (
+            self.get(f"attention.{name}") for name in ("key_length", "head_count", "head_count_kv")
+        )
+        assert width == self.get("attention.value_length") == self.get("rope.dimension_count")
+        mask = torch.full((length, length), -torch.inf).triu(1)
+        for layer in range(self.get("block_count")):
+            inputs = self.norm(f"blk.{layer}.attn_norm", hidden)
+            query, key, value = (
+                self.linear(f"blk.{layer}.attn_{name}", inputs).view(length, -1, width) for name in "qkv"
+            )
+            query, key = self.rope(query), self.rope(key)
+            key, value = (of.repeat_interleave(heads // kv_heads, 1) for of in (key, value))
+            scores = torch.einsum("qhw,khw->hqk", query, key) / width**0.5 + mask
+            mixed = torch.einsum("hqk,khw->qhw", scores.softmax(-1), value).flatten(1)
+            hidden = hidden + self.linear(f"blk.{layer}.attn_output", mixed)
+            inputs = self.norm(f"blk.{layer}.ffn_norm", hidden)
+            gate, up = (self.linear(f"blk.{layer}.ffn_{name}", inputs) for name in ("gate", "up"))
+            hidden = hidden + self.linear(f"blk.{layer}.ffn_down", silu(gate) * up)
+        head = self.tensors.get("output.weight", self.tensors["token_embd.weight"])
+        return self.norm("output_norm", hidden) @ head.mT
+
+
+def assert_file_is_the_model(path, model, *, length: int = 48, tolerance: float = 2e-6):
+    ids = torch.randint(1, 97, (length,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.double()(input_ids=ids[None]).logits[0]
+    actual = AsLlamaCppReadsIt(path, context=length).logits(ids)
+    assert (actual - expected).norm() / expected.norm() < tolerance
+
+
+def tokenizer_of(steps, *, normalizer=None, ignore_merges=False, tokens=97, template=None, **settings):
+    """A byte-level BPE of `tokens` tokens that cuts text by `steps`."""
+    vocabulary = {token: index for index, token in enumerate(["<s>", "ab", "abc", *LETTERS[:94]][:tokens])}
+    vocabulary |= {f"more{index}": index for index in range(97, tokens)}
+    merges = [("a", "b"), ("ab", "c")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges, **settings))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if isinstance(steps, list) else steps
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if template is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+
+
+def split(pattern: str, behavior: str = "isolated"):
+    return pre_tokenizers.Split(Regex(pattern), behavior)
+
+
+def byte_level(**settings):
+    return pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **settings})
+
+
+END = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + END
+QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + END
+WORDS = [split(LLAMA3), byte_level(use_regex=False)]
+GPT2 = byte_level()
+
+
+def written(tmp_path, model, tokenizer=None, kind="f32"):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model, tokenizer or tokenizer_of(GPT2), kind=kind)
+    return path
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.filterwarnings("ignore:llama.cpp takes RoPE's long factors:UserWarning")
+def test_every_rope_is_stated(rope, cut, tmp_path):
+    dense = llama_with(rope_parameters=ROPES[rope])
+    plain = plain_llama(transact.apply_plan(dense, plain_plan(dense.config, head_dim=10 if cut else 16)))
+    assert plain.config.head_dim == (10 if cut else 16)
+    path = written(tmp_path, plain)
+    assert_file_is_the_model(path, plain, length=12)
+    assert_file_is_the_model(path, plain, length=48)  # beyond the length that longrope was trained on
+
+
+def test_what_depends_on_the_context_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="long factors where its context is longer than 16 tokens"):
+        written(tmp_path, llama_with(rope_parameters=LONGROPE))
+
+
+@pytest.mark.parametrize("variant", ["mha", "gqa", "mqa", "tied", "biases", "llama3-rope"])
+def test_padded_models_and_their_biases_are_stated(variant, tmp_path):
+    dense = tiny_llama(variant)
+    narrowed = transact.apply_plan(dense, random_plan(dense.config, seed=4, drop_heads=True))
+    path = written(tmp_path, plain_llama(narrowed, pad=True))
+    assert_file_is_the_model(path, narrowed, length=24)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_bfloat16_weights_stay_as_they_are(kind, tmp_path):
+    dense = tiny_llama("gqa").to(torch.bfloat16)
+    narrowed = transact.apply_plan(dense, plain_plan(dense.config, head_dim=10))
+    assert_file_is_the_model(written(tmp_path, plain_llama(narrowed), kind=kind), narrowed)
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_is_written_whatever_the_flag_says(tmp_path):
+    dense = tiny_llama("tied")
+    dense.lm_head.weight = torch.nn.Parameter(torch.randn(97, 48))
+    assert dense.config.tie_word_embeddings
+    assert_file_is_the_model(written(tmp_path, dense), dense)
+    tied = tiny_llama("tied")
+    assert "output.weight" not in AsLlamaCppReadsIt(written(tmp_path, tied), context=8).tensors
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_pytorch_tanh", "relu2"])
+def test_another_activation_than_silu_is_refused(activation, tmp_path):
+    dense = llama_with(hidden_act=activation)
+    with pytest.raises(ValueError, match=rf"hidden_act '{activation}' cannot be stated in a GGUF file"):
+        written(tmp_path, dense)
+    with pytest.raises(ValueError, match=r"llama\.cpp computes silu"):
+        check_exportable(dense.config, "gguf")
+    check_exportable(dense.config, "llama")
+    check_exportable(llama_with(hidden_act="swish").config, "gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_else_llama_cpp_lacks_is_refused(tmp_path):
+    dynamic = llama_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    with pytest.raises(ValueError, match="RoPE type 'dynamic' cannot be stated"):
+        written(tmp_path, dynamic)
+    with pytest.raises(ValueError, match="this is a 'qwen3' model"):
+        written(tmp_path, tiny_relative("qwen3"))
+    biased = tiny_llama("gqa")
+    biased.lm_head = torch.nn.Linear(48, 97)
+    with pytest.raises(ValueError, match=r"lm_head\.bias is 97, by the configuration it is absent"):
+        written(tmp_path, biased)
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_weights_beyond_a_types_range_are_refused(kind, tmp_path):
+    dense = tiny_llama("gqa")
+    dense.model.layers[1].mlp.up_proj.weight[3, 5] = 1e7
+    dense.model.layers[0].mlp.up_proj.weight[3, 5] = 65504
+    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight holds 1e\+07, which .* cannot: write bf16 or f32"):
+        written(tmp_path, dense, kind=kind)
+    assert not list(tmp_path.iterdir())
+    assert_file_is_the_model(written(tmp_path, dense), dense)
+
+
+KNOWN = {
+    "gpt-2": tokenizer_of(GPT2),
+    "gpt-2 without offsets": tokenizer_of([byte_level(trim_offsets=False)], normalizer=normalizers.Sequence([])),
+    "llama-bpe": tokenizer_of(WORDS, ignore_merges=True),
+    "smaug-bpe": tokenizer_of(WORDS),
+    "qwen2": tokenizer_of([split(QWEN2), byte_level(use_regex=False)]),
+    "qwen2, composed": tokenizer_of([split(QWEN2), byte_level(use_regex=False)], normalizer=normalizers.NFC()),
+    "smollm": tokenizer_of([pre_tokenizers.Digits(individual_digits=True), GPT2]),
+}
+DEEPSEEK_CODER = [
+    split("[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split("[一-龥ࠀ-一가-퟿]+"),
+    pre_tokenizers.Digits(individual_digits=True), byte_level(use_regex=False),
+]  # fmt: skip
+FALCON = [
+    pre_tokenizers.Punctuation("contiguous"), GPT2, pre_tokenizers.Digits(individual_digits=False),
+    split("[0-9][0-9][0-9]"),
+]  # fmt: skip
+UNKNOWN = {
+    "deepseek-coder": tokenizer_of(DEEPSEEK_CODER),
+    "falcon": tokenizer_of(FALCON),
+    "smollm, and a step more": tokenizer_of([pre_tokenizers.Digits(individual_digits=True), split("x"), GPT2]),
+    "smollm, in another order": tokenizer_of([GPT2, pre_tokenizers.Digits(individual_digits=True)]),
+    "smollm, digits together": tokenizer_of([pre_tokenizers.Digits(individual_digits=False), GPT2]),
+    "gpt-2, with a space before": tokenizer_of(byte_level(add_prefix_space=True)),
+    "gpt-2, lower case": tokenizer_of(GPT2, normalizer=normalizers.Lowercase()),
+    "gpt-2, composed otherwise": tokenizer_of(GPT2, normalizer=normalizers.NFKC()),
+    "gpt-2, words taken whole": tokenizer_of(GPT2, ignore_merges=True),
+    "gpt-2, no words": tokenizer_of(byte_level(use_regex=False)),
+    "llama-bpe, parts removed": tokenizer_of(
+        [split(LLAMA3, "removed"), byte_level(use_regex=False)], ignore_merges=True
+    ),
+    "llama-bpe, and more": tokenizer_of([split(LLAMA3 + "|x"), byte_level(use_regex=False)], ignore_merges=True),
+    "llama-bpe, and a second step": tokenizer_of([split(LLAMA3), GPT2], ignore_merges=True),
+    "one digit to four": tokenizer_of([split(LLAMA3.replace("1,3", "1,4")), byte_level(use_regex=False)]),
+    "qwen2, decomposed": tokenizer_of([split(QWEN2), byte_level(use_regex=False)], normalizer=normalizers.NFD()),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_pre_tokenizers_go_by_the_whole(name):
+    assert pre_tokenizer_of(KNOWN[name], 97) == name.split(",")[0].split(" ")[0]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_other_pre_tokenizers_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=r"splits text in none of the ways known here .* would tokenise otherwise"):
+        written(tmp_path, tiny_llama("gqa"), UNKNOWN[name])
+    assert not list(tmp_path.iterdir())
+
+
+def with_token(token: AddedToken, tokens: int = 97):
+    tokenizer = tokenizer_of(GPT2, tokens=tokens)
+    tokenizer.add_tokens([token])
+    return tokenizer
+
+
+def undecoded():
+    tokenizer = tokenizer_of(GPT2)
+    tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def sentencepiece_like():
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, [], byte_fallback=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = GPT2, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="a", eos_token="b")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "named"),
+    [
+        (with_token(AddedToken("<mask>", lstrip=True), 90), "'<mask>' is matched with lstrip"),
+        (with_token(AddedToken("<mask>", rstrip=True), 90), "'<mask>' is matched with rstrip"),
+        (with_token(AddedToken("word", single_word=True), 90), "'word' is matched with single_word"),
+        (with_token(AddedToken("<more>")), "has a token 97, the model's vocabulary ends at 96"),
+        (tokenizer_of(GPT2, tokens=120), "has a token 119"),
+        (tokenizer_of(GPT2, dropout=0.1), "dropout is 0.1"),
+        (tokenizer_of(GPT2, unk_token="<s>"), "unk_token is '<s>'"),
+        (tokenizer_of(GPT2, end_of_word_suffix="</w>"), "end_of_word_suffix is '</w>'"),
+        (tokenizer_of(GPT2, template="$A <s> <s>"), "adds nothing but BOS before and EOS behind"),
+        (undecoded(), "byte-level BPE"),
+        (sentencepiece_like(), "byte-level BPE"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_else_a_tokenizer_does_otherwise_is_refused(tokenizer, named, tmp_path):
+    with pytest.raises(ValueError, match=named) as caught:
+        written(tmp_path, tiny_llama("gqa"), tokenizer)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_normaliser_that_llama_cpp_leaves_out_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="does not compose characters"):
+        written(tmp_path, tiny_llama("gqa"), KNOWN["qwen2, composed"])
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "eos"),
+    [("$A", False, False), ("<s> $A", True, False), ("$A <s>", False, True), ("<s> $A <s>", True, True)],
+)
+def test_what_is_added_to_a_text_is_stated(template, bos, eos, tmp_path):
+    values = AsLlamaCppReadsIt(written(tmp_path, tiny_llama(), tokenizer_of(GPT2, template=template)), context=8).values
+    assert (values["tokenizer.ggml.add_bos_token"], values["tokenizer.ggml.add_eos_token"]) == (bos, eos)
+
+
+@pytest.mark.parametrize(
+    ("ends", "stated"), [(None, [0]), (5, [0, 5]), ([5, 7], [0, 5, 7]), ([7, 0], [0, 7]), ([0, 0], [0])]
+)
+def test_all_tokens_that_end_a_generation_are_stated(ends, stated, tmp_path):
+    model = tiny_llama("gqa")
+    model.generation_config.eos_token_id = ends
+    values = AsLlamaCppReadsIt(written(tmp_path, model), context=8).values
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    assert [values[key] for key in keys if key in values] == stated
+
+
+@pytest.mark.parametrize("ends", [[3, 4, 5], 97, -1])
+def test_tokens_that_a_file_cannot_name_are_refused(ends, tmp_path):
+    model = tiny_llama("gqa")
+    model.generation_config.eos_token_id = ends
+    with pytest.raises(ValueError, match="names 1 to 3 of the vocabulary's 97"):
+        written(tmp_path, model)
+    endless = tokenizer_of(GPT2)
+    endless.eos_token = None
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match=r"ends at tokens \[\]"):
+        check_tokenizer(endless, model)
+
+
+def test_several_chat_templates_go_by_name(tmp_path):
+    tokenizer = tokenizer_of(GPT2)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    values = AsLlamaCppReadsIt(written(tmp_path, tiny_llama("gqa"), tokenizer), context=8).values
+    assert values["tokenizer.chat_template"] == "{{ messages }}"
+    assert values["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+    tokenizer.chat_template = "one"
+    values = AsLlamaCppReadsIt(written(tmp_path, tiny_llama("gqa"), tokenizer), context=8).values
+    assert values["tokenizer.chat_template"] == "one"
+
+
+def test_rows_without_a_token_have_texts_of_their_own(tmp_path):
+    tokenizer = tokenizer_of(GPT2, tokens=90)
+    tokenizer.add_tokens(["[unused95]"])
+    values = AsLlamaCppReadsIt(written(tmp_path, tiny_llama("gqa"), tokenizer), context=8).values
+    tokens = values["tokenizer.ggml.tokens"]
+    assert len(set(tokens)) == len(tokens) == 97
+    assert tokens.index("[unused95]") == tokenizer.convert_tokens_to_ids("[unused95]")
+
+
+@pytest.mark.filterwarnings("default:llama.cpp does not compose:UserWarning")
+def test_the_command_refuses_before_it_writes(tmp_path, capsys):
+    source, out = tmp_path / "pruned", tmp_path / "model.gguf"
+    dense = tiny_llama("gqa")
+    plan = plain_plan(dense.config, head_dim=10)
+    transact.save_checkpoint(source, transact.apply_plan(dense, plan), plan, {})
+    tokenizer_of(DEEPSEEK_CODER).save_pretrained(source)
+    assert main(["export", str(source), str(out), "--format", "gguf"]) == 2
+    assert "splits text in none of the ways known here" in capsys.readouterr().err
+    tokenizer_of([split(QWEN2), byte_level(use_regex=False)], normalizer=normalizers.NFC()).save_pretrained(source)
+    assert main(["export", str(source), str(out), "--format", "gguf"]) == 0
+    assert capsys.readouterr().err.count("does not compose characters") == 1
+    out.unlink()
+    config = source / "config.json"
+    config.write_text(config.read_text().replace('"silu"', '"relu"'))
+    assert main(["export", str(source), str(out), "--format", "gguf"]) == 2
+    captured = capsys.readouterr().err
+    assert "hidden_act 'relu' cannot be stated" in captured
+    assert captured.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]

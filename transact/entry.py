@@ -1,0 +1,107 @@
+"""What is made sure of before work with a model begins: what it is, what it is given, and what the caller has set."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "transact_llama")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError unless `model` is of the Llama family, dense or narrowed, and carries no adapters."""
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            where = f"{name} is {type(module).__name__}" if name else type(module).__name__
+            raise ValueError(f"the model carries adapters of peft ({where}): merge them into its weights first")
+    if model_type_of(model) not in MODEL_TYPES:
+        raise ValueError(f"the model is of type {model_type_of(model)!r}, allowed: {', '.join(MODEL_TYPES)}")
+
+
+def model_type_of(model: nn.Module) -> str:
+    """The type that its configuration names; the class's name where it has none, as wrappers have."""
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+
+
+def has_own_head(model: nn.Module) -> bool:
+    """Whether the language-model head is not the embedding: the weights know, `tie_word_embeddings` only says so."""
+    return model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def check_unquantised(model: nn.Module) -> None:
+    """Raise ValueError where a weight is kept in another way than as floating-point numbers."""
+    for name, parameter in model.named_parameters():
+        kind = type(parameter.data)  # torchao has tensors of its own
+        if kind is not torch.Tensor or not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is quantised ({kind.__name__}, {parameter.dtype}): prune and train the model first, quantise "
+                "it afterwards"
+            )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ValueError where gradients cannot be taken since the weights were made in inference mode."""
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if name is not None:
+        raise ValueError(f"{name} was made inside torch.inference_mode() and takes no gradients: load it outside")
+
+
+def checked_windows(model: nn.Module, windows: torch.Tensor | Sequence) -> torch.Tensor:
+    """The windows (samples, length) as int64, from a tensor of any integers, rows of them, or an array.
+
+    Raises ValueError unless they are a non-empty matrix of ids of the model's vocabulary within its context.
+    """
+    if not isinstance(windows, torch.Tensor):
+        try:
+            windows = torch.stack([torch.as_tensor(row) for row in windows])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"windows must be a (samples, length) matrix of token ids, got {type(windows).__name__}: {error}"
+            ) from error
+    if windows.dtype.is_floating_point or windows.dtype.is_complex or windows.dtype == torch.bool:
+        raise ValueError(f"windows must be token ids (integers), got {windows.dtype}")
+    if windows.ndim != 2 or windows.numel() == 0:
+        raise ValueError(
+            f"windows must be a non-empty (samples, length) matrix of token ids, got {tuple(windows.shape)}"
+        )
+    context = model.config.max_position_embeddings
+    if windows.shape[1] > context:
+        raise ValueError(f"seq-len {windows.shape[1]} is longer than the model's context of {context}")
+    windows = windows.long()
+    check_vocabulary(model.config, windows)
+    return windows.clone() if windows.is_inference() else windows
+
+
+def check_vocabulary(config: PretrainedConfig, ids: torch.Tensor) -> None:
+    """Raise ValueError where token ids lie outside of the model's vocabulary."""
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(
+            f"token ids go from {ids.min()} to {ids.max()}, the model's vocabulary has {config.vocab_size}: "
+            "is the tokeniser the model's own?"
+        )
+
+
+@contextmanager
+def undisturbed(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode and torch's own defaults meanwhile, whatever the caller has set; afterwards as before.
+
+    The defaults: gradients, no autocast, float32, and the CPU for tensors that name no device.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    dtype = torch.get_default_dtype()
+    kinds = {"cpu"} | {parameter.device.type for model in models for parameter in model.parameters()}
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        torch.set_default_dtype(torch.float32)
+        for model in models:
+            model.eval()
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in kinds - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # looks at every call of torch
+            stack.enter_context(torch.device("cpu"))
+        yield
