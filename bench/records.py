@@ -80,6 +80,7 @@ class Case:
     recovery_sha256: str | None = None
     learning_rate: float | None = None
     quantisation: str = ""
+    measurements: int = 0
     evaluation_ids: str = ""
     calibration_ids: str | None = None
     recovery_ids: str | None = None

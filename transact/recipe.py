@@ -24,6 +24,7 @@ from .criteria import (
 )
 from .entry import check_trainable, checked_windows, undisturbed
 from .gradients import loss_gradients
+from .measured import measured_widths
 from .modeling_transact import TransActForCausalLM
 from .plan import Plan, select
 from .prune import apply_plan, check_prunable
@@ -58,7 +59,8 @@ class Recipe:
     intercept to these.
     `rope`: whole "pairs" at their own frequencies, or "released", what the paper's authors do. `shots`: prunings,
     with statistics taken afresh at each. `ridge`: the one ridge of all least squares; None: of several the best on
-    held-out tokens, for each projection.
+    held-out tokens, for each projection. `measurements`: rounds in which the pruned model's sensitivity corrects the
+    losses that a search goes by (`measured_widths`; not where one block at a time is on the device).
     """
 
     criterion: str = "activation"
@@ -70,6 +72,7 @@ class Recipe:
     rope: str = "pairs"
     shots: int = 1
     ridge: float | None = None
+    measurements: int = 0
 
     def check(self) -> None:
         """Raise ValueError for a value that is not known or settings that exclude each other."""
@@ -82,6 +85,11 @@ class Recipe:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}, allowed: {', '.join(allowed)}")
         if self.shots < 1:
             raise ValueError(f"shots must be at least 1, got {self.shots}")
+        if self.measurements < 0 or (self.measurements and self.allocation != "searched"):
+            raise ValueError(
+                f"measurements must be at least 0, and 0 unless allocation is searched, got {self.measurements} with "
+                f"{self.allocation}"
+            )
         if self.ridge is not None and not 0 < self.ridge < math.inf:
             raise ValueError(f"ridge must be positive, got {self.ridge}")
         if self.ridge is not None and self.compensation not in ("dense", "pruned"):
@@ -119,7 +127,7 @@ class Recipe:
 
 PRESETS = {
     # the strongest training-free recipe found here
-    "best": Recipe(criterion="predicted-loss", allocation="searched", compensation="pruned"),
+    "best": Recipe(criterion="predicted-loss", allocation="searched", compensation="pruned", measurements=3),
     # the paper's score and widths, one shot, whole RoPE pairs; and with what its authors' code does instead
     "transact": Recipe(),
     "transact-released": Recipe(rope="released"),
@@ -229,7 +237,16 @@ def _in_shots(
             if recipe.allocation == "plain":
                 scores = shared_pairs(scores)
         with _stage(result.seconds, "plan"):
-            target = widths or _target_widths(recipe, before, dense, scores, ratio, kv_ratio)
+
+            def widths_by(scores: Sequence[LayerScores], model: nn.Module = before) -> tuple[Widths, ...]:
+                return _target_widths(recipe, model, dense, scores, ratio, kv_ratio)
+
+            if recipe.measurements and device is None and not widths:
+                target = measured_widths(
+                    before, scores, layers, windows, widths_by, rounds=recipe.measurements, progress=progress
+                )
+            else:
+                target = widths or widths_by(scores)
             current = widths_of(before.config)
             wanted = [widths_after_shot(*pair, shots_left) for pair in zip(current, target, strict=True)]
             plan = select(scores, wanted, rope=recipe.rope)
@@ -272,7 +289,7 @@ def _scores(
     scores, kept = [], []
     for index, (layer, layer_statistics) in enumerate(zip(layers, streamed, strict=True)):
         scores.append(criterion.score(layer, index, layer_statistics))
-        if recipe.compensation in ("bias", "dense"):
+        if recipe.compensation in ("bias", "dense") or (recipe.measurements and device is None):
             kept.append(layer_statistics)
     return scores, kept
 

@@ -1,0 +1,159 @@
+"""Measured sensitivity: what the model pruned so far says of each module corrects the losses that were predicted.
+
+Legend: L layers, T tokens, D hidden size.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from .allocate import removal_losses
+from .calibration import LayerStatistics, Moments, held_out_split
+from .compensate import compensate_on_dense_inputs
+from .criteria import LayerScores
+from .plan import select
+from .prune import apply_plan
+from .widths import Widths
+
+TOKENS, TOKENS_PER_BATCH = 2048, 1024
+RIDGE = 0.01  # of the closed-form refit that the measured models have
+STEP = 0.7  # of the way, in logarithms, that each round takes the factors to what it measures
+TRUST = 0.75  # of the way that the widths follow them: a few thousand tokens say it with noise
+FLOOR, MOST = 0.02, 10.0  # losses below this part of the mean are not told from nothing; factors of a round
+
+
+def measured_widths(
+    model: nn.Module,
+    scores: Sequence[LayerScores],
+    statistics: Sequence[LayerStatistics],
+    windows: torch.Tensor,
+    widths_by: Callable[[Sequence[LayerScores]], tuple[Widths, ...]],
+    *,
+    rounds: int,
+    progress: bool = False,
+) -> tuple[Widths, ...]:
+    """The widths that `widths_by` finds by cumulative scores once the pruned model's own sensitivity corrects them.
+
+    Losses are predicted for each module alone, from the dense model's gradients; errors of several modules add up
+    otherwise. In each round the model is pruned to the widths found so far and refitted in closed form, and on windows
+    held out of that refit one backward pass of its KL divergence to `model` gives for every module d KL / d (its share
+    of its own error). For a quadratic loss of independent errors that is twice the module's loss; the quotient of half
+    of it and the predicted loss becomes the factor of the module's scores.
+    """
+    held_out = held_out_split(windows)[1]
+    held_out = (held_out if len(held_out) else windows)[: max(1, TOKENS // windows.shape[1])]
+    fitted = [_without_held_out(layer) for layer in statistics]
+    factors = torch.ones(len(scores), 3, dtype=torch.float64)
+    for _ in tqdm(range(rounds), desc="measure", unit="round", disable=None if progress else True):
+        current = _scaled(scores, factors)
+        widths = widths_by(current)
+        plan = select(current, widths)
+        narrowed = apply_plan(model, plan).requires_grad_(False)
+        compensate_on_dense_inputs(narrowed, model, plan, fitted, ridge=RIDGE)
+        measured = error_slopes(narrowed, model, held_out).clamp(min=0) / 2
+        factors = _next_factors(factors, measured, _predicted(scores, widths))
+    return widths_by(_scaled(scores, factors**TRUST))
+
+
+def _without_held_out(layer: LayerStatistics) -> LayerStatistics:
+    def alone(moments: tuple[Moments, Moments]) -> tuple[Moments, Moments]:
+        return moments[0], Moments.empty(len(moments[0].sum), moments[0].sum.device)
+
+    return replace(
+        layer, attention_moments=alone(layer.attention_moments), mlp_moments=alone(layer.mlp_moments)
+    )  # fmt: skip
+
+
+def _scaled(scores: Sequence[LayerScores], factors: torch.Tensor) -> list[LayerScores]:
+    return [
+        replace(
+            layer, rope_pairs=layer.rope_pairs * qk, value_dims=layer.value_dims * vo, mlp_dims=layer.mlp_dims * mlp
+        )
+        for layer, (qk, vo, mlp) in zip(scores, factors.tolist(), strict=True)
+    ]
+
+
+def _predicted(scores: Sequence[LayerScores], widths: Sequence[Widths]) -> torch.Tensor:
+    """Predicted losses at these widths, nats a token: (L, 3), of query-key pairs, values and MLPs."""
+    rows = [
+        (
+            removal_losses(layer.rope_pairs)[width.qk_head_dim // 2],
+            removal_losses(layer.value_dims)[width.v_head_dim],
+            removal_losses(layer.mlp_dims)[width.mlp],
+        )
+        for layer, width in zip(scores, widths, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _next_factors(factors: torch.Tensor, measured: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """Part of the way from `factors` to measured over predicted; modules that lose nothing keep theirs."""
+    floor = FLOOR * predicted.mean()
+    quotients = ((measured + floor * factors) / (predicted + floor)).clamp(1 / MOST, MOST)
+    return torch.where(predicted > 0, factors ** (1 - STEP) * quotients**STEP, factors)
+
+
+def error_slopes(narrowed: nn.Module, dense: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """d KL(dense || narrowed) / d share, nats a token, of each module's own error: (L, 3), float64.
+
+    The errors are what pruning pairs, values and MLP dimensions adds to a module's output for the narrowed model's
+    own inputs; a share of 1 is the narrowed model. Columns: query-key pairs, values, MLPs.
+    """
+    slopes = torch.zeros(len(dense.model.layers), 3, dtype=torch.float64)
+    for batch in windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])):
+        batch = batch.to(dense.device)
+        with torch.no_grad():
+            wanted = dense(input_ids=batch, use_cache=False).logits.float().log_softmax(dim=-1)
+        with _seen(narrowed) as seen:
+            entering = narrowed.model.embed_tokens(batch).requires_grad_()
+            given = narrowed(inputs_embeds=entering, use_cache=False).logits.float().log_softmax(dim=-1)
+            functional.kl_div(given, wanted, reduction="sum", log_target=True).backward()
+        with torch.no_grad():
+            for index, (layer, before) in enumerate(zip(narrowed.model.layers, dense.model.layers, strict=True)):
+                slopes[index] += _slopes_of_layer(layer, before, seen)
+    return slopes / windows.numel()
+
+
+@contextmanager
+def _seen(model: nn.Module) -> Iterator[dict]:
+    """Of every attention and MLP what it is called with and its output, whose gradient is kept."""
+    seen = {}
+
+    def keep(module: nn.Module, inputs: tuple, keywords: dict, output):
+        output = output[0] if isinstance(output, tuple) else output
+        output.retain_grad()
+        seen[module] = inputs, keywords, output
+
+    modules = [module for layer in model.model.layers for module in (layer.self_attn, layer.mlp)]
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _slopes_of_layer(layer: nn.Module, before: nn.Module, seen: dict) -> torch.Tensor:
+    def along(error: torch.Tensor, output: torch.Tensor) -> float:
+        return (error.float() * output.grad.float()).sum().item()
+
+    inputs, keywords, output = seen[layer.self_attn]
+    whole = before.self_attn(*inputs, **keywords)[0]
+    pairs_gone = _with_values_of(layer.self_attn, before.self_attn)(*inputs, **keywords)[0]
+    pairs, values = along(pairs_gone - whole, output), along(output - pairs_gone, output)
+    inputs, _, output = seen[layer.mlp]
+    return torch.tensor([pairs, values, along(output - before.mlp(*inputs), output)], dtype=torch.float64)
+
+
+def _with_values_of(narrowed: nn.Module, dense: nn.Module) -> nn.Module:
+    """The narrowed attention with the dense one's values: its queries and keys alone are pruned."""
+    mixed = copy.copy(narrowed)
+    mixed._modules = narrowed._modules | {"v_proj": dense.v_proj, "o_proj": dense.o_proj}
+    mixed.v_head_dim = dense.v_proj.out_features // narrowed.kv_heads
+    return mixed
