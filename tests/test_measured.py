@@ -51,7 +51,7 @@ def test_slopes_are_those_of_finite_differences(make):
         for column, (module, error) in enumerate(errors):
             expected = difference_quotient(narrowed, dense, windows, module, error)
             assert slopes[index, column].item() == pytest.approx(expected, rel=1e-2, abs=1e-5)
-    assert slopes.abs().min() > 0
+    assert (slopes != 0).sum() >= 5  # one module of the plan keeps all its values
 
 
 def test_factors_go_part_of_the_way_and_keep_what_loses_nothing():
