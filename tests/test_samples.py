@@ -38,6 +38,19 @@ def test_fewer_samples_are_the_first_of_more(model, tokenizer):
     assert not torch.equal(few, own_samples(model, tokenizer, count=3, length=12, seed=1))
 
 
+def test_the_callers_state_changes_no_samples(model, tokenizer):
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    expected = own_samples(model.eval(), tokenizer, count=4, length=100)
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        samples_in_training = own_samples(model, tokenizer, count=4, length=100)
+    assert torch.equal(samples_in_training, expected)
+    assert model.training
+
+
 def test_odd_windows_begin_with_openers_of_many_kinds(model, tokenizer):
     windows = own_samples(model, tokenizer, count=8, length=12)
     first = [tokenizer(opener, add_special_tokens=False)["input_ids"] for opener in (OPENERS[0], OPENERS[27])]
