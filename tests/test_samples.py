@@ -6,7 +6,7 @@ import torch
 import transact
 from transact import samples
 from transact.samples import LEAST_ENTROPY, OPENERS, own_samples
-from transact.sources import calibration_sources, calibration_windows, mixed
+from transact.sources import calibration_sources, calibration_windows, mixed, source_names
 
 
 @pytest.fixture
@@ -21,12 +21,6 @@ def model(tiny_directory):
 @pytest.fixture
 def tokenizer(tiny_directory):
     return transact.load_model(tiny_directory)[1]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """No test finds what another has kept."""
-    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
 
 
 def test_fewer_samples_are_the_first_of_more(model, tokenizer):
@@ -116,6 +110,13 @@ def test_one_source_keeps_its_order(model, tokenizer, tiny_text):
     tokens = transact.tokenise(transact.load_text(str(tiny_text)), tokenizer)
     expected = transact.cut_windows(tokens, length=12, count=5, seed=3)
     assert torch.equal(calibration_windows(model, tokenizer, str(tiny_text), count=5, length=12, seed=3), expected)
+
+
+def test_a_file_may_have_commas_in_its_name(tmp_path, tiny_text):
+    path = tmp_path / "a,b.txt"
+    path.write_text("w1", encoding="utf-8")
+    assert source_names(str(path)) == [str(path)]
+    assert source_names(f"self, {tiny_text}") == ["self", str(tiny_text)]
 
 
 def test_bad_sources_are_named(model, tokenizer, tiny_text, tmp_path):
