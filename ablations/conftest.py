@@ -22,6 +22,7 @@ from bench.texts import EVALUATION_TEXTS
 from bench.workbench import Workbench, failed
 from reports.report import write_report, written
 from transact.inputs import TEXTS, read_config
+from transact.sources import SELF
 
 from .options import Run, options_given, run_of, workbench_arguments
 from .profiles import PROFILES
@@ -37,8 +38,8 @@ def pytest_addoption(parser: pytest.Parser):
     group.addoption("--ratios", help="fractions to remove, with commas, instead of each question's own")
     group.addoption("--presets", help="presets, with commas: only questions that compare presets, and only these")
     group.addoption("--model", help="embedded model, checkpoint directory or hub id")
-    group.addoption("--calibration", help=f"text: {', '.join(TEXTS)} or a file")
-    group.addoption("--domains", help="calibration texts of ablate_domain and ablate_transfer, with commas")
+    group.addoption("--calibration", help=f"texts in turn, with commas: {', '.join((SELF, *TEXTS))} or files")
+    group.addoption("--domains", help="what ablate_domain and ablate_transfer calibrate on, with commas; in turn: A+B")
     group.addoption("--samples", type=int, help="calibration windows")
     texts = f"texts, with commas, the first the main one: {', '.join(EVALUATION_TEXTS)} or files"
     group.addoption("--evaluation", help=texts)

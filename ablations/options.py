@@ -12,6 +12,7 @@ from bench.texts import EVALUATION_TEXTS, text_names, unreadable
 from bench.workbench import Workbench
 from transact.inputs import TEXTS, load_text
 from transact.recipe import recipe_by_name
+from transact.sources import DEFAULT_CALIBRATION, SELF, source_names
 from transact.widths import check_ratio
 
 from .profiles import PROFILES
@@ -53,9 +54,11 @@ def run_of(option: Callable) -> Run:
             settings[name] = tuple(part.strip() for part in option(name).split(","))
     for preset in settings.get("presets", ()):
         recipe_by_name(preset)
-    for name in settings["domains"]:
-        if name not in TEXTS:
-            load_text(name)  # a name that is neither is a slip
+    settings["domains"] = tuple(mixture(name) for name in settings["domains"])
+    for calibration in (option("calibration") or DEFAULT_CALIBRATION, *settings["domains"]):
+        for name in source_names(calibration):
+            if name != SELF and name not in TEXTS:
+                load_text(name)  # a file that cannot be read
     if "ratios" in settings:
         try:
             settings["ratios"] = tuple(map(float, settings["ratios"]))
@@ -84,8 +87,10 @@ def workbench_arguments(option: Callable, run: Run) -> dict:
     settings = run.settings
     return {
         "model": absolute(settings["model"]),
-        "calibration": absolute(option("calibration") or first_present(run, "calibration")),
-        "domains": tuple(absolute(domain) for domain in settings["domains"]),
+        "calibration": absolute_sources(
+            option("calibration") or settings["calibration"] or first_present(run, "calibration")
+        ),
+        "domains": tuple(absolute_sources(domain) for domain in settings["domains"]),
         "samples": settings["samples"],
         "calibration_seq_len": settings["seq_len"],
         "evaluation": evaluation(option("evaluation"), run),
@@ -124,6 +129,16 @@ def options_given(option: Callable, defaults: object) -> list[str]:
 def absolute(name: str) -> str:
     """A path of a file or directory, absolute; any other name as it is."""
     return os.path.abspath(name) if Path(name).exists() and name not in EVALUATION_TEXTS else name
+
+
+def absolute_sources(calibration: str) -> str:
+    """The texts that give windows in turn, with commas, and paths of files absolute."""
+    return ",".join(name if name == SELF else absolute(name) for name in source_names(calibration))
+
+
+def mixture(domain: str) -> str:
+    """A domain's texts with commas between them, which stand between domains: it has "+" instead."""
+    return domain if Path(domain).is_file() else domain.replace("+", ",")
 
 
 def evaluation(given: str | None, run: Run) -> str:

@@ -1,6 +1,7 @@
 """One model, one calibration, many cases: what every ablation measures on."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,6 +17,7 @@ import transact
 from transact.checkpoint import model_hash
 from transact.inputs import Text
 from transact.recovery import shot_trainings
+from transact.sources import SELF, Source, calibration_sources, mixed, source_names
 
 from .environment import code_hash, environment, fast_dtype
 from .fidelity import Comparison, DenseReference, GreedyReference
@@ -82,6 +84,12 @@ def is_plain_preset(case: Case) -> bool:
     return is_preset and all(width is None for width in named)
 
 
+def plain_text(calibration: str) -> str | None:
+    """The name of the one text that `calibration` is; None for the model's own samples and for mixtures."""
+    names = set(source_names(calibration))
+    return names.pop() if len(names) == 1 and SELF not in names else None
+
+
 @dataclass(frozen=True)
 class TextQuality:
     """A model on one text. `losses`, `kl_nats` and `top1_agreement` are means of each window, the latter two of the
@@ -96,6 +104,7 @@ class TextQuality:
     top1_agreement: tuple[float, ...]
 
 
+LEAST_TRAINED, MOST_TRAINED = 8, 1024  # windows that are trained on where there is no end of text
 EVALUATIONS = 3  # of a model on its way through training, beside the one before
 
 
@@ -141,7 +150,8 @@ class Workbench:
     """A model with its windows of text. The statistics are made on first use and serve every case of the same windows.
 
     The statistics, the pruned model and its quality that were made last are kept: cases in the order of
-    `bench.grid.in_order` make each once. `domains` are other calibration texts that cases may name.
+    `bench.grid.in_order` make each once. `domains` are other calibration texts that cases may name. Each is a text, the
+    model's own samples (`self`), or several in turn with commas between them, as for `transact.calibration_windows`.
 
     `evaluation` names texts with commas between them: `windows` of the first, on which everything is measured, and
     `other_windows` of each other, for presets or, with `other_texts_everywhere`, for every case. On `compared_windows`
@@ -183,6 +193,7 @@ class Workbench:
         self.domains, self.seed = tuple(domains), seed
         self._texts: dict[str, tuple[Text, torch.Tensor]] = {}
         self.ids_hashes: dict[str, str] = {}
+        self._sources: dict[tuple[str, int, int], list[Source]] = {}
         self.calibration_windows(*self.calibration)  # what is wrong with the text is known at once
         counts = windows, *[other_windows] * (len(evaluation_texts) - 1)
         self.evaluation_texts = [
@@ -246,12 +257,43 @@ class Workbench:
             self.ids_hashes[name] = ids_hash(self.text(name)[1], self.tokenizer)
         return self.ids_hashes[name]
 
+    def sources(self, name: str, samples: int, seq_len: int) -> list[Source]:
+        """The sources of calibration windows (samples, seq_len), chosen by the seed, made once.
+
+        Raises ValueError where one is missing, too short, or the model's own samples are refused.
+        """
+        given = name, samples, seq_len
+        if given not in self._sources:
+            if (plain := plain_text(name)) is None:
+                self._sources[given] = calibration_sources(
+                    name, self.dense, self.tokenizer, count=samples, length=seq_len, seed=self.seed, progress=True
+                )
+            else:
+                try:
+                    text, tokens = self.text(plain)
+                    windows = transact.cut_windows(tokens, length=seq_len, count=samples, seed=self.seed)
+                except ValueError as error:
+                    raise ValueError(f"calibration text {name!r}: {error}") from error
+                self._sources[given] = [Source(text.name, text.sha256, windows)]
+        return self._sources[given]
+
     def calibration_windows(self, name: str, samples: int, seq_len: int) -> torch.Tensor:
-        """Windows (samples, seq_len) of a text, chosen by the seed. Raises ValueError where the text is too short."""
-        try:
-            return transact.cut_windows(self.text(name)[1], length=seq_len, count=samples, seed=self.seed)
-        except ValueError as error:
-            raise ValueError(f"calibration text {name!r}: {error}") from error
+        """Windows (samples, seq_len) of a calibration text, see `sources`."""
+        return mixed(self.sources(name, samples, seq_len), seed=self.seed)
+
+    def identity(self, name: str, samples: int, seq_len: int) -> tuple[str, str, str]:
+        """What records know a calibration text by: its name, its SHA-256, and a hash of token ids.
+
+        A text is known as a whole; samples and mixtures by the windows that they give.
+        """
+        if (plain := plain_text(name)) is not None:
+            text = self.text(plain)[0]
+            return text.name, text.sha256, self.ids_of(plain)
+        sources = self.sources(name, samples, seq_len)
+        counts = " ".join(f"{source.sha256}:{len(source.windows)}" for source in sources)
+        sha256 = sources[0].sha256 if len(sources) == 1 else hashlib.sha256(counts.encode()).hexdigest()
+        ids = ids_hash(self.calibration_windows(name, samples, seq_len), self.tokenizer)
+        return " + ".join(source.name for source in sources), sha256, ids
 
     def case(
         self,
@@ -289,10 +331,10 @@ class Workbench:
                 context = self.dense.config.max_position_embeddings
                 raise ValueError(f"seq-len {seq_len} is longer than the model's context of {context}")
             self.calibration_windows(name, samples, seq_len)
-            text = self.text(name)[0]
-            fields = {"seed": self.seed, "calibration_text": text.name, "calibration_sha256": text.sha256,
+            text, sha256, ids = self.identity(name, samples, seq_len)
+            fields = {"seed": self.seed, "calibration_text": text, "calibration_sha256": sha256,
                       "calibration_samples": samples, "calibration_seq_len": seq_len,
-                      "calibration_ids": self.ids_of(name)}  # fmt: skip
+                      "calibration_ids": ids}  # fmt: skip
         if recipe.criterion == "random":
             fields["seed"] = self.seed
         case = replace(
@@ -314,9 +356,14 @@ class Workbench:
         training = transact.Training(tokens=tokens, way=way)
         training.check()
         rate = training.with_rate(self.dense.config.hidden_size, self.calibration[2]).learning_rate
-        name = self.calibration[0]
-        return replace(case, recovery=way, recovery_tokens=tokens, recovery_sha256=self.text(name)[0].sha256,
-                       recovery_ids=self.ids_of(name), learning_rate=rate)  # fmt: skip
+        _, sha256, ids = self.identity(*self._trained_on(tokens))
+        return replace(case, recovery=way, recovery_tokens=tokens, recovery_sha256=sha256, recovery_ids=ids,
+                       learning_rate=rate)  # fmt: skip
+
+    def _trained_on(self, tokens: int) -> tuple[str, int, int]:
+        """The calibration text and its windows that a budget of training needs where there is no end of text."""
+        name, _, length = self.calibration
+        return name, min(max(math.ceil(tokens / length), LEAST_TRAINED), MOST_TRAINED), length
 
     def _trainer(self, case: Case, history: list[dict[str, float]]) -> Callable | None:
         """What `transact.prune` calls after each shot to train the case's model; None where it is not trained.
@@ -325,8 +372,11 @@ class Workbench:
         """
         if not case.recovery:
             return None
-        name, _, length = self.calibration
-        windows = transact.cut_windows(self.text(name)[1], length=length)
+        name, count, length = self._trained_on(case.recovery_tokens)
+        if (plain := plain_text(name)) is not None:
+            windows = transact.cut_windows(self.text(plain)[1], length=length)
+        else:
+            windows = self.calibration_windows(name, count, length)
         whole = transact.Training(tokens=case.recovery_tokens, way=case.recovery, learning_rate=case.learning_rate,
                                   device_batch=4, seed=self.seed)  # fmt: skip
         trainings, teacher = shot_trainings(whole, case.shots), self.dense if whole.needs_teacher() else None
@@ -387,12 +437,18 @@ class Workbench:
 
     def windows_of(self, case: Case) -> torch.Tensor:
         """The calibration windows of a case. Raises ValueError where none of the workbench's texts is the case's."""
-        for name in dict.fromkeys((self.calibration[0], *self._texts, *self.domains)):
-            if self.text(name)[0].sha256 == case.calibration_sha256:
-                return self.calibration_windows(name, case.calibration_samples, case.calibration_seq_len)
+        names = dict.fromkeys((self.calibration[0], *(name for name, _, _ in self._sources), *self.domains))
+        for name in names:
+            given = name, case.calibration_samples, case.calibration_seq_len
+            try:
+                sha256 = self.identity(*given)[1]
+            except ValueError:  # it has no such windows: the case is of another
+                continue
+            if sha256 == case.calibration_sha256:
+                return self.calibration_windows(*given)
         raise ValueError(
             f"no calibration text here is {case.calibration_text!r} with SHA-256 {case.calibration_sha256}; here are "
-            f"{', '.join(self._texts)}"
+            f"{'; '.join(names)}"
         )
 
     def environment(self) -> dict[str, str | int]:

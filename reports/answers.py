@@ -368,7 +368,7 @@ def setting_words(question: Question, record: Record) -> str:
 
 def text_named(name: str) -> str:
     """The name that a text, or several in turn, was asked for by: a record's also says which part of it was taken."""
-    return re.sub(":(calibration|evaluation)(?=$|[,+])", "", name)
+    return re.sub(":(calibration|evaluation)(?=$| ?[,+])", "", name)
 
 
 def table_of(found: Answer) -> pd.DataFrame:

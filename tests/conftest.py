@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import transact
+import transact.sources
 from tests.tiny import tiny_llama
 from transact.inputs import EMBEDDED_MODEL
 
@@ -15,6 +16,12 @@ from transact.inputs import EMBEDDED_MODEL
 def pytest_configure(config: pytest.Config):
     # here and not in pyproject.toml, which `nox -s bench` and `nox -s ablations` read as well
     config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.fixture(autouse=True)
+def samples_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No test finds what another has sampled, nor leaves any behind; the embedded model stays where it is."""
+    monkeypatch.setattr(transact.sources, "cache_directory", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

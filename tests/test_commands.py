@@ -66,6 +66,22 @@ def test_prune_writes_a_checkpoint_that_anyone_can_check(prune, tiny_directory, 
     assert tensors["layers.1.rope_pairs"].shape[0] == 2
 
 
+def test_prune_calibrates_on_sources_in_turn(prune, tiny_text, tmp_path, capsys):
+    settings = ["--preset", "transact", "--samples", "6", "--seq-len", "16"]
+    assert prune("--calibration", f"self,{tiny_text},self", *settings) == 0
+    assert "calibrated on 4 windows of self, 2 of words.txt\n" in capsys.readouterr().err
+    calibration = json.loads((tmp_path / "out" / "pruning.json").read_text())["calibration"]
+    assert (calibration["text"], calibration["sha256"]) == (f"self,{tiny_text},self", None)
+    assert [(one["text"], one["samples"]) for one in calibration["sources"]] == [("self", 4), ("words.txt", 2)]
+    assert {len(one["sha256"]) for one in calibration["sources"]} == {64}
+    assert (calibration["samples"], calibration["seq_len"], calibration["tokens"]) == (6, 16, 96)
+
+
+def test_prune_looks_at_texts_before_the_model(prune, tmp_path, capsys):
+    assert prune("--calibration", "self,nowhere", model=tmp_path / "no model") == 2
+    assert "no text 'nowhere' in 'self,nowhere', allowed: self, embedded" in capsys.readouterr().err
+
+
 def test_prune_is_reproducible(prune, tmp_path):
     for name, seed in (("first", "0"), ("again", "0"), ("other", "1")):
         assert prune("--criterion", "random", "--seed", seed, out=tmp_path / name) == 0

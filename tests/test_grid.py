@@ -1,6 +1,7 @@
 """The grid: one calibration for all cells of a text, one pruning for all of the same weights, costs and bad options."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
+import torch
 
 import transact
-from ablations.options import run_of
+from ablations.options import run_of, workbench_arguments
 from ablations.profiles import PROFILES
 from bench.grid import calibration_of, estimate, in_order, parse_shard, shard_of
-from bench.workbench import Workbench, weights_of
+from bench.workbench import Workbench, ids_hash, weights_of
 from tests.test_records import CASE, record
 from transact import CRITERIA, PRESETS, Recipe
 
@@ -124,6 +126,52 @@ def test_texts_of_other_token_ids_make_other_cases(bench):
     assert again.recovery_ids != kept[1]
 
 
+@pytest.mark.filterwarnings("ignore:.* calibration tokens are few")
+def test_a_mixture_is_one_text_with_the_same_windows(bench, tiny_text):
+    mixture = f"self,{tiny_text},{bench.domains[0]}"
+    case = bench.case("transact", 0.2, calibration=mixture)
+    assert case.calibration_text == "self + words.txt + other.txt"
+    windows = bench.windows_of(case)
+    assert torch.equal(windows, bench.calibration_windows(mixture, 8, 32))
+    bench._sources.clear()
+    assert bench.case("transact", 0.2, calibration=mixture) == case
+    assert torch.equal(bench.windows_of(case), windows)
+    again = bench.case("transact", 0.2, calibration=mixture.replace(",", " , "))
+    other = bench.case("transact", 0.2, calibration=f"{tiny_text},self,{bench.domains[0]}")
+    assert again == case
+    assert other.calibration_sha256 != case.calibration_sha256
+    assert other.calibration_ids != case.calibration_ids
+    assert bench.measure(case).status == "success"
+
+
+def test_a_text_by_itself_is_known_as_a_whole(bench, tiny_text):
+    text = transact.load_text(str(tiny_text))
+    first, few = bench.case("transact", 0.2), bench.case("transact", 0.2, samples=4)
+    assert (first.calibration_text, first.calibration_sha256) == (text.name, text.sha256)
+    assert first.calibration_ids == ids_hash(transact.tokenise(text, bench.tokenizer), bench.tokenizer)
+    assert (few.calibration_sha256, few.calibration_ids) == (first.calibration_sha256, first.calibration_ids)
+    own = bench.case("transact", 0.2, calibration="self")
+    assert own.calibration_text == "self"
+    assert own.calibration_sha256 == bench.sources("self", 8, 32)[0].sha256
+
+
+@pytest.mark.filterwarnings("ignore:.* calibration tokens are few")
+def test_a_mixture_is_trained_on_by_the_budget(bench, tiny_text, monkeypatch):
+    bench.calibration = f"self,{tiny_text}", 8, 32
+    case = bench.case("transact", 0.2, recovery="full", recovery_tokens=32 * 11)
+    assert case.recovery_sha256 != case.calibration_sha256
+    seen = []
+
+    def recover(model, windows, *arguments, **options):
+        seen.append(windows)
+        raise InterruptedError
+
+    monkeypatch.setattr(transact, "recover", recover)
+    with pytest.raises(InterruptedError):
+        bench.measure(case)
+    assert torch.equal(seen[0], bench.calibration_windows(bench.calibration[0], 11, 32))
+
+
 def test_order_keeps_texts_and_weights_together():
     recipes = {"criterion": "obs"}, {"criterion": "activation"}
     cases = [
@@ -209,7 +257,9 @@ def options(**given):
         ({"presets": "best,flop"}, "unknown preset 'flop'"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"seq_len": 1}, "seq-len must be at least 2, got 1"),
-        ({"domains": "embedded,nofile"}, "no text 'nofile', allowed: embedded"),
+        ({"domains": "embedded,nofile"}, "no text 'nofile', allowed: self, embedded"),
+        ({"domains": "embedded,self+nofile"}, "no text 'nofile' in 'self,nofile', allowed: self, embedded"),
+        ({"calibration": "self,nofile"}, "no text 'nofile' in 'self,nofile', allowed: self, embedded"),
         ({"ray": "foo"}, "ray address must be auto, local, host:port"),
         ({"results": __file__}, "is no directory"),
         ({"windows": -1}, r"windows must be 0 \(all\) or more, got -1"),
@@ -233,6 +283,17 @@ def test_profiles_are_defaults_that_options_override():
     assert (run.settings["ratios"], run.settings["samples"]) == ((0.2, 0.4), 7)
     assert run.settings["tasks"] == "paper"
     assert run.file.as_posix() == "results/records-2of3.jsonl"
+
+
+def test_texts_in_turn_are_named_from_anywhere(tiny_text, monkeypatch):
+    monkeypatch.chdir(tiny_text.parent)
+    given = options(calibration="self, words.txt,embedded", domains="self+words.txt,sources")
+    with monkeypatch.context() as patch:
+        patch.setattr("ablations.options.evaluation", lambda given, run: "embedded")
+        defaults = {"windowing": "blocks", "bos": False, "seed": 0, "dtype": "auto", "device": "cpu"}
+        arguments = workbench_arguments(lambda name: given(name, defaults.get(name)), run_of(given))
+    assert arguments["calibration"] == f"self,{os.path.abspath('words.txt')},embedded"
+    assert arguments["domains"] == (f"self,{os.path.abspath('words.txt')}", "sources")
 
 
 def test_a_refused_option_is_one_line_and_exit_code_2(tmp_path):

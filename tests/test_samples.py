@@ -6,7 +6,7 @@ import torch
 import transact
 from transact import samples
 from transact.samples import LEAST_ENTROPY, OPENERS, own_samples
-from transact.sources import calibration_sources, calibration_windows, mixed
+from transact.sources import calibration_sources, calibration_windows, mixed, source_names
 
 
 @pytest.fixture
@@ -23,12 +23,6 @@ def tokenizer(tiny_directory):
     return transact.load_model(tiny_directory)[1]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """No test finds what another has kept."""
-    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
-
-
 def test_fewer_samples_are_the_first_of_more(model, tokenizer):
     few = own_samples(model, tokenizer, count=3, length=12)
     more = own_samples(model, tokenizer, count=70, length=12)
@@ -36,6 +30,19 @@ def test_fewer_samples_are_the_first_of_more(model, tokenizer):
     assert torch.equal(few, more[:3])
     assert len({tuple(row) for row in more.tolist()}) == 70
     assert not torch.equal(few, own_samples(model, tokenizer, count=3, length=12, seed=1))
+
+
+def test_the_callers_state_changes_no_samples(model, tokenizer):
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    expected = own_samples(model.eval(), tokenizer, count=4, length=100)
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        samples_in_training = own_samples(model, tokenizer, count=4, length=100)
+    assert torch.equal(samples_in_training, expected)
+    assert model.training
 
 
 def test_odd_windows_begin_with_openers_of_many_kinds(model, tokenizer):
@@ -103,6 +110,13 @@ def test_one_source_keeps_its_order(model, tokenizer, tiny_text):
     tokens = transact.tokenise(transact.load_text(str(tiny_text)), tokenizer)
     expected = transact.cut_windows(tokens, length=12, count=5, seed=3)
     assert torch.equal(calibration_windows(model, tokenizer, str(tiny_text), count=5, length=12, seed=3), expected)
+
+
+def test_a_file_may_have_commas_in_its_name(tmp_path, tiny_text):
+    path = tmp_path / "a,b.txt"
+    path.write_text("w1", encoding="utf-8")
+    assert source_names(str(path)) == [str(path)]
+    assert source_names(f"self, {tiny_text}") == ["self", str(tiny_text)]
 
 
 def test_bad_sources_are_named(model, tokenizer, tiny_text, tmp_path):

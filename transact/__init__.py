@@ -19,6 +19,7 @@ from .plan import LayerPlan, Plan, select
 from .prune import apply_plan, check_prunable
 from .recipe import PRESETS, Pruned, Recipe, prune, recipe_by_name
 from .recovery import Recovered, Training, recover, shot_budgets
+from .sources import calibration_windows
 from .widths import (
     Widths,
     dense_widths,
@@ -51,6 +52,7 @@ __all__ = [
     "Widths",
     "apply_plan",
     "calibrate",
+    "calibration_windows",
     "check_prunable",
     "criterion_by_name",
     "cut_windows",

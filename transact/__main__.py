@@ -59,6 +59,7 @@ from .recovery import (
     shot_budgets,
     shot_trainings,
 )
+from .sources import DEFAULT_CALIBRATION, SELF, Source, calibration_sources, mixed, source_names
 from .widths import (
     GRANULARITIES,
     MODULES,
@@ -115,7 +116,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots", "ridge")
-DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_TRAINING_LENGTH = 0.2, 128, 2048, 512
+DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_TRAINING_LENGTH = 0.2, 128, 512, 512
 
 
 def chosen_recipe(options: argparse.Namespace) -> Recipe:
@@ -301,6 +302,7 @@ def check_prune_options(options: argparse.Namespace) -> None:
         raise ValueError(f"at least one window is needed, got --samples {options.samples}")
     if options.seq_len is not None and options.seq_len < 2:
         raise ValueError(f"seq-len must be at least 2, got {options.seq_len}")
+    source_names(options.calibration)
     if options.seed < 0:
         raise ValueError(f"seed must be at least 0, got {options.seed}")
     if options.tokens is None:
@@ -340,16 +342,22 @@ def prune_command(options: argparse.Namespace) -> None:
         home = "cpu" if options.layerwise else options.device
         dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)
         check_prunable(dense)
-    widths = text = windows = train = None
+    widths = windows = train = None
+    sources: list[Source] = []
     if _names_widths(options):
         widths = widths_by_name(
             dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
         )
     if recipe.needs_text():
         with stage("text"):
-            text = load_text(options.calibration)
             seq_len = options.seq_len or min(DEFAULT_SEQ_LEN, dense.config.max_position_embeddings)
-            windows = cut_windows(tokenise(text, tokenizer), length=seq_len, count=options.samples, seed=options.seed)
+            sources = calibration_sources(
+                options.calibration, dense, tokenizer, count=options.samples, length=seq_len, seed=options.seed,
+                progress=True,
+            )  # fmt: skip
+            windows = mixed(sources, seed=options.seed)
+        counts = ", ".join(f"{len(source.windows)} of {source.name}" for source in sources)
+        tell(f"calibrated on {counts.replace(' of', ' windows of', 1)}")
     if options.tokens is not None:
         train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
     if device.type == "cuda":
@@ -370,10 +378,7 @@ def prune_command(options: argparse.Namespace) -> None:
         "kv_ratio_asked": options.kv_ratio,
         **pruning_summary(dense, pruned),
         "recovery": train.summaries() if train else [],
-        "calibration": text and {
-            "text": text.name, "sha256": text.sha256, "samples": len(windows), "seq_len": windows.shape[1],
-            "tokens": windows.numel(),
-        },
+        "calibration": calibration_summary(options.calibration, sources, windows) if sources else None,
         "seed": options.seed,
         "device": str(device),
         "layerwise": options.layerwise,
@@ -389,6 +394,18 @@ def prune_command(options: argparse.Namespace) -> None:
         f"{pruning['kv_fraction_removed']:.1%} of the KV cache removed, {pruning['parameters_before']:,} -> "
         f"{pruning['parameters_after']:,} parameters in {sum(pruned.seconds.values()):.1f} s"
     )
+
+
+def calibration_summary(calibration: str, sources: list[Source], windows: torch.Tensor) -> dict:
+    """What `pruning.json` says of the windows that a model was calibrated on; the hash where they are of one text."""
+    return {
+        "text": ",".join(source_names(calibration)),
+        "sha256": sources[0].sha256 if len(sources) == 1 else None,
+        "sources": [{"text": one.name, "sha256": one.sha256, "samples": len(one.windows)} for one in sources],
+        "samples": len(windows),
+        "seq_len": windows.shape[1],
+        "tokens": windows.numel(),
+    }
 
 
 def lasting_name(model: str) -> str:
@@ -542,7 +559,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--rope", help=f"what queries and keys keep: {', '.join(ROPES)}")
     prune.add_argument("--shots", type=int, help="prunings, with statistics taken afresh at each (1)")
-    prune.add_argument("--calibration", default="embedded", help=f"{', '.join(TEXTS)} or a text file (embedded)")
+    prune.add_argument(
+        "--calibration", default=DEFAULT_CALIBRATION,
+        help=f"texts that give windows in turn, with commas: {SELF} (the model's own samples), {', '.join(TEXTS)} or "
+             f"text files ({DEFAULT_CALIBRATION})",
+    )  # fmt: skip
     prune.add_argument("--samples", type=int, default=DEFAULT_SAMPLES, help=f"calibration windows ({DEFAULT_SAMPLES})")
     prune.add_argument("--seq-len", type=int, help=f"tokens of a window ({DEFAULT_SEQ_LEN}, or the model's context)")
     prune.add_argument("--seed", type=int, default=0, help="of the choice of windows and of the random criterion (0)")

@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .checkpoint import all_or_nothing, model_hash
+from .entry import undisturbed
 
 BATCH = 64  # windows that are sampled together; how many are asked for changes none of them
 CACHE_BYTES = 2**31  # most that keys and values of a batch may take
@@ -81,7 +82,8 @@ def own_samples(
             continue
         chosen = [prompts[(batch * rows + row) % len(prompts)] for row in range(rows)]
         generator = torch.Generator(model.device).manual_seed(seed * 100_003 + batch)
-        ids, entropy = _sampled(model, chosen, length, generator)
+        with undisturbed(model):
+            ids, entropy = _sampled(model, chosen, length, generator)
         if entropy < LEAST_ENTROPY:
             raise ValueError(
                 f"the model's own samples repeat themselves ({entropy:.2f} nats a token, {LEAST_ENTROPY} at least are "

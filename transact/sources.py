@@ -26,8 +26,11 @@ class Source:
 
 
 def source_names(calibration: str) -> list[str]:
-    """The names in `calibration`, which stand between commas. Raises ValueError for one that is no text."""
-    names = [name.strip() for name in calibration.split(",")]
+    """The names in `calibration`, which stand between commas; a file may have commas in its own name.
+
+    Raises ValueError for one that is no text.
+    """
+    names = [calibration] if Path(calibration).is_file() else [name.strip() for name in calibration.split(",")]
     for name in names:
         if name != SELF and name not in TEXTS and not Path(name).is_file():
             allowed = f"{SELF}, {', '.join(TEXTS)}, or a text file"
