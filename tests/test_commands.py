@@ -182,7 +182,7 @@ def test_bench_memory(prune, tmp_path, capsys):
         (["--device", "meta"], "device 'meta' cannot be used"),
         (
             ["--calibration", "no-such.txt"],
-            "no text 'no-such.txt', allowed: embedded, docstrings, sources, wikitext2, ptb, c4, or a text file",
+            "no text 'no-such.txt', allowed: self, embedded, docstrings, sources, wikitext2, ptb, c4, or a text file",
         ),
         (["--samples", "200"], "4000 tokens are 125 windows of 32, 200 asked for"),
         (["--samples", "0"], "at least one window"),

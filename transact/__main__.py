@@ -356,8 +356,6 @@ def prune_command(options: argparse.Namespace) -> None:
                 progress=True,
             )  # fmt: skip
             windows = mixed(sources, seed=options.seed)
-        counts = ", ".join(f"{len(source.windows)} of {source.name}" for source in sources)
-        tell(f"calibrated on {counts.replace(' of', ' windows of', 1)}")
     if options.tokens is not None:
         train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
     if device.type == "cuda":
@@ -369,6 +367,9 @@ def prune_command(options: argparse.Namespace) -> None:
     if train and not train.recovered[-1].is_main:
         return
     pruned.seconds = seconds | pruned.seconds
+    if windows is not None:
+        counts = ", ".join(f"{len(source.windows)} of {source.name}" for source in sources)
+        tell(f"calibrated on {counts.replace(' of', ' windows of', 1)}")
     pruning = {
         "model": lasting_name(options.model),
         "preset": options.preset,

@@ -4,6 +4,7 @@ Legend: L layers, T tokens, D hidden size.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,7 +56,8 @@ def measured_widths(
         widths = widths_by(current)
         plan = select(current, widths)
         narrowed = apply_plan(model, plan).requires_grad_(False)
-        compensate_on_dense_inputs(narrowed, model, plan, fitted, ridge=RIDGE)
+        with warnings.catch_warnings(action="ignore"):  # of few tokens: the refit that comes after says it once
+            compensate_on_dense_inputs(narrowed, model, plan, fitted, ridge=RIDGE)
         measured = error_slopes(narrowed, model, held_out).clamp(min=0) / 2
         factors = _next_factors(factors, measured, _predicted(scores, widths))
     return widths_by(_scaled(scores, factors**TRUST))

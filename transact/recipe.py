@@ -60,7 +60,8 @@ class Recipe:
     `rope`: whole "pairs" at their own frequencies, or "released", what the paper's authors do. `shots`: prunings,
     with statistics taken afresh at each. `ridge`: the one ridge of all least squares; None: of several the best on
     held-out tokens, for each projection. `measurements`: rounds in which the pruned model's sensitivity corrects the
-    losses that a search goes by (`measured_widths`; not where one block at a time is on the device).
+    losses that an allocation "searched" goes by (`measured_widths`); no other allocation measures, nor does a model
+    of which one block at a time is on the device.
     """
 
     criterion: str = "activation"
@@ -85,11 +86,8 @@ class Recipe:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}, allowed: {', '.join(allowed)}")
         if self.shots < 1:
             raise ValueError(f"shots must be at least 1, got {self.shots}")
-        if self.measurements < 0 or (self.measurements and self.allocation != "searched"):
-            raise ValueError(
-                f"measurements must be at least 0, and 0 unless allocation is searched, got {self.measurements} with "
-                f"{self.allocation}"
-            )
+        if self.measurements < 0:
+            raise ValueError(f"measurements must be at least 0, got {self.measurements}")
         if self.ridge is not None and not 0 < self.ridge < math.inf:
             raise ValueError(f"ridge must be positive, got {self.ridge}")
         if self.ridge is not None and self.compensation not in ("dense", "pruned"):
@@ -119,6 +117,10 @@ class Recipe:
 
     def needs_moments(self) -> bool:
         return MOMENTS in CRITERIA[self.criterion].needs or self.compensation == "dense"
+
+    def measures(self, device: torch.device | None) -> bool:
+        """Whether the pruned model's sensitivity is measured: it runs as a whole, not block by block on a `device`."""
+        return self.measurements > 0 and self.allocation == "searched" and device is None
 
     def gradients(self) -> str | None:
         """Which gradients the criterion needs, if any."""
@@ -241,7 +243,7 @@ def _in_shots(
             def widths_by(scores: Sequence[LayerScores], model: nn.Module = before) -> tuple[Widths, ...]:
                 return _target_widths(recipe, model, dense, scores, ratio, kv_ratio)
 
-            if recipe.measurements and device is None and not widths:
+            if recipe.measures(device) and not widths:
                 target = measured_widths(
                     before, scores, layers, windows, widths_by, rounds=recipe.measurements, progress=progress
                 )
@@ -289,7 +291,7 @@ def _scores(
     scores, kept = [], []
     for index, (layer, layer_statistics) in enumerate(zip(layers, streamed, strict=True)):
         scores.append(criterion.score(layer, index, layer_statistics))
-        if recipe.compensation in ("bias", "dense") or (recipe.measurements and device is None):
+        if recipe.compensation in ("bias", "dense") or recipe.measures(device):
             kept.append(layer_statistics)
     return scores, kept
 
