@@ -11,7 +11,13 @@ import transact
 from tests.tiny import random_plan, scores_of, tiny_llama, zeroed
 from transact import PRESETS, Recipe, fraction_removed, kv_fraction_removed
 from transact.allocate import removal_losses, searched_widths
-from transact.compensate import NormalEquations, compensate_by_bias, compensate_on_dense_inputs, fit_projection
+from transact.compensate import (
+    NormalEquations,
+    _cholesky,
+    compensate_by_bias,
+    compensate_on_dense_inputs,
+    fit_projection,
+)
 from transact.criteria import LayerScores
 from transact.widths import Widths, alignment, uniform_widths, widths_after_shot, widths_by_name
 
@@ -328,3 +334,14 @@ def test_recipes_are_plain_data():
     assert json.loads(json.dumps(vars(PRESETS["best"])))["criterion"] == "predicted-loss"
     with pytest.raises(ValueError, match=r"unknown preset 'bets', allowed: best, .*did you mean 'best'"):
         transact.recipe_by_name("bets")
+
+
+def test_moments_that_rounding_made_indefinite_are_factored():
+    """Sums in float32 of dimensions that go together leave eigenvalues below zero, as large as the rounding."""
+    direction = torch.arange(1.0, 9.0, dtype=torch.float64)
+    moments = torch.outer(direction, direction)
+    moments[0, 0] -= 3e-6 * 64
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(moments)
+    root = _cholesky(moments)
+    torch.testing.assert_close(root @ root.T, moments, rtol=0, atol=1e-5 * 64 * 1.01)

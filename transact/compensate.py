@@ -134,10 +134,20 @@ def _ridge_solution(prior: torch.Tensor, means: tuple[torch.Tensor, ...]) -> Cal
     missing = cross - inputs @ prior.T
 
     def solution(ridge: float) -> torch.Tensor:
-        root = torch.linalg.cholesky(inputs + torch.diag(ridge * strength))
+        root = _cholesky(inputs + torch.diag(ridge * strength))
         return prior + torch.cholesky_solve(missing, root).T
 
     return solution
+
+
+def _cholesky(moments: torch.Tensor) -> torch.Tensor:
+    """The factor of a positive matrix whose sums were rounded to float32: as much more diagonal as that may cost it."""
+    largest = moments.diagonal().max()
+    for lift in (0.0, 1e-7, 1e-6, 1e-5):
+        root, failed = torch.linalg.cholesky_ex(moments + lift * largest * torch.eye(len(moments)).to(moments))
+        if not failed:
+            return root
+    return torch.linalg.cholesky(moments)
 
 
 def _error(weight: torch.Tensor, inputs: torch.Tensor, cross: torch.Tensor) -> float:
