@@ -115,7 +115,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto is the checkpoint's own")
 
 
-RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots", "ridge")
+RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots", "ridge",
+                  "measurements")  # fmt: skip
 DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_TRAINING_LENGTH = 0.2, 128, 512, 512
 
 
@@ -559,6 +560,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--plain", action="store_true", help="one head and MLP width and one set of RoPE pairs, for `transact export`"
     )
     prune.add_argument("--rope", help=f"what queries and keys keep: {', '.join(ROPES)}")
+    prune.add_argument("--measurements", type=int, help="rounds that correct searched widths (best: 3)")
     prune.add_argument("--shots", type=int, help="prunings, with statistics taken afresh at each (1)")
     prune.add_argument(
         "--calibration", default=DEFAULT_CALIBRATION,
