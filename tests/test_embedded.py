@@ -66,6 +66,7 @@ def test_activation_beats_magnitude_and_random_by_far(embedded, windows):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* calibration tokens are few")
 def test_the_readme_example_runs(embedded, tmp_path, monkeypatch):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
