@@ -142,12 +142,13 @@ def _ridge_solution(prior: torch.Tensor, means: tuple[torch.Tensor, ...]) -> Cal
 
 def _cholesky(moments: torch.Tensor) -> torch.Tensor:
     """The factor of a positive matrix whose sums were rounded to float32: as much more diagonal as that may cost it."""
-    largest = moments.diagonal().max()
-    for lift in (0.0, 1e-7, 1e-6, 1e-5):
-        root, failed = torch.linalg.cholesky_ex(moments + lift * largest * torch.eye(len(moments)).to(moments))
+    root, failed = torch.linalg.cholesky_ex(moments)
+    largest = moments.diagonal().max().expand(len(moments))
+    for lift in (1e-7, 1e-6, 1e-5):
         if not failed:
             return root
-    return torch.linalg.cholesky(moments)
+        root, failed = torch.linalg.cholesky_ex(moments + torch.diag(lift * largest))
+    return torch.linalg.cholesky(moments) if failed else root
 
 
 def _error(weight: torch.Tensor, inputs: torch.Tensor, cross: torch.Tensor) -> float:

@@ -30,6 +30,19 @@ def has_own_head(model: nn.Module) -> bool:
     return model.lm_head.weight is not model.model.embed_tokens.weight
 
 
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """The shapes of a model's weights and persistent buffers, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def odd_weight(found: Shapes, wanted: Shapes) -> str | None:
+    """The first name, in order, whose shape is not the same in both, or that only one has; None where there is none."""
+    return next((name for name in sorted(wanted.keys() | found.keys()) if found.get(name) != wanted.get(name)), None)
+
+
 def check_unquantised(model: nn.Module) -> None:
     """Raise ValueError where a weight is kept in another way than as floating-point numbers."""
     for name, parameter in model.named_parameters():

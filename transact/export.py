@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .configuration_transact import TransActConfig
+from .entry import has_own_head, odd_weight, shapes_of
 from .modeling_transact import TransActForCausalLM
 from .prune import FAMILIES, narrowed_config
 from .widths import Widths, dense_widths, fraction_removed, widths_of
@@ -114,12 +115,10 @@ def _check_gguf(config: PretrainedConfig) -> None:
 def _check_weights(model: nn.Module) -> None:
     """Raise ValueError unless the model has exactly the weights of its configuration, at hand and in floats."""
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in type(model)(model.config).state_dict().items()}
-    found = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name in sorted(expected.keys() | found.keys()):
-        own, wanted = found.get(name), expected.get(name)
-        if own != wanted:
-            raise ValueError(f"{name} is {_size(own)}, by the configuration it is {_size(wanted)}")
+        wanted = shapes_of(type(model)(model.config))
+    found = shapes_of(model)
+    if (name := odd_weight(found, wanted)) is not None:
+        raise ValueError(f"{name} is {_size(found.get(name))}, by the configuration it is {_size(wanted.get(name))}")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is offloaded: load the model into host memory to export it")
@@ -127,7 +126,7 @@ def _check_weights(model: nn.Module) -> None:
             raise ValueError(f"{name} is quantised: export the model as it was before, and quantise what was exported")
 
 
-def _size(shape: torch.Size | None) -> str:
+def _size(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape))
 
 
@@ -169,11 +168,6 @@ def _check_model(model: nn.Module, pad: bool) -> None:
         )
 
 
-def is_tied(model: nn.Module) -> bool:
-    """Whether the head is the embedding: a checkpoint with a head of its own may say that it is tied."""
-    return model.config.tie_word_embeddings and torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
-
-
 @torch.no_grad()
 def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
     """A stock LlamaForCausalLM that computes what the narrowed `model` does; weights are copies.
@@ -191,7 +185,7 @@ def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
         "architectures": None, "dtype": dtype, "head_dim": padded.qk_head_dim,
         "num_attention_heads": padded.kv_heads * group, "num_key_value_heads": padded.kv_heads,
         "intermediate_size": padded.mlp, "attention_bias": config.attention_bias or config.attention_output_bias,
-        "mlp_bias": config.mlp_bias or config.mlp_output_bias, "tie_word_embeddings": is_tied(model),
+        "mlp_bias": config.mlp_bias or config.mlp_output_bias, "tie_word_embeddings": not has_own_head(model),
         "rope_parameters": _rope_parameters(model, padded, pairs),
     }  # fmt: skip
     plain_config = LlamaConfig(**settings)
@@ -369,7 +363,7 @@ def _gguf_tensors(plain: LlamaForCausalLM):
     config = plain.config
     yield "token_embd.weight", plain.model.embed_tokens.weight
     yield "output_norm.weight", plain.model.norm.weight
-    if not is_tied(plain):
+    if has_own_head(plain):
         yield "output.weight", plain.lm_head.weight
     for index, layer in enumerate(plain.model.layers):
         prefix = f"blk.{index}"

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .configuration_transact import TransActConfig
-from .entry import check_model, check_unquantised, has_own_head, model_type_of
+from .entry import check_model, check_unquantised, has_own_head, model_type_of, odd_weight, shapes_of
 from .modeling_transact import TransActForCausalLM
 from .plan import LayerPlan, Plan
 from .widths import Widths, dense_widths, has_query_key_norm, head_dim_of, widths_of
@@ -49,14 +49,13 @@ def _check_weights(model: nn.Module) -> None:
     """Raise ValueError, naming one, unless the weights are those of the family at the configuration's sizes."""
     with torch.device("meta"):
         whole = TransActForCausalLM(narrowed_config(model.config, dense_widths(model.config)))
-    wanted = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items() if "rope_pairs" not in name}
-    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise ValueError(
-                f"{type(model).__name__} cannot be pruned: {name} is {found.get(name, 'missing')}, the configuration "
-                f"of a {model.config.model_type!r} model has it {wanted.get(name, 'not at all')}"
-            )
+    wanted = {name: shape for name, shape in shapes_of(whole).items() if "rope_pairs" not in name}
+    found = shapes_of(model)
+    if (name := odd_weight(found, wanted)) is not None:
+        raise ValueError(
+            f"{type(model).__name__} cannot be pruned: {name} is {found.get(name, 'missing')}, the configuration "
+            f"of a {model.config.model_type!r} model has it {wanted.get(name, 'not at all')}"
+        )
 
 
 def window_of(config: PretrainedConfig) -> int | None:
