@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import cluster
-from bench.grid import estimate, in_order, shard_of
+from bench.quality.texts import EVALUATION_TEXTS
 from bench.records import Case, Record, append_record, read_results, sole_writer
-from bench.texts import EVALUATION_TEXTS
-from bench.workbench import Workbench, failed
+from bench.suite import cluster
+from bench.suite.grid import estimate, in_order, shard_of
+from bench.suite.workbench import Workbench, failed
 from reports.report import write_report, written
-from transact.inputs import TEXTS, read_config
-from transact.sources import SELF
+from transact.models import read_config
+from transact.texts import SELF, TEXTS
 
 from .options import Run, options_given, run_of, workbench_arguments
 from .profiles import PROFILES

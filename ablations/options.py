@@ -5,14 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.cluster import check_address
-from bench.grid import parse_shard
+from bench.quality.texts import EVALUATION_TEXTS, text_names, unreadable
 from bench.records import Case
-from bench.texts import EVALUATION_TEXTS, text_names, unreadable
-from bench.workbench import Workbench
-from transact.inputs import TEXTS, load_text
+from bench.suite.cluster import check_address
+from bench.suite.grid import parse_shard
+from bench.suite.workbench import Workbench
 from transact.recipe import recipe_by_name
-from transact.sources import DEFAULT_CALIBRATION, SELF, source_names
+from transact.texts import DEFAULT_CALIBRATION, SELF, TEXTS, load_text, source_names
 from transact.widths import check_ratio
 
 from .profiles import PROFILES

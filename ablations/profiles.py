@@ -9,7 +9,7 @@ ablate_domain and ablate_transfer. `limit` 0: all items, `windows`, `other_windo
 
 from collections.abc import Mapping
 
-from transact.sources import DEFAULT_CALIBRATION
+from transact.texts import DEFAULT_CALIBRATION
 
 EMBEDDED_TEXTS = ("self", "embedded", "sources")  # to calibrate on, from nothing but the model and its installation
 

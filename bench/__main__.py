@@ -8,18 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transact.__main__ import OneLineParser, add_model_options, run_command
+from transact.commands.parser import OneLineParser, add_model_options, run_command
 from transact.entry import check_vocabulary
-from transact.inputs import TEXTS, load_model, load_text, load_tokenizer, read_config, resolve_device
+from transact.models import load_model, load_tokenizer, read_config, resolve_device
+from transact.texts import TEXTS, load_text
 
-from . import regression
-from .memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
-from .perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
-from .quantise import FORMATS, check_format, packed_weight_bytes, quantised
+from .efficiency.memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
+from .efficiency.quantise import FORMATS, check_format, packed_weight_bytes, quantised
+from .efficiency.shapes import SHAPES
+from .efficiency.speed import GRIDS, MODES, decode_rate
+from .quality.perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
+from .quality.texts import EVALUATION_TEXTS, load_evaluation_texts, windows_of
 from .records import append_line, finite
-from .shapes import SHAPES
-from .speed import GRIDS, MODES, decode_rate
-from .texts import EVALUATION_TEXTS, load_evaluation_texts, windows_of
+from .suite import regression
 
 
 def print_json(value: dict) -> None:
@@ -85,7 +86,7 @@ def quantise_command(options: argparse.Namespace) -> None:
 
 
 def zero_shot_command(options: argparse.Namespace) -> None:
-    from .zero_shot import evaluate_tasks, resolve_tasks  # lm-eval takes seconds to import
+    from .quality.zero_shot import evaluate_tasks, resolve_tasks  # lm-eval takes seconds to import
 
     tasks = resolve_tasks(options.tasks.split(","), options.tasks_path)
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
@@ -107,7 +108,7 @@ def zero_shot_command(options: argparse.Namespace) -> None:
 
 
 def probes_command(options: argparse.Namespace) -> None:
-    from .probes import PROBES, write_probes
+    from .quality.probes import PROBES, write_probes
 
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -130,9 +131,8 @@ def regression_command(options: argparse.Namespace) -> int:
 
 
 def speed_command(options: argparse.Namespace) -> None:
-    from reports.speed import read_speed, write_speed_report
-
-    from .speed import fitting, run_grid
+    from .efficiency.report import read_speed, write_speed_report  # matplotlib takes a second to import
+    from .efficiency.speed import fitting, run_grid
 
     if options.memory_gib is not None:
         for row in fitting(options.models, options.memory_gib, context=options.context):
@@ -164,9 +164,8 @@ def speed_command(options: argparse.Namespace) -> None:
 
 
 def engines_command(options: argparse.Namespace) -> None:
-    from reports.speed import write_engines_report
-
-    from .engines import compare_engines
+    from .efficiency.engines import compare_engines
+    from .efficiency.report import write_engines_report
     from .environment import environment
 
     rows = compare_engines(ratio=options.ratio)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import transact
-from transact.inputs import resolve_device
+from transact.models import resolve_device
 
 PACKAGES = ("transact", "torch", "transformers", "numpy")
 
@@ -18,8 +18,9 @@ PACKAGES = ("transact", "torch", "transformers", "numpy")
 def code_hash() -> str:
     """Short hash of the pruning core's sources: results of different code are told apart."""
     digest = hashlib.sha256()
-    for path in sorted(Path(transact.__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    package = Path(transact.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -13,8 +13,8 @@ from statistics import fmean
 import numpy as np
 import pandas as pd
 
+from bench.quality.significance import Difference, paired_differences
 from bench.records import Case, Record
-from bench.significance import Difference, paired_differences
 
 from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference, quality
 

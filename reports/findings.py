@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 
-from bench.flips import Flips
-from bench.significance import Difference
+from bench.quality.flips import Flips
+from bench.quality.significance import Difference
 
 from .answers import ON, Answer, difference, percent, with_interval
 from .texts import is_near, texts_of

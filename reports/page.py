@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from bench.output.figures import INK, STYLES
+from bench.output.tables import html_table
+from bench.quality.significance import FEW
 from bench.records import Case, Record
-from bench.significance import FEW
 
-from .plots import INK, STYLES
 from .sets import SHARED, RecordSet
-from .tables import html_table
 
 MOST_ROWS = 60  # a longer table is in its CSV file
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")

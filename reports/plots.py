@@ -1,10 +1,8 @@
 """Pictures in one style: colour-blind-safe, markers and dashes for print, units on every axis, bars of errors."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -15,21 +13,13 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from bench.output.figures import FAINT, LOOK, STYLES
+
 from .answers import ON, Answer, percent
-from .files import write_whole
 from .findings import is_on_front
 from .texts import MEAN, NEARNESS, is_near, texts_of
 
-INK, FAINT = "#1f2328", "#808080"  # the page turns ink into the colour of its text; the grey suits light and dark
-# Okabe and Ito's colour-blind-safe colours; markers and dashes tell the lines apart in print
-STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"),
-          ("#E69F00", "v", "-"), ("#56B4E9", "P", "--"), (INK, "X", "-."), ("#A6761D", "<", ":"),
-          ("#808080", ">", "-"), ("#7A68C8", "h", "--")]  # fmt: skip
 METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "dense", "magnitude", "random")
-LOOK = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.facecolor": "none", "figure.facecolor": "#ffffff", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "transact", "grid.color": FAINT,
-        "grid.alpha": 0.25, "axes.axisbelow": True}  # fmt: skip
 BARS = "bars: one standard error"
 
 
@@ -61,20 +51,6 @@ def draw(picture: Callable[..., Figure], found: Answer | pd.DataFrame, *argument
         found = found.replace(np.inf, np.nan)
     with matplotlib.rc_context(LOOK):
         return picture(found, *arguments)
-
-
-def write_figure(stem: Path, figure: Figure) -> list[Path]:
-    """The figure as PNG and SVG; returns the files."""
-    files = []
-    for suffix in (".png", ".svg"):
-        content = io.BytesIO()
-        with matplotlib.rc_context(LOOK):  # the same records give the same file
-            figure.savefig(
-                content, format=suffix[1:], dpi=160, metadata={"Date": None} if suffix == ".svg" else None,
-            )  # fmt: skip
-        figure.set_layout_engine("none")  # laid out once is enough
-        files.append(write_whole(stem.with_suffix(suffix), content.getvalue()))
-    return files
 
 
 def plain_number(value: float, _=None) -> str:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench.flips import flips
+from bench.output.figures import write_figure
+from bench.output.files import write_whole
+from bench.output.tables import csv_of, markdown_table, write_table
+from bench.quality.flips import flips
+from bench.quality.significance import differences as task_differences
 from bench.records import Record
-from bench.significance import differences as task_differences
 
 from . import findings
 from .answers import (
@@ -25,12 +28,10 @@ from .answers import (
     title_of,
     with_interval,
 )
-from .files import write_whole
 from .page import Section, page
-from .plots import draw, plot_fidelity, plot_perplexity, plot_tasks, plot_texts, write_figure
+from .plots import draw, plot_fidelity, plot_perplexity, plot_tasks, plot_texts
 from .questions import QUESTIONS
 from .sets import RecordSet, comparable, is_reference, newest_by_case, newest_set, quality
-from .tables import csv_of, markdown_table, write_table
 from .texts import fidelity_frame, fullest, is_near, texts_frame, texts_of
 
 COLUMNS = ["model", "method", "ratio", "kv_ratio", "fraction_removed", "kv_fraction_removed", "perplexity",

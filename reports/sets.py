@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
+from bench.quality.significance import COMPARED
 from bench.records import Case, Record
-from bench.significance import COMPARED
 
 SHARED = ("model", *COMPARED, "code")
 CALIBRATION = ("calibration_text", "calibration_sha256", "calibration_ids", "calibration_samples",

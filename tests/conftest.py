@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import transact
-import transact.sources
+import transact.texts.sources
 from tests.tiny import tiny_llama
-from transact.inputs import EMBEDDED_MODEL
+from transact.models import EMBEDDED_MODEL
 
 
 def pytest_configure(config: pytest.Config):
@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config):
 @pytest.fixture(autouse=True)
 def samples_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """No test finds what another has sampled, nor leaves any behind; the embedded model stays where it is."""
-    monkeypatch.setattr(transact.sources, "cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr(transact.texts.sources, "cache_directory", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

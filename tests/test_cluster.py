@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cluster import check_address, measure_cell, workbench_of
 from bench.records import append_record, read_records
+from bench.suite.cluster import check_address, measure_cell, workbench_of
 from tests.test_records import record
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
@@ -55,7 +55,7 @@ def test_a_cluster_gives_the_same_records(tiny_directory, tiny_text, tmp_path, c
 KILLED_ONCE = """
 import os, signal, sys
 from pathlib import Path
-from bench import cluster
+from bench.suite import cluster
 from bench.records import append_record, read_records
 sentinel, template, path = map(Path, sys.argv[1:])
 [record], _ = read_records(template)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import transact
-from bench.perplexity import Windows, measure_perplexity
+from bench.quality.perplexity import Windows, measure_perplexity
 from tests.test_measures import independent_loss
 
 

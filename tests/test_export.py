@@ -17,7 +17,8 @@ from transact import PRESETS, Recipe, Widths, fraction_removed, kv_fraction_remo
 from transact.__main__ import main
 from transact.allocate import plain_widths, removal_losses, shared_pairs
 from transact.criteria import LayerScores
-from transact.export import EXPRESSED, LACKING, check_exportable, plain_llama, write_gguf
+from transact.export import check_exportable, plain_llama, write_gguf
+from transact.export.whitelist import EXPRESSED, LACKING
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
 PLAIN = replace(PRESETS["best"], allocation="plain")

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import transact
-from bench.engines import agreement, transformers_stream
-from bench.fidelity import Comparison, DenseReference, GreedyReference, divergence, greedy_continuations
-from bench.flips import Flips, flips
-from bench.perplexity import Windows, evaluation_windows, measure_perplexity
-from bench.texts import load_evaluation_texts, probes_text, windows_of
-from bench.workbench import Workbench
+from bench.efficiency.engines import agreement, transformers_stream
+from bench.quality.fidelity import Comparison, DenseReference, GreedyReference, divergence, greedy_continuations
+from bench.quality.flips import Flips, flips
+from bench.quality.perplexity import Windows, evaluation_windows, measure_perplexity
+from bench.quality.texts import load_evaluation_texts, probes_text, windows_of
+from bench.suite.workbench import Workbench
 from tests.tiny import random_plan, tiny_llama
 from transact import Recipe
 
@@ -149,7 +149,7 @@ def test_a_long_text_is_read_as_far_as_its_windows_go(tiny_directory, tiny_text,
         read.append(len(text.content))
         return evaluation_windows(text, *arguments, **options)
 
-    monkeypatch.setattr("bench.texts.evaluation_windows", counting)
+    monkeypatch.setattr("bench.quality.texts.evaluation_windows", counting)
     part = windows_of(text, tokenizer, **settings)
     whole = evaluation_windows(text, tokenizer, **settings)
     assert torch.equal(part.ids, whole.ids)
@@ -208,7 +208,7 @@ def test_weights_are_measured_once_on_each_text(workbench, monkeypatch):
     bench, counted = workbench(), []
     measured = partial(measure_perplexity)
     monkeypatch.setattr(
-        "bench.workbench.measure_perplexity", lambda *given, **o: counted.append(1) or measured(*given, **o)
+        "bench.suite.workbench.measure_perplexity", lambda *given, **o: counted.append(1) or measured(*given, **o)
     )
     first = bench.measure(bench.case("transact", 0.3))
     assert len(counted) == 2

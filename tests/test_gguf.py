@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 import transact
 from tests.tiny import LONGROPE, ROPES, llama_with, plain_plan, random_plan, tiny_llama, tiny_relative
 from transact.__main__ import main
-from transact.export import check_exportable, check_tokenizer, plain_llama, pre_tokenizer_of, write_gguf
+from transact.export import check_exportable, check_tokenizer, plain_llama, write_gguf
+from transact.export.gguf_tokenizer import pre_tokenizer_of
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 

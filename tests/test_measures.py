@@ -8,10 +8,10 @@ import torch
 
 import transact
 from bench.__main__ import main
-from bench.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
-from bench.perplexity import Windows, evaluation_windows, measure_perplexity
+from bench.efficiency.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
+from bench.quality.perplexity import Windows, evaluation_windows, measure_perplexity
 from bench.records import append_record, read_records
-from bench.workbench import Workbench
+from bench.suite.workbench import Workbench
 from tests.tiny import random_plan, tiny_llama
 from transact.recovery import held_out_loss
 

@@ -28,7 +28,7 @@ from transformers import (
 
 import bench.__main__
 import transact
-from bench.costs import memory_needed, weight_elements
+from bench.efficiency.costs import memory_needed, weight_elements
 from tests.tiny import random_plan, tiny_llama, zeroed
 from transact.__main__ import main
 from transact.export import plain_llama
@@ -321,7 +321,7 @@ def test_plain_pruning_is_refused_before_work_where_no_export_follows(
 ):
     model = odd_model(family, **copy.deepcopy(settings))
     directory = saved_with_tokenizer(model, tmp_path / "model", tiny_directory)
-    monkeypatch.setattr("transact.__main__.load_model", None)  # nothing is loaded yet
+    monkeypatch.setattr("transact.commands.prune.load_model", None)  # nothing is loaded yet
     capsys.readouterr()
     assert prune_command(directory, tmp_path / "out", tiny_text, "--plain") == 2
     assert re.match(f"transact: error: .*({named})", capsys.readouterr().err)

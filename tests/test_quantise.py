@@ -9,10 +9,10 @@ import torch
 
 import transact
 from bench.__main__ import main
-from bench.grid import in_order
-from bench.memory import weight_bytes
-from bench.quantise import FORMATS, check_format, group_of, packed_weight_bytes
-from bench.workbench import Workbench, pruning_of, weights_of
+from bench.efficiency.memory import weight_bytes
+from bench.efficiency.quantise import FORMATS, check_format, group_of, packed_weight_bytes
+from bench.suite.grid import in_order
+from bench.suite.workbench import Workbench, pruning_of, weights_of
 from tests.tiny import random_plan, tiny_llama, tiny_relative
 
 IDS = torch.arange(1, 90)[None]
@@ -20,7 +20,7 @@ IDS = torch.arange(1, 90)[None]
 
 def quantised(model, name):
     pytest.importorskip("torchao")
-    from bench.quantise import quantised
+    from bench.efficiency.quantise import quantised
 
     return quantised(model, name)
 

@@ -14,10 +14,10 @@ from dataclasses import replace
 import filelock
 import pytest
 
+from bench.output.tables import markdown_table
+from bench.quality.significance import check_comparable
 from bench.records import Case, Record, append_record, read_records, read_results, sole_writer
-from bench.significance import check_comparable
 from reports.report import records_frame, write_report
-from reports.tables import markdown_table
 
 CASE = Case(
     model="tiny", model_hash="0" * 16, criterion="activation", granularity="dims", modules="qk+vo+mlp",

@@ -14,16 +14,9 @@ import torch
 import transact
 from tests.tiny import random_plan, tiny_llama
 from transact.__main__ import main
-from transact.recovery import (
-    WAYS,
-    NonFiniteLossError,
-    _Windows,
-    epoch_order,
-    held_out_loss,
-    hold_out,
-    parse_tokens,
-    rate_of_step,
-)
+from transact.recovery.held_out import held_out_loss, hold_out
+from transact.recovery.schedule import WAYS, epoch_order, parse_tokens, rate_of_step
+from transact.recovery.trainer import NonFiniteLossError, _Windows
 
 DENSE = tiny_llama("gqa")
 WINDOWS = torch.randint(1, 97, (40, 16), generator=torch.Generator().manual_seed(0))
@@ -364,7 +357,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 import transact
 from tests.tiny import random_plan, tiny_llama
-from transact.recovery import gathered, is_finite
+from transact.recovery.trainer import gathered, is_finite
 distributed.init_process_group("gloo")
 dense = tiny_llama("gqa")
 model = transact.apply_plan(dense, random_plan(dense.config))

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import regression
 from bench.__main__ import main
-from bench.regression import compare, measure_cells, read_baseline, write_baseline
+from bench.suite import regression
+from bench.suite.regression import compare, measure_cells, read_baseline, write_baseline
 from tests.test_records import record
 from transact.criteria import Activation
 
@@ -150,7 +150,7 @@ def test_a_baseline_that_is_torn_is_named(content, tmp_path, capsys):
 
 
 def test_a_foreign_baseline_is_refused_before_anything_is_measured(tiny_directory, tiny_text, monkeypatch):
-    monkeypatch.setattr("bench.workbench.Workbench.measure", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr("bench.suite.workbench.Workbench.measure", lambda *arguments: pytest.fail("measured"))
     settings = {"calibration": str(tiny_text), "evaluation": str(tiny_text), "samples": 2, "windows": 2,
                 "calibration_seq_len": 16, "evaluation_seq_len": 16}  # fmt: skip
     baseline = json.loads(json.dumps(regression.baseline_of(some_records())))

@@ -14,16 +14,16 @@ from xml.etree import ElementTree
 
 import pytest
 
+from bench.output.files import write_whole
+from bench.output.tables import latex_table, markdown_table
 from bench.records import append_record, finite, read_records
 from reports import findings
 from reports.__main__ import main
 from reports.answers import answer, rises_of_texts, table_of, text_label, text_named
-from reports.files import write_whole
 from reports.findings import plain
 from reports.questions import QUESTIONS
 from reports.report import records_frame, tasks_frame, write_report
 from reports.sets import ASIDE, newest_set
-from reports.tables import latex_table, markdown_table
 from reports.texts import is_near, texts_frame, texts_of
 from tests.synthetic import BASE, DENSE, PRESETS, Maker
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import transact
-from transact import samples
-from transact.samples import LEAST_ENTROPY, OPENERS, own_samples
-from transact.sources import calibration_sources, calibration_windows, mixed, source_names
+from transact.texts import calibration_sources, calibration_windows, mixed, samples, source_names
+from transact.texts.samples import LEAST_ENTROPY, OPENERS, own_samples
 
 
 @pytest.fixture

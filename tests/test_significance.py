@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.significance import differences, paired_difference, paired_differences
+from bench.quality.significance import differences, paired_difference, paired_differences
 from reports.answers import with_interval
 from reports.report import pairs_frame, records_frame, tasks_frame, write_report
 from tests.test_records import record

@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import transact
-from bench import speed
 from bench.__main__ import main
-from bench.costs import (
+from bench.efficiency import speed
+from bench.efficiency.costs import (
     Costs,
     Roofline,
     decode_costs,
@@ -20,10 +20,10 @@ from bench.costs import (
     prefill_costs,
     weight_elements,
 )
-from bench.memory import kv_bytes_per_token
-from bench.shapes import SHAPES, random_model, shape_by_name
-from bench.speed import SpeedCase, decode_step, fitting, generate_timed, run_grid
-from reports.speed import read_speed, write_engines_report, write_speed_report
+from bench.efficiency.memory import kv_bytes_per_token
+from bench.efficiency.report import read_speed, write_engines_report, write_speed_report
+from bench.efficiency.shapes import SHAPES, random_model, shape_by_name
+from bench.efficiency.speed import SpeedCase, decode_step, fitting, generate_timed, run_grid
 from tests.tiny import random_plan, tiny_llama
 from transact.widths import kv_elements_per_token, widths_of
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
-from bench import memory, speed
 from bench.__main__ import main
-from bench.costs import Roofline
-from bench.speed import run_grid
+from bench.efficiency import memory, speed
+from bench.efficiency.costs import Roofline
+from bench.efficiency.speed import run_grid
 from transact.gradients import free_memory
 
 ROOT = Path(__file__).parents[1]

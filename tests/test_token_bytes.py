@@ -8,10 +8,10 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import transact
-from bench.perplexity import Windows, evaluation_windows, measure_perplexity
-from bench.token_bytes import token_bytes
+from bench.quality.perplexity import Windows, evaluation_windows, measure_perplexity
+from bench.quality.token_bytes import token_bytes
 from tests.tiny import tiny_llama
-from transact.inputs import Text
+from transact.texts import Text
 
 JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。" * 8
 TEXTS = {

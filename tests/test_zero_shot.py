@@ -15,9 +15,9 @@ from lm_eval.tasks import TaskManager
 
 import transact
 from bench.__main__ import main as bench_main
-from bench.perplexity import evaluation_windows, measure_perplexity
-from bench.probes import PROBES, probe_items, write_probes
-from bench.zero_shot import TaskResult, evaluate_tasks, resolve_tasks
+from bench.quality.perplexity import evaluation_windows, measure_perplexity
+from bench.quality.probes import PROBES, probe_items, write_probes
+from bench.quality.zero_shot import TaskResult, evaluate_tasks, resolve_tasks
 from tests.tiny import random_plan
 
 

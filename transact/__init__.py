@@ -13,13 +13,13 @@ from .checkpoint import load_plan, save_checkpoint
 from .configuration_transact import TransActConfig
 from .criteria import CRITERIA, LayerScores, criterion_by_name
 from .gradients import LayerGradients, loss_gradients
-from .inputs import cut_windows, load_model, load_text, tokenise
 from .modeling_transact import TransActForCausalLM
+from .models import load_model
 from .plan import LayerPlan, Plan, select
 from .prune import apply_plan, check_prunable
 from .recipe import PRESETS, Pruned, Recipe, prune, recipe_by_name
 from .recovery import Recovered, Training, recover, shot_budgets
-from .sources import calibration_windows
+from .texts import calibration_windows, cut_windows, load_text, tokenise
 from .widths import (
     Widths,
     dense_widths,

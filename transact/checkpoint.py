@@ -162,3 +162,16 @@ def load_plan(directory: str | os.PathLike) -> Plan:
     if not path.is_file():
         raise ValueError(f"{str(directory)!r} holds no plan.safetensors: not a pruned checkpoint")
     return Plan.from_tensors(load_file(path))
+
+
+def read_pruning(directory: str) -> dict:
+    """What `transact prune` wrote beside a model. Raises ValueError where there is none or it is something else."""
+    path = Path(directory) / "pruning.json"
+    if not path.is_file():
+        raise ValueError(f"{directory!r} is not a pruned checkpoint: it holds no pruning.json")
+    try:
+        pruning = json.loads(path.read_text(encoding="utf-8"))
+        pruning["fraction_removed"], pruning["model"], [*pruning.get("recovery", [])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is not what `transact prune` writes") from error
+    return pruning

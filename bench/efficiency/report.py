@@ -1,0 +1,161 @@
+"""Records of speed in; tables and pictures of latency, throughput, memory and roofline out. torch is never imported."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+from ..output.figures import STYLES, write_figure
+from ..output.tables import markdown_table, write_table
+from ..records import SPEED_SCHEMA, read_lines
+
+COLUMNS = ["model", "mode", "prefix", "decode", "batch", "latency_s", "prefill_s", "decode_s", "decode_tokens_per_s",
+           "prefill_roofline_fraction", "decode_roofline_fraction", "weight_mib", "kv_bytes_per_token",
+           "peak_memory_mib", "warm_up_s", "dtype", "device", "status", "error"]  # fmt: skip
+
+
+def read_speed(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
+    """One row a cell, the newest record of it, and one complaint for each line that is none."""
+
+    def row_of(record: dict) -> tuple[tuple, dict]:
+        row = {**record["case"], **record["metrics"], "status": record["status"], "error": record.get("error")}
+        row |= {"hardware": record["environment"]["device"], "torch": record["environment"]["torch"]}
+        return tuple(record["case"].values()), row
+
+    rows, complaints = read_lines(path, SPEED_SCHEMA, row_of)
+    frame = pd.DataFrame(list(dict(rows).values()))
+    if "weight_bytes" in frame:
+        frame["weight_mib"] = frame["weight_bytes"] / 2**20
+    for column in COLUMNS:
+        if len(frame) and column not in frame:
+            frame[column] = None
+    return frame, complaints
+
+
+def write_speed_report(frame: pd.DataFrame, directory: str | os.PathLike) -> tuple[str, list[Path]]:
+    """Tables and pictures of a frame of `read_speed`; returns the table and the files."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    hardware = ", ".join(sorted(frame["hardware"].unique()))
+    note = f"{hardware}; torch {', '.join(sorted(frame['torch'].unique()))}. Medians; random weights where a shape."
+    files = write_table(directory / "speed", "Latency, throughput and memory", note, frame, COLUMNS)
+    done = frame[frame["status"] == "success"]
+    if len(done):
+        single = done[done["batch"] == done["batch"].min()]
+        files += write_figure(directory / "latency", plot_latency(single, hardware))
+        files += write_figure(directory / "memory", plot_memory(done, hardware))
+        files += write_figure(directory / "roofline", plot_roofline(done, hardware))
+        if done["batch"].nunique() > 1:
+            files += write_figure(directory / "throughput", plot_throughput(done, hardware))
+    return markdown_table(frame, COLUMNS[:12]), files
+
+
+def _lines(frame: pd.DataFrame):
+    """Each model and mode with its label and style."""
+    groups = frame.groupby(["model", "mode"], sort=False)
+    for number, ((model, mode), group) in enumerate(groups):
+        yield f"{model}, {mode}", group, STYLES[number % len(STYLES)]
+
+
+def plot_latency(frame: pd.DataFrame, hardware: str) -> Figure:
+    """Bars of prefill and decode seconds for each pair of lengths, as in the paper's figure."""
+    lengths = sorted(set(zip(frame["prefix"], frame["decode"], strict=True)), key=lambda pair: (sum(pair), pair))
+    lines = list(_lines(frame))
+    figure = Figure(figsize=(max(7, 1.1 * len(lengths) + 2), 4.5), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(lines)
+    for number, (label, group, (colour, *_)) in enumerate(lines):
+        by_length = group.set_index(["prefix", "decode"])
+        known = [pair for pair in lengths if pair in by_length.index]
+        places = [lengths.index(pair) + (number - (len(lines) - 1) / 2) * width for pair in known]
+        prefill = [by_length.loc[pair, "prefill_s"] for pair in known]
+        decode = [by_length.loc[pair, "decode_s"] for pair in known]
+        axes.bar(places, prefill, width, color=colour, alpha=0.45, edgecolor=colour)
+        axes.bar(places, decode, width, bottom=prefill, color=colour, label=label)
+    axes.set_xticks(range(len(lengths)), [f"{prefix}+{decode}" for prefix, decode in lengths])
+    axes.set(xlabel="tokens read + tokens generated", ylabel="seconds (light: prefill, solid: decode)")
+    axes.set_title(f"Latency, batch {frame['batch'].iloc[0]}, {frame['dtype'].iloc[0]}, {hardware}", fontsize=10)
+    axes.grid(alpha=0.25, axis="y")
+    figure.legend(frameon=False, loc="outside upper center", ncols=2)
+    return figure
+
+
+def plot_throughput(frame: pd.DataFrame, hardware: str) -> Figure:
+    """Decoded tokens a second of all sequences against the batch, at the longest of the lengths measured most."""
+    longest = frame.assign(total=frame["prefix"] + frame["decode"])
+    cells = longest["total"].value_counts()
+    longest = longest[longest["total"] == cells[cells == cells.max()].index.max()]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, group, (colour, marker, dashes) in _lines(longest):
+        group = group.sort_values("batch")
+        axes.plot(group["batch"], group["decode_tokens_per_s"], label=label, color=colour, marker=marker,
+                  linestyle=dashes)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="sequences in the batch", ylabel="decoded tokens per second")
+    axes.set_xscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.set_minor_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    first = longest.iloc[0]
+    axes.set_title(f"Throughput, {first['prefix']}+{first['decode']} tokens, {first['dtype']}, {hardware}", fontsize=10)
+    axes.grid(alpha=0.25, which="both")
+    figure.legend(frameon=False, loc="outside upper center", ncols=2)
+    return figure
+
+
+def plot_memory(frame: pd.DataFrame, hardware: str) -> Figure:
+    """Bars of weights and of KV bytes a token of each model."""
+    models = frame.drop_duplicates("model")
+    figure = Figure(figsize=(8, 1.2 + 0.45 * len(models)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (values, title, colour) in zip(
+        panels,
+        ((models["weight_bytes"] / 2**20, "weights (MiB)", STYLES[0][0]),
+         (models["kv_bytes_per_token"] / 2**10, "KV cache (KiB per token)", STYLES[1][0])),
+        strict=True,
+    ):  # fmt: skip
+        bars = axes.barh(models["model"], values, color=colour)
+        axes.bar_label(bars, fmt="{:,.1f}", padding=3, fontsize=8)
+        axes.margins(x=0.2)
+        axes.set(xlabel=title)
+        axes.grid(alpha=0.25, axis="x")
+    panels[0].invert_yaxis()
+    figure.suptitle(f"Memory, {frame['dtype'].iloc[0]}", fontsize=10)
+    return figure
+
+
+def plot_roofline(frame: pd.DataFrame, hardware: str) -> Figure:
+    """Operations a second reached against operations a byte, under the measured roof; open: prefill, filled: decode."""
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    axes = figure.subplots()
+    bandwidth, rate = frame["copy_bytes_per_s"].median(), frame["matrix_operations_per_s"].median()
+    intensities = []
+    for label, group, (colour, marker, _) in _lines(frame):
+        prefill = group["prefill_operations"] / group["prefill_bytes"]
+        decode = group["decode_operations_per_token"] / group["decode_bytes_per_token"]
+        intensities += [*prefill, *decode]
+        axes.plot(prefill, group["prefill_operations"] / group["prefill_s"] / 1e9, marker, color=colour,
+                  markerfacecolor="none")  # fmt: skip
+        reached = group["decode_operations_per_token"] * group["decode"] / group["decode_s"] / 1e9
+        axes.plot(decode, reached, marker, color=colour, label=label)
+    span = [min(intensities) / 2, max([*intensities, rate / bandwidth]) * 2]
+    points = [span[0], rate / bandwidth, span[1]]
+    axes.plot(points, [min(rate, bandwidth * point) / 1e9 for point in points], color="0.4", linewidth=1.5)
+    axes.annotate("measured roof", (points[1], rate / 1e9), xytext=(-4, 4), textcoords="offset points", ha="right",
+                  color="0.4", fontsize=9)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="billion operations per second")
+    axes.set_title(f"Roofline, {frame['dtype'].iloc[0]}, {hardware} (open: prefill, filled: decode)", fontsize=10)
+    axes.grid(alpha=0.25, which="both")
+    figure.legend(frameon=False, loc="outside upper center", ncols=2)
+    return figure
+
+
+def write_engines_report(rows: Sequence[dict], note: str, directory: str | os.PathLike) -> tuple[str, list[Path]]:
+    """The table of `bench.efficiency.engines.compare_engines`."""
+    frame = pd.DataFrame(list(rows))
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    files = write_table(Path(directory) / "engines", "Exported checkpoints in other engines", note, frame, list(frame))
+    return markdown_table(frame, list(frame)), files

@@ -1,0 +1,270 @@
+"""Latency, throughput and memory of generation, prefill and decode apart, at a fixed number of tokens."""
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PretrainedConfig, StaticCache
+
+from transact.gradients import free_memory
+from transact.models import DTYPES, in_one_line, load_model, read_config, resolve_device
+
+from ..environment import environment, fast_dtype
+from ..records import SPEED_SCHEMA
+from .costs import (
+    Costs,
+    Roofline,
+    decode_costs,
+    largest_batch,
+    longest_context,
+    measure_roofline,
+    memory_needed,
+    prefill_costs,
+    seconds_of,
+)
+from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
+from .shapes import SHAPES, random_model, shape_by_name
+
+MODES = ("eager", "static", "graphs")
+# (prefix, decoded) tokens: the paper's figure, and one that two CPU cores finish
+GRIDS = {
+    "paper": ((64, 64), (128, 64), (256, 64), (512, 64), (960, 64), (256, 128), (256, 256), (256, 512), (256, 768)),
+    "quick": ((64, 16), (256, 16), (960, 16)),
+}
+
+
+@dataclass(frozen=True)
+class SpeedCase:
+    """Everything that decides a speed. `mode`: "eager" with a growing cache, "static" with one of fixed size, "graphs"
+    the same compiled (CUDA graphs on a GPU)."""
+
+    model: str
+    prefix: int
+    decode: int
+    batch: int
+    mode: str
+    dtype: str
+    device: str
+
+
+@torch.no_grad()
+def generate_timed(model: nn.Module, ids: torch.Tensor, decode: int, step, cache) -> tuple[float, float]:
+    """Seconds of the prefill of `ids` (batch, prefix), which gives the first token, and of `decode` tokens after it."""
+    device, following = model.device, []
+
+    def prefill():
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        following.append(output.logits[:, -1:].argmax(dim=-1))
+
+    def decode_all():
+        token = following[0]
+        for _ in range(decode):
+            token = step(token, cache)
+
+    return seconds_of(prefill, device), seconds_of(decode_all, device)
+
+
+def decode_step(model: nn.Module, mode: str):
+    """A function from a token (batch, 1) and the cache to the next token."""
+
+    def step(token: torch.Tensor, cache) -> torch.Tensor:
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        return output.logits[:, -1:].argmax(dim=-1)
+
+    if mode != "graphs":
+        return step
+    compiled = torch.compile(step, mode="reduce-overhead" if model.device.type == "cuda" else "default")
+
+    def marked(token: torch.Tensor, cache) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(token, cache).clone()  # the graph's own output is overwritten by the next step
+
+    return marked
+
+
+def measure_speed(model: nn.Module, case: SpeedCase, roofline: Roofline, *, repeats: int = 5, warm_up: int = 1) -> dict:
+    """Metrics and raw samples of a case: medians of `repeats` runs after `warm_up`, which is reported apart."""
+    ids = torch.randint(0, model.config.vocab_size, (case.batch, case.prefix), device=model.device)
+    step, length = decode_step(model, case.mode), case.prefix + case.decode + 1
+    static = None if case.mode == "eager" else StaticCache(config=model.config, max_cache_len=length)
+
+    def run() -> tuple[float, float]:
+        if static is None:
+            return generate_timed(model, ids, case.decode, step, DynamicCache(config=model.config))
+        if static.layers and static.layers[0].is_initialized:
+            static.reset()
+        return generate_timed(model, ids, case.decode, step, static)
+
+    reset_peak_memory(model.device)
+    start = time.perf_counter()
+    for _ in range(warm_up):
+        run()
+    warm_up_s = time.perf_counter() - start
+    samples = [run() for _ in range(repeats)]
+    prefill_s, decode_s = (statistics.median(column) for column in zip(*samples, strict=True))
+    size = model.dtype.itemsize
+    middle = decode_costs(model.config, context=case.prefix + case.decode // 2, batch=case.batch, element_size=size)
+    whole = Costs(middle.operations * case.decode, middle.bytes * case.decode)
+    prompt = prefill_costs(model.config, length=case.prefix, batch=case.batch, element_size=size)
+    return {
+        "metrics": {
+            "prefill_s": prefill_s,
+            "decode_s": decode_s,
+            "latency_s": statistics.median(sum(pair) for pair in samples),
+            "decode_tokens_per_s": case.batch * case.decode / decode_s,
+            "prefill_tokens_per_s": case.batch * case.prefix / prefill_s,
+            "prefill_roofline_fraction": roofline.seconds(prompt) / prefill_s,
+            "decode_roofline_fraction": roofline.seconds(whole) / decode_s,
+            "decode_bytes_per_token": middle.bytes,
+            "decode_operations_per_token": middle.operations,
+            "prefill_bytes": prompt.bytes,
+            "prefill_operations": prompt.operations,
+            "warm_up_s": warm_up_s,
+            "weight_bytes": weight_bytes(model),
+            "kv_bytes_per_token": kv_bytes_per_token(model),
+            "peak_memory_mib": peak_memory_mib(model.device),
+            "copy_bytes_per_s": roofline.bytes_per_second,
+            "matrix_operations_per_s": roofline.operations_per_second,
+        },
+        "samples": {"prefill_s": [pair[0] for pair in samples], "decode_s": [pair[1] for pair in samples]},
+    }
+
+
+def decode_rate(model: nn.Module, tokens: int, *, prefix: int = 64, repeats: int = 7) -> tuple[float, float]:
+    """Decoded tokens per second, the median of `repeats` after one that warms up, and its standard error.
+
+    One sequence with a growing cache, `tokens` after `prefix`. The standard error of a median is 1.25 times that of a
+    mean where samples scatter normally.
+    """
+    ids = torch.zeros((1, prefix), dtype=torch.int64, device=model.device)
+    step = decode_step(model, "eager")
+    rates = []
+    for _ in range(repeats + 1):
+        cache = DynamicCache(config=model.config)
+        rates.append(tokens / generate_timed(model, ids, tokens, step, cache)[1])
+    return statistics.median(rates[1:]), 1.25 * statistics.stdev(rates[1:]) / repeats**0.5
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """The configuration of a shape by name or of a checkpoint directory. Raises ValueError for anything else."""
+    return read_config(name) if Path(name).is_dir() else shape_by_name(name)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of the device's memory, or of the host's that are free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return free_memory(device)
+
+
+def run_grid(
+    models: Sequence[str],
+    *,
+    lengths: Sequence[tuple[int, int]],
+    batches: Sequence[int] = (1,),
+    modes: Sequence[str] = ("eager",),
+    dtype: str = "auto",
+    device: str = "auto",
+    repeats: int = 5,
+) -> Iterator[dict]:
+    """A record of every cell, as it is measured; of what does not fit or fails one that says so, and the grid goes on.
+
+    A model that ran out of memory at a batch is not tried at larger ones of the same length.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    where = resolve_device(device)
+    dtype = fast_dtype(device) if dtype == "auto" else dtype
+    configs = {name: config_of(name) for name in models}
+    names = [Path(name).name for name in models]
+    if len(set(names)) < len(names):
+        raise ValueError(f"models are told apart by their last names, two are called the same: {', '.join(names)}")
+    roofline, memory = measure_roofline(where, DTYPES[dtype]), memory_of(where)
+    shared = {"schema": SPEED_SCHEMA, "environment": environment(where)}
+    cells = [*itertools.product(modes, lengths, sorted(batches))]
+    with tqdm(total=len(models) * len(cells), desc="speed", unit="cell", disable=None) as bar:
+        for name, config in configs.items():
+            model, full = None, set()
+            for mode, (prefix, decode), batch in cells:
+                case = SpeedCase(Path(name).name, prefix, decode, batch, mode, dtype, where.type)
+                outcome = {"status": "success"}
+                try:
+                    if reason := _misfit(config, case, memory, full):
+                        outcome = _without_figures("skipped", reason)
+                    else:
+                        model = model or _model(name, config, dtype, where)
+                        outcome |= _measured(model, case, roofline, repeats)
+                except torch.OutOfMemoryError as error:
+                    full.add((mode, prefix, decode))
+                    outcome = _without_figures("out of memory", str(error).splitlines()[0])
+                    _release(where)
+                yield shared | {"case": asdict(case)} | outcome
+                bar.update()
+            del model
+            torch.compiler.reset()
+            _release(where)
+
+
+def _misfit(config: PretrainedConfig, case: SpeedCase, memory: int, full: set[tuple]) -> str | None:
+    """Why a cell is not tried, or None; `full` holds the modes and lengths that ran out of memory."""
+    tokens = case.prefix + case.decode
+    needed = memory_needed(config, context=tokens, batch=case.batch, element_size=DTYPES[case.dtype].itemsize)
+    if tokens > config.max_position_embeddings:
+        return f"{tokens} tokens are more than its context"
+    if needed > memory:
+        return f"needs {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+    if (case.mode, case.prefix, case.decode) in full:
+        return "a smaller batch ran out of memory"
+    return None
+
+
+def _measured(model: nn.Module, case: SpeedCase, roofline: Roofline, repeats: int) -> dict:
+    """What `measure_speed` gives, or why it failed: compilation may, where there is no compiler, and only then."""
+    try:
+        return measure_speed(model, case, roofline, repeats=repeats)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers raise whatever they like
+        return _without_figures("failed", f"{type(error).__name__}: {in_one_line(error)}")
+
+
+def _without_figures(status: str, error: str) -> dict:
+    return {"status": status, "error": error, "metrics": {}, "samples": {}}
+
+
+def _release(device: torch.device) -> None:
+    """Give memory that nothing refers to back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _model(name: str, config: PretrainedConfig, dtype: str, device: torch.device) -> nn.Module:
+    if name in SHAPES and not Path(name).is_dir():
+        return random_model(config, dtype=dtype, device=device)
+    return load_model(name, dtype=dtype, device=str(device))[0]
+
+
+def fitting(models: Sequence[str], memory_gib: float, *, context: int = 4096, element_size: int = 2) -> list[dict]:
+    """For each model: weights, KV bytes a token, and what fits in a memory of this size, computed."""
+    if memory_gib <= 0 or context < 1:
+        raise ValueError(f"memory and context must be positive, got {memory_gib} GiB and {context} tokens")
+    rows, memory = [], int(memory_gib * 2**30)
+    for name in models:
+        config = config_of(name)
+        whole = memory_needed(config, context=0, batch=1, element_size=element_size)
+        each = memory_needed(config, context=1, batch=1, element_size=element_size) - whole
+        rows.append({
+            "model": Path(name).name, "memory_gib": memory_gib, "weight_bytes": whole, "kv_bytes_per_token": each,
+            "longest_context": longest_context(config, memory, element_size=element_size),
+            "largest_batch": largest_batch(config, memory, context=context, element_size=element_size),
+            "batch_context": context,
+        })  # fmt: skip
+    return rows

@@ -1,0 +1,585 @@
+"""One model, one calibration, many cases: what every ablation measures on."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import transact
+from transact.checkpoint import model_hash
+from transact.recovery import shot_trainings
+from transact.texts import SELF, Source, Text, calibration_sources, mixed, source_names
+
+from ..efficiency.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
+from ..efficiency.quantise import check_format, packed_weight_bytes, quantised, torchao_version
+from ..efficiency.speed import decode_rate
+from ..environment import code_hash, environment, fast_dtype
+from ..quality.fidelity import Comparison, DenseReference, GreedyReference
+from ..quality.perplexity import Perplexity, Windows, measure_perplexity
+from ..quality.texts import load_evaluation_texts, windows_of
+from ..records import Case, Record
+
+
+def recipe_fields(recipe: transact.Recipe) -> dict:
+    """The recipe's fields as a case holds them."""
+    return asdict(recipe) | {"modules": "+".join(recipe.modules)}
+
+
+def recipe_of(case: Case) -> transact.Recipe:
+    """The recipe of a case."""
+    names = [field.name for field in fields(transact.Recipe)]
+    return transact.Recipe(
+        **{name: getattr(case, name) for name in names} | {"modules": tuple(case.modules.split("+"))}
+    )
+
+
+def method_of(case: Case) -> str:
+    """What tables call a case: dense, its preset if it has one, or its criterion (that of the paper's preset)."""
+    if case.criterion == "dense":
+        return "dense"
+    recipe = recipe_of(case)
+    presets = [name for name, preset in transact.PRESETS.items() if preset == recipe]
+    return presets[0] if presets else case.criterion
+
+
+def failed(case: Case, error: Exception, environment: Mapping) -> Record:
+    """A record without figures that names the error."""
+    message = f"{type(error).__name__}: {error}"
+    return Record(case, method_of(case), {}, {}, environment, status="failed", error=message)
+
+
+def weights_of(case: Case) -> Case:
+    """What decides a case's weights: two cases with the same differ in what is measured beside perplexity."""
+    return replace(case, tasks="", task_limit=None, decode_tokens=0, other_texts="", other_sha256="", other_windows=0)
+
+
+def pruning_of(case: Case) -> Case:
+    """What decides a case's pruned model: two cases with the same differ in quantisation, or in what is measured."""
+    return replace(weights_of(case), quantisation="")
+
+
+def ids_hash(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Short hash of token ids, and of the vocabulary that tasks are read with.
+
+    Of the ids, since they are what a model is given: a tokeniser's files differ between versions of the libraries that
+    make the same ids, and another version may make other ids of the same files.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id
+    return hashlib.sha256(ids.cpu().numpy().tobytes() + repr(vocabulary).encode()).hexdigest()[:16]
+
+
+def is_plain_preset(case: Case) -> bool:
+    """Whether it is the dense model, or a preset with the widths that a ratio gives: measured on other texts too."""
+    named = case.mha_dim, case.mlp_dim, case.only_layer, case.head_multiple, case.mlp_multiple
+    is_preset = case.criterion == "dense" or recipe_of(case) in transact.PRESETS.values()
+    return is_preset and all(width is None for width in named)
+
+
+def plain_text(calibration: str) -> str | None:
+    """The name of the one text that `calibration` is; None for the model's own samples and for mixtures."""
+    names = set(source_names(calibration))
+    return names.pop() if len(names) == 1 and SELF not in names else None
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """A model on one text. `losses`, `kl_nats` and `top1_agreement` are means of each window, the latter two of the
+    first few: how near the model is to the dense one (see `bench.quality.fidelity.Fidelity`)."""
+
+    name: str
+    sha256: str
+    tokens: int
+    loss_nats: float
+    losses: tuple[float, ...]
+    kl_nats: tuple[float, ...]
+    top1_agreement: tuple[float, ...]
+
+
+LEAST_TRAINED, MOST_TRAINED = 8, 1024  # windows that are trained on where there is no end of text
+EVALUATIONS = 3  # of a model on its way through training, beside the one before
+
+
+class Calibrations:
+    """Statistics of a model on calibration windows. One pass serves all recipes; those of the newest windows are kept.
+
+    Second moments are large: statistics of earlier windows are dropped before new ones are made. Statistics that have
+    second moments serve recipes without, and gradients are taken apart from them.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._forget(None)
+
+    def _forget(self, windows: torch.Tensor | None) -> None:
+        self.windows = windows
+        self.sums: transact.Statistics | None = None
+        self.gradients: dict[str, list[transact.LayerGradients]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def statistics(self, windows: torch.Tensor, recipe: transact.Recipe) -> tuple[transact.Statistics, float]:
+        """Statistics with all that the recipe needs, and the seconds that making them took."""
+        if self.windows is None or not torch.equal(self.windows, windows):
+            self._forget(windows)
+        start, moments = time.perf_counter(), recipe.needs_moments()
+        if self.sums is None or (moments and self.sums.layers[0].mlp_moments is None):
+            self.sums = None
+            self.sums = transact.calibrate(self.model, windows, second_moments=moments, progress=True)
+            self.seconds["sums"] = time.perf_counter() - start
+        of = recipe.gradients()
+        if of is None:
+            return self.sums, self.seconds["sums"]
+        start = time.perf_counter()
+        if of not in self.gradients:
+            self.gradients[of] = transact.loss_gradients(self.model, windows, of=of, progress=True)
+            self.seconds[of] = time.perf_counter() - start
+        pairs = zip(self.sums.layers, self.gradients[of], strict=True)
+        layers = tuple(replace(layer, gradients=gradients) for layer, gradients in pairs)
+        return replace(self.sums, layers=layers), self.seconds["sums"] + self.seconds[of]
+
+
+class Workbench:
+    """A model with its windows of text. The statistics are made on first use and serve every case of the same windows.
+
+    The statistics, the pruned model and its quality that were made last are kept: cases in the order of
+    `suite.grid.in_order` make each once. `domains` are other calibration texts that cases may name. Each is a text, the
+    model's own samples (`self`), or several in turn with commas between them, as for `transact.calibration_windows`.
+
+    `evaluation` names texts with commas between them: `windows` of the first, on which everything is measured, and
+    `other_windows` of each other, for presets or, with `other_texts_everywhere`, for every case. On `compared_windows`
+    of each text predictions are compared with the dense model's (None: all).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        calibration: str = "embedded",
+        domains: Sequence[str] = (),
+        samples: int = 64,
+        calibration_seq_len: int = 256,
+        evaluation: str = "embedded",
+        windows: int | None = 48,
+        evaluation_seq_len: int = 256,
+        evaluation_windowing: str = "blocks",
+        evaluation_bos: bool = False,
+        other_windows: int | None = 8,
+        other_texts_everywhere: bool = False,
+        compared_windows: int | None = 8,
+        tasks: Sequence[str] = (),
+        tasks_path: Path | None = None,
+        task_limit: int | None = None,
+        seed: int = 0,
+        dtype: str = "auto",
+        device: str = "auto",
+    ):
+        dtype = fast_dtype(device) if dtype == "auto" else dtype
+        self.dense, self.tokenizer = transact.load_model(model, dtype=dtype, device=device)
+        transact.check_prunable(self.dense)
+        evaluation_texts = load_evaluation_texts(evaluation)
+        context = self.dense.config.max_position_embeddings
+        if max(calibration_seq_len, evaluation_seq_len) > context:
+            longest = max(calibration_seq_len, evaluation_seq_len)
+            raise ValueError(f"seq-len {longest} is longer than the model's context of {context}")
+        self.calibration = calibration, samples, calibration_seq_len
+        self.domains, self.seed = tuple(domains), seed
+        self._texts: dict[str, tuple[Text, torch.Tensor]] = {}
+        self.ids_hashes: dict[str, str] = {}
+        self._sources: dict[tuple[str, int, int], list[Source]] = {}
+        self.calibration_windows(*self.calibration)  # what is wrong with the text is known at once
+        counts = windows, *[other_windows] * (len(evaluation_texts) - 1)
+        self.evaluation_texts = [
+            (text, windows_of(text, self.tokenizer, length=evaluation_seq_len, count=count,
+                              windowing=evaluation_windowing, bos=evaluation_bos))
+            for text, count in zip(evaluation_texts, counts, strict=True)
+        ]  # fmt: skip
+        evaluation_text, self.evaluation_windows = self.evaluation_texts[0]
+        if compared_windows is not None and compared_windows < 1:
+            raise ValueError(f"compared-windows must be at least 1, got {compared_windows}")
+        self.other_texts_everywhere = other_texts_everywhere
+        self.task_names, self.tasks_path, self.task_limit = tuple(tasks), tasks_path, task_limit
+        dense_case = Case(
+            model=Path(model).name,
+            model_hash=model_hash(self.dense),
+            **recipe_fields(transact.Recipe()) | {"criterion": "dense"},
+            ratio=0.0,
+            kv_ratio=None,
+            seed=0,
+            calibration_text=None,
+            calibration_sha256=None,
+            calibration_samples=0,
+            calibration_seq_len=0,
+            evaluation_text=evaluation_text.name,
+            evaluation_sha256=evaluation_text.sha256,
+            evaluation_windows=len(self.evaluation_windows.ids),
+            evaluation_seq_len=evaluation_seq_len,
+            evaluation_windowing=evaluation_windowing,
+            evaluation_bos=evaluation_bos,
+            tasks="",
+            task_limit=None,
+            dtype=dtype,
+            device=self.dense.device.type,
+            code=code_hash(),
+            evaluation_ids=ids_hash(self.evaluation_windows.ids, self.tokenizer),
+            compared_windows=compared_windows or 0,
+        )
+        others = [text for text, _ in self.evaluation_texts[1:]]
+        self._others = {
+            "other_texts": "+".join(text.name for text in others),
+            "other_sha256": "+".join(text.sha256 for text in others),
+            "other_windows": (other_windows or 0) if others else 0,
+        }
+        self.dense_case = self.with_other_texts(dense_case)
+        self._calibrations = Calibrations(self.dense)
+        self._pruned: tuple[Case, nn.Module, dict[str, float], list[dict[str, float]]] | None = None
+        self._qualities: tuple[Case, list[tuple[TextQuality, Perplexity, float]]] | None = None
+        self._greedy: tuple[Case, tuple[float, ...], float] | None = None
+        self._references: dict[str, DenseReference] = {}
+
+    def text(self, name: str) -> tuple[Text, torch.Tensor]:
+        """A calibration text and its tokens, read once. Raises ValueError where it cannot be read."""
+        if name not in self._texts:
+            text = transact.load_text(name, split="calibration")
+            self._texts[name] = text, transact.tokenise(text, self.tokenizer)
+        return self._texts[name]
+
+    def ids_of(self, name: str) -> str:
+        """The hash of a calibration text's token ids, made once."""
+        if name not in self.ids_hashes:
+            self.ids_hashes[name] = ids_hash(self.text(name)[1], self.tokenizer)
+        return self.ids_hashes[name]
+
+    def sources(self, name: str, samples: int, seq_len: int) -> list[Source]:
+        """The sources of calibration windows (samples, seq_len), chosen by the seed, made once.
+
+        Raises ValueError where one is missing, too short, or the model's own samples are refused.
+        """
+        given = name, samples, seq_len
+        if given not in self._sources:
+            if (plain := plain_text(name)) is None:
+                self._sources[given] = calibration_sources(
+                    name, self.dense, self.tokenizer, count=samples, length=seq_len, seed=self.seed, progress=True
+                )
+            else:
+                try:
+                    text, tokens = self.text(plain)
+                    windows = transact.cut_windows(tokens, length=seq_len, count=samples, seed=self.seed)
+                except ValueError as error:
+                    raise ValueError(f"calibration text {name!r}: {error}") from error
+                self._sources[given] = [Source(text.name, text.sha256, windows)]
+        return self._sources[given]
+
+    def calibration_windows(self, name: str, samples: int, seq_len: int) -> torch.Tensor:
+        """Windows (samples, seq_len) of a calibration text, see `sources`."""
+        return mixed(self.sources(name, samples, seq_len), seed=self.seed)
+
+    def identity(self, name: str, samples: int, seq_len: int) -> tuple[str, str, str]:
+        """What records know a calibration text by: its name, its SHA-256, and a hash of token ids.
+
+        A text is known as a whole; samples and mixtures by the windows that they give.
+        """
+        if (plain := plain_text(name)) is not None:
+            text = self.text(plain)[0]
+            return text.name, text.sha256, self.ids_of(plain)
+        sources = self.sources(name, samples, seq_len)
+        counts = " ".join(f"{source.sha256}:{len(source.windows)}" for source in sources)
+        sha256 = sources[0].sha256 if len(sources) == 1 else hashlib.sha256(counts.encode()).hexdigest()
+        ids = ids_hash(self.calibration_windows(name, samples, seq_len), self.tokenizer)
+        return " + ".join(source.name for source in sources), sha256, ids
+
+    def case(
+        self,
+        recipe: str | transact.Recipe,
+        ratio: float = 0.0,
+        *,
+        kv_ratio: float | None = None,
+        mha_dim: int | None = None,
+        mlp_dim: int | None = None,
+        only_layer: int | None = None,
+        head_multiple: int | None = None,
+        mlp_multiple: int | None = None,
+        decode_tokens: int = 0,
+        quantisation: str = "",
+        recovery: str = "",
+        recovery_tokens: int = 0,
+        calibration: str | None = None,
+        samples: int | None = None,
+        seq_len: int | None = None,
+    ) -> Case:
+        """The case of a recipe, or of a preset by name; one that takes no text does not name any.
+
+        See `Case` for what the widths mean. `calibration`, `samples` and `seq_len` are the workbench's own where they
+        are left out. Raises ValueError, before anything is measured, for what this model or text cannot give.
+        """
+        recipe = transact.recipe_by_name(recipe) if isinstance(recipe, str) else recipe
+        recipe.check()
+        fields = {}
+        if recipe.needs_text():
+            given = calibration, samples, seq_len
+            name, samples, seq_len = (
+                own if value is None else value for own, value in zip(self.calibration, given, strict=True)
+            )
+            if seq_len > self.dense.config.max_position_embeddings:
+                context = self.dense.config.max_position_embeddings
+                raise ValueError(f"seq-len {seq_len} is longer than the model's context of {context}")
+            self.calibration_windows(name, samples, seq_len)
+            text, sha256, ids = self.identity(name, samples, seq_len)
+            fields = {"seed": self.seed, "calibration_text": text, "calibration_sha256": sha256,
+                      "calibration_samples": samples, "calibration_seq_len": seq_len,
+                      "calibration_ids": ids}  # fmt: skip
+        if recipe.criterion == "random":
+            fields["seed"] = self.seed
+        case = replace(
+            self.dense_case, **recipe_fields(recipe), ratio=ratio, kv_ratio=kv_ratio, mha_dim=mha_dim,
+            mlp_dim=mlp_dim, only_layer=only_layer, head_multiple=head_multiple, mlp_multiple=mlp_multiple,
+            decode_tokens=decode_tokens, **fields,
+        )  # fmt: skip
+        self.widths(case)
+        case = self.with_other_texts(case)
+        return self.with_quantisation(self.with_recovery(case, recovery, recovery_tokens), quantisation)
+
+    def with_recovery(self, case: Case, way: str, tokens: int) -> Case:
+        """The same case trained ("": not) on so many tokens of the calibration text, at the default learning rate.
+
+        With several shots, a part of the budget after each. Raises ValueError for an unknown way.
+        """
+        if not way:
+            return case
+        training = transact.Training(tokens=tokens, way=way)
+        training.check()
+        rate = training.with_rate(self.dense.config.hidden_size, self.calibration[2]).learning_rate
+        _, sha256, ids = self.identity(*self._trained_on(tokens))
+        return replace(case, recovery=way, recovery_tokens=tokens, recovery_sha256=sha256, recovery_ids=ids,
+                       learning_rate=rate)  # fmt: skip
+
+    def _trained_on(self, tokens: int) -> tuple[str, int, int]:
+        """The calibration text and its windows that a budget of training needs where there is no end of text."""
+        name, _, length = self.calibration
+        return name, min(max(math.ceil(tokens / length), LEAST_TRAINED), MOST_TRAINED), length
+
+    def _trainer(self, case: Case, history: list[dict[str, float]]) -> Callable | None:
+        """What `transact.prune` calls after each shot to train the case's model; None where it is not trained.
+
+        `history` receives the loss and perplexity of the evaluation windows on the way, by tokens trained in all.
+        """
+        if not case.recovery:
+            return None
+        name, count, length = self._trained_on(case.recovery_tokens)
+        if (plain := plain_text(name)) is not None:
+            windows = transact.cut_windows(self.text(plain)[1], length=length)
+        else:
+            windows = self.calibration_windows(name, count, length)
+        whole = transact.Training(tokens=case.recovery_tokens, way=case.recovery, learning_rate=case.learning_rate,
+                                  device_batch=4, seed=self.seed)  # fmt: skip
+        trainings, teacher = shot_trainings(whole, case.shots), self.dense if whole.needs_teacher() else None
+
+        def measured(model: nn.Module) -> dict[str, float]:
+            quality = measure_perplexity(model, self.evaluation_windows)
+            return {"loss_nats": quality.loss, "perplexity": quality.perplexity}
+
+        def train(model: nn.Module, shot: int) -> nn.Module:
+            recovered = transact.recover(model, windows, trainings[shot - 1], teacher=teacher, evaluate=measured,
+                                         evaluations=max(1, EVALUATIONS // case.shots), progress=True)  # fmt: skip
+            before = sum(one.tokens for one in trainings[: shot - 1])
+            history.extend(
+                {**row, "tokens": before + row["tokens"]} for row in recovered.history if "perplexity" in row
+            )
+            return recovered.model
+
+        return train
+
+    def with_quantisation(self, case: Case, name: str) -> Case:
+        """The same case with linear weights in a format ("": the dtype). Raises ValueError where it cannot be had."""
+        if name:
+            check_format(name)
+        return replace(case, quantisation=name)
+
+    def with_other_texts(self, case: Case) -> Case:
+        """The same case measured on the other evaluation texts too, or on none of them; see `Workbench`."""
+        measured = self.other_texts_everywhere or is_plain_preset(case)
+        return replace(case, **self._others if measured else {name: type(v)() for name, v in self._others.items()})
+
+    def with_tasks(self, case: Case) -> Case:
+        """The same case with the workbench's tasks measured as well."""
+        return replace(case, tasks="+".join(self.tasks), task_limit=self.task_limit)
+
+    @cached_property
+    def tasks(self) -> dict[str, object]:
+        """The tasks that the workbench was made with, loaded on first use."""
+        from ..quality.zero_shot import resolve_tasks  # lm-eval takes seconds to import
+
+        return resolve_tasks(self.task_names, self.tasks_path)
+
+    def widths(self, case: Case) -> tuple[transact.Widths, ...] | None:
+        """The widths that a case names; None where scores decide. Raises ValueError for widths out of reach."""
+        config, recipe = self.dense.config, recipe_of(case)
+        narrowed = {"granularity": recipe.granularity, "modules": recipe.modules}
+        if case.only_layer is not None:
+            return transact.widths_of_one_layer(config, case.only_layer, case.ratio, **narrowed)
+        if case.mha_dim is not None or case.mlp_dim is not None:
+            return transact.widths_by_name(
+                config, mha_dim=case.mha_dim, mlp_dim=case.mlp_dim, granularity=recipe.granularity
+            )
+        if recipe.allocation == "uniform":
+            return transact.uniform_widths(
+                config, case.ratio, kv_ratio=case.kv_ratio, head_multiple=case.head_multiple,
+                mlp_multiple=case.mlp_multiple, **narrowed,
+            )  # fmt: skip
+        return None
+
+    def windows_of(self, case: Case) -> torch.Tensor:
+        """The calibration windows of a case. Raises ValueError where none of the workbench's texts is the case's."""
+        names = dict.fromkeys((self.calibration[0], *(name for name, _, _ in self._sources), *self.domains))
+        for name in names:
+            given = name, case.calibration_samples, case.calibration_seq_len
+            try:
+                sha256 = self.identity(*given)[1]
+            except ValueError:  # it has no such windows: the case is of another
+                continue
+            if sha256 == case.calibration_sha256:
+                return self.calibration_windows(*given)
+        raise ValueError(
+            f"no calibration text here is {case.calibration_text!r} with SHA-256 {case.calibration_sha256}; here are "
+            f"{'; '.join(names)}"
+        )
+
+    def environment(self) -> dict[str, str | int]:
+        return environment(self.dense.device)
+
+    def measure(self, case: Case) -> Record:
+        """The record of one case: prune, quantise, then measure. Errors are the caller's to record."""
+        start = time.perf_counter()
+        reset_peak_memory(self.dense.device)
+        model, seconds, history = self.pruned(case)
+        if case.quantisation:
+            quantising = time.perf_counter()
+            model = quantised(model, case.quantisation)
+            seconds = {**seconds, "quantise_s": time.perf_counter() - quantising}
+        record = self.measure_model(model, seconds, case)
+        metrics = {**record.metrics, "cell_s": time.perf_counter() - start}
+        return replace(record, metrics=metrics, history=tuple(history))
+
+    def pruned(self, case: Case) -> tuple[nn.Module, dict[str, float], list[dict[str, float]]]:
+        """The model of a case before it is quantised, the seconds and history of making it; the last one is kept."""
+        if case.criterion == "dense":
+            return self.dense, {}, []
+        made = pruning_of(case)
+        if self._pruned is None or self._pruned[0] != made:
+            self._pruned = None  # before the next one takes memory
+            self._pruned = made, *self._prune(case)
+        return self._pruned[1:]
+
+    def _prune(self, case: Case) -> tuple[nn.Module, dict[str, float], list[dict[str, float]]]:
+        recipe, seconds, history = recipe_of(case), {}, []
+        statistics = windows = None
+        if recipe.needs_text():
+            windows = self.windows_of(case)
+            statistics, seconds["calibrate_s"] = self._calibrations.statistics(windows, recipe)
+        start = time.perf_counter()
+        pruned = transact.prune(
+            self.dense, windows, recipe=recipe, ratio=case.ratio, kv_ratio=case.kv_ratio, widths=self.widths(case),
+            statistics=statistics, seed=case.seed, train=self._trainer(case, history), progress=True,
+        )  # fmt: skip
+        seconds["prune_s"] = time.perf_counter() - start
+        return pruned.model, seconds, history
+
+    @cached_property
+    def _greedy_reference(self) -> GreedyReference:
+        return GreedyReference(self.dense, self.evaluation_windows)
+
+    def greedy_agreement(self, model: nn.Module, case: Case) -> tuple[tuple[float, ...], float]:
+        """How far a case's model continues each prompt as the dense one does; and the seconds; kept as qualities."""
+        made = weights_of(case)
+        if self._greedy is None or self._greedy[0] != made:
+            reference, start = self._greedy_reference, time.perf_counter()
+            self._greedy = made, reference.agreement(model), time.perf_counter() - start
+        return self._greedy[1:]
+
+    def qualities(self, model: nn.Module, case: Case) -> list[tuple[TextQuality, Perplexity, float]]:
+        """A case's model on each of its evaluation texts, and the seconds; kept for cases of the same weights."""
+        made = weights_of(case)
+        if self._qualities is None or self._qualities[0] != made:
+            self._qualities = made, []
+        kept, texts = self._qualities[1], self.evaluation_texts[: None if case.other_texts else 1]
+        kept += [self._quality(model, *text) for text in texts[len(kept) :]]
+        return kept[: len(texts)]
+
+    def _quality(self, model: nn.Module, text: Text, windows: Windows) -> tuple[TextQuality, Perplexity, float]:
+        start = time.perf_counter()
+        if text.sha256 not in self._references:
+            count = self.dense_case.compared_windows or len(windows.ids)
+            self._references[text.sha256] = DenseReference(self.dense, windows, count)
+        comparison = Comparison(self._references[text.sha256])
+        measured = measure_perplexity(model, windows, on_logits=comparison.add, progress=True)
+        quality = TextQuality(
+            text.name, text.sha256, measured.tokens, measured.loss, measured.losses, **asdict(comparison.fidelity())
+        )
+        return quality, measured, time.perf_counter() - start
+
+    def measure_model(self, model: nn.Module, seconds: Mapping[str, float], case: Case) -> Record:
+        """The record of a model: quality on the evaluation texts, and sizes. Peak memory counts the dense model too."""
+        qualities = self.qualities(model, case)
+        main, quality, perplexity_s = qualities[0]
+        seconds = {**seconds, "perplexity_s": perplexity_s}
+        if len(qualities) > 1:
+            seconds["other_texts_s"] = sum(one for _, _, one in qualities[1:])
+        greedy_agreement, seconds["greedy_s"] = self.greedy_agreement(model, case)
+        nearness = {
+            "kl_nats": main.kl_nats,
+            "top1_agreement": main.top1_agreement,
+            "greedy_agreement": greedy_agreement,
+        }
+        tasks = {}
+        if case.tasks:
+            from ..quality.zero_shot import evaluate_tasks
+
+            start = time.perf_counter()
+            tasks = dict(evaluate_tasks(model, self.tokenizer, self.tasks, limit=case.task_limit, progress=True))
+            seconds["tasks_s"] = time.perf_counter() - start
+        widths = transact.widths_of(model.config)
+        metrics = {
+            "perplexity": quality.perplexity,
+            "bits_per_byte": quality.bits_per_byte,
+            "loss_nats": quality.loss,
+            "tokens": quality.tokens,
+            **{name: fmean(values) for name, values in nearness.items()},
+            "fraction_removed": transact.fraction_removed(self.dense.config, widths),
+            "kv_fraction_removed": transact.kv_fraction_removed(self.dense.config, widths),
+            "parameters": model.num_parameters(),
+            "weight_bytes": weight_bytes(model),
+            "kv_bytes_per_token": kv_bytes_per_token(model),
+            "peak_memory_mib": peak_memory_mib(model.device),
+            **seconds,
+        }
+        standard_errors = {
+            "loss_nats": quality.standard_error,
+            "perplexity": quality.perplexity * quality.standard_error,  # delta method: perplexity is exp(loss)
+            "bits_per_byte": quality.bits_per_byte * quality.standard_error / quality.loss,
+            **{name: stdev(values) / len(values) ** 0.5 for name, values in nearness.items() if len(values) > 1},
+        }
+        environment = self.environment()
+        if case.quantisation:
+            metrics["packed_weight_bytes"] = packed_weight_bytes(model)
+            environment = {**environment, "torchao": torchao_version()}
+        if case.decode_tokens:
+            rate, standard_errors["decode_tokens_per_s"] = decode_rate(model, case.decode_tokens)
+            metrics["decode_tokens_per_s"] = rate
+        return Record(
+            case=case,
+            method=method_of(case),
+            metrics=metrics,
+            standard_errors=standard_errors,
+            environment=environment,
+            losses=quality.losses,
+            widths=tuple(asdict(layer) for layer in widths),
+            texts=tuple(asdict(one) for one, _, _ in qualities),
+            greedy_agreement=greedy_agreement,
+            tasks={name: asdict(result) for name, result in tasks.items()},
+        )

@@ -1,0 +1,46 @@
+"""`transact export`: write a pruned checkpoint for tools that know only plain Llamas."""
+
+import argparse
+import json
+
+from .. import __version__
+from ..checkpoint import EXPORTED, all_or_nothing, check_export_destination, save_model
+from ..export import FORMATS, GGUF_TYPES, check_exportable, check_tokenizer, plain_llama, write_gguf
+from ..models import load_model, read_config
+from ..widths import fraction_removed, widths_of
+from .parser import add_subcommand
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    description = "write a pruned checkpoint for tools that know only plain Llamas"
+    parser = add_subcommand(commands, "export", run, description)
+    parser.add_argument("directory", help="a pruned checkpoint directory")
+    parser.add_argument("out", help="what to write: a directory (llama) or a file (gguf); must not exist")
+    parser.add_argument("--format", choices=FORMATS, default="llama",
+                        help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp (llama)")  # fmt: skip
+    parser.add_argument("--type", choices=[*GGUF_TYPES], default="f16", help="of matrices in a GGUF file (f16)")
+    parser.add_argument("--pad", action="store_true", help="pad with zeros up to the widest layer, whatever it costs")
+
+
+def run(options: argparse.Namespace) -> None:
+    out = check_export_destination(options.out, options.format, overwrite=options.overwrite)
+    check_exportable(read_config(options.directory), options.format)
+    model, tokenizer = load_model(options.directory, device="cpu")
+    if options.format == "gguf":
+        check_tokenizer(tokenizer, model)
+    plain = plain_llama(model, pad=options.pad)
+    pruned, size = fraction_removed(model.config, widths_of(model.config)), plain.num_parameters()
+    extra = size - model.num_parameters()
+    with all_or_nothing(out) as partial:
+        if options.format == "gguf":
+            write_gguf(partial, plain, tokenizer, kind=options.type)
+        else:
+            save_model(plain, partial)
+            tokenizer.save_pretrained(partial)
+            origin = {"from": options.directory, "transact": __version__, "zeros_added": max(0, extra)}
+            (partial / EXPORTED).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"{out}: {size:,} parameters ({pruned:.1%} of the linear ones removed"
+        f"{f', {extra:,} zeros added' if extra > 0 else ''}), {plain.config.num_attention_heads} heads of "
+        f"{plain.config.head_dim}, MLP {plain.config.intermediate_size}"
+    )

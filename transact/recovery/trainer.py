@@ -1,0 +1,288 @@
+"""Recovery: train a narrowed model, between shots of pruning or after them, on transformers' Trainer.
+
+Legend: N windows, T tokens of a window, V vocabulary, L layers, D hidden size.
+"""
+
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from ..checkpoint import plain_generation
+from ..configuration_transact import TransActConfig
+from ..entry import check_model, check_trainable, check_unquantised, checked_windows, undisturbed
+from ..modeling_transact import TransActForCausalLM
+from .callbacks import Bar, Milestones
+from .checkpoints import last_checkpoint, settings_of
+from .schedule import Training, epoch_order, rate_of_step
+
+
+class NonFiniteLossError(ValueError):
+    """Training has diverged: the loss or a weight is NaN or infinite."""
+
+
+@dataclass
+class Recovered:
+    """The trained model, the tokens and epochs that it saw, seconds, and what was measured on the way.
+
+    `history` holds, in order, rows of `tokens` with the training `loss` since the last one, or with what `evaluate`
+    gave. `is_main` is False in all but one of several processes: only that one should save.
+    """
+
+    model: TransActForCausalLM
+    tokens: int
+    epochs: float
+    seconds: float
+    history: list[dict[str, float]] = field(default_factory=list)
+    is_main: bool = True
+
+
+def check_recoverable(model: nn.Module, training: Training, teacher: nn.Module | None) -> None:
+    """Raise ValueError unless this is a narrowed model that can be trained so, by this teacher."""
+    training.check()
+    check_model(model)
+    if model.config.model_type != TransActConfig.model_type:
+        raise ValueError(f"the model is not pruned (type {model.config.model_type!r}): prune it first")
+    check_unquantised(model)
+    check_trainable(model)
+    if not training.needs_teacher():
+        return
+    if teacher is None:
+        raise ValueError(f"way {training.way!r} needs the dense model as teacher")
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the teacher's vocabulary has {teacher.config.vocab_size} tokens, the model's {model.config.vocab_size}: "
+            "they must be of one family"
+        )
+    if training.layer_weight and (teacher.config.num_hidden_layers, teacher.config.hidden_size) != (
+        model.config.num_hidden_layers, model.config.hidden_size,
+    ):  # fmt: skip
+        raise ValueError("layer-weight needs a teacher with the model's layers and hidden size")
+
+
+def recover(
+    model: TransActForCausalLM,
+    windows: torch.Tensor,
+    training: Training,
+    *,
+    teacher: nn.Module | None = None,
+    checkpoints: Path | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    evaluations: int = 4,
+    progress: bool = False,
+) -> Recovered:
+    """Train a narrowed model on windows (N, T) of token ids; the model given is changed, and in evaluation mode after.
+
+    AdamW with betas 0.9 and 0.95, gradients clipped at 1, a tenth of the steps to warm up, then a cosine down to
+    nothing; weights are kept in float32 meanwhile unless they are only adapted. Runs wherever Trainer does: one device,
+    or several under `accelerate launch`. With a directory for `checkpoints`, ten are written on the way (the last two
+    kept), and the same call goes on from the newest one to the same result. `evaluate` is called before training and
+    at `evaluations` equal distances.
+
+    Raises ValueError for what cannot be trained so, or checkpoints of another run, and NonFiniteLossError where
+    training diverges, with the last good checkpoint left where it is.
+    """
+    check_recoverable(model, training, teacher)
+    with undisturbed(model, *([] if teacher is None else [teacher])):
+        windows = checked_windows(model, windows)
+        recovered = _train(model, windows, training, teacher, checkpoints, evaluate, evaluations, progress)
+    recovered.model.eval()
+    return recovered
+
+
+def _train(
+    model: TransActForCausalLM,
+    windows: torch.Tensor,
+    training: Training,
+    teacher: nn.Module | None,
+    checkpoints: Path | None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None,
+    evaluations: int,
+    progress: bool,
+) -> Recovered:
+    if windows.shape[1] < 2:
+        raise ValueError("windows must hold at least 2 tokens each: the second is predicted from the first")
+    training = training.with_rate(model.config.hidden_size, windows.shape[1])
+    count = training.tokens // windows.shape[1]
+    if count == 0:
+        raise ValueError(f"tokens {training.tokens} are less than one window of {windows.shape[1]}")
+    if not training.needs_teacher():
+        teacher = None
+    resumed = None
+    if checkpoints is not None:
+        resumed = last_checkpoint(Path(checkpoints), settings_of(model, windows, training, teacher))
+    before, student = model.dtype, model
+    # Trainer and adapters seed globally, and Trainer makes its directory even where nothing is saved
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as scratch:
+        if training.gradient_checkpointing:
+            _checkpointing(model, "enable")({"use_reentrant": False})
+        if "lora" in training.way:
+            student = _with_adapters(model, training)
+        else:
+            _cast_parameters(model, torch.float32)
+        trainer = _RecoveryTrainer(
+            model=student,
+            args=_arguments(model, training, checkpoints or scratch, saves=checkpoints is not None),
+            train_dataset=_Windows(windows, count, training.seed), teacher=teacher,
+            layer_weight=training.layer_weight,
+        )  # fmt: skip
+        if trainer.is_fsdp_enabled and student is not model:
+            raise ValueError(
+                f"way {training.way!r} merges its adapters, which FSDP has in pieces: full or distillation"
+            )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Milestones(trainer, evaluate, evaluations))
+        if progress and trainer.is_world_process_zero():
+            trainer.add_callback(Bar(count * windows.shape[1]))
+        start = time.perf_counter()
+        with plain_generation(model):
+            trainer.train(resume_from_checkpoint=resumed)
+    seconds = time.perf_counter() - start
+    if student is not model:
+        model = student.merge_and_unload()
+    elif trainer.is_fsdp_enabled:
+        generation = model.generation_config
+        model = gathered(trainer.model_wrapped, model.config)
+        model.generation_config = generation
+    _cast_parameters(model, before)
+    if training.gradient_checkpointing:
+        _checkpointing(model, "disable")()
+    model.requires_grad_(True)
+    tokens_per_step = training.batch * windows.shape[1]
+    history = [
+        {"tokens": min(row["step"] * tokens_per_step, count * windows.shape[1])}
+        | {name: value for name, value in row.items() if name not in ("step", "epoch")}
+        for row in trainer.state.log_history
+        if "train_runtime" not in row
+    ]
+    return Recovered(
+        model, count * windows.shape[1], count / len(windows), seconds, history, trainer.is_world_process_zero()
+    )
+
+
+def gathered(model: nn.Module, config: TransActConfig) -> TransActForCausalLM:
+    """The whole model, in float32 on the CPU of every process, from one that FSDP (1 or 2) has spread over them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = TransActForCausalLM(config).float()
+    whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    return whole
+
+
+def is_finite(parameter: torch.Tensor) -> bool:
+    """Whether all values are; those that other processes have included."""
+    total = parameter.detach().sum(dtype=torch.float64)
+    return bool((total.full_tensor() if hasattr(total, "full_tensor") else total).isfinite())
+
+
+def _checkpointing(model: nn.Module, verb: str) -> Callable:
+    """transformers' method that enables or disables recomputing activations; newer releases have another name."""
+    new, old = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"
+    return getattr(model, new if hasattr(model, new) else old)
+
+
+def _with_adapters(model: nn.Module, training: Training) -> nn.Module:
+    from peft import LoraConfig, get_peft_model  # takes a second to import
+
+    torch.manual_seed(training.seed)
+    adapters = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks for names that new transformers call otherwise
+        return get_peft_model(model, adapters)
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():  # not `model.to`: it would round the RoPE frequencies as well
+        parameter.data = parameter.data.to(dtype)
+
+
+def _arguments(model: nn.Module, training: Training, directory: str | Path, *, saves: bool) -> TrainingArguments:
+    on_cpu = model.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(directory), num_train_epochs=1, train_sampling_strategy="sequential",
+        learning_rate=training.learning_rate, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0,
+        max_grad_norm=1.0, bf16=not on_cpu if training.bf16 is None else training.bf16, seed=training.seed,
+        use_cpu=on_cpu, report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False,
+        save_strategy="steps" if saves else "no", save_steps=0.1, save_total_limit=2,
+        logging_steps=0.01, remove_unused_columns=False, dataloader_pin_memory=not on_cpu,
+    )  # fmt: skip
+    if arguments.n_gpu > 1:  # one process, one GPU: several are for `accelerate launch`, not for DataParallel
+        arguments._n_gpu = 1
+    shares = arguments.world_size
+    if training.batch % shares:
+        raise ValueError(f"batch {training.batch} does not divide among {shares} processes")
+    at_once = math.gcd(training.batch // shares, training.device_batch)
+    arguments.per_device_train_batch_size = at_once
+    arguments.gradient_accumulation_steps = training.batch // shares // at_once
+    return arguments
+
+
+class _Windows(torch.utils.data.Dataset):
+    """`count` windows in the order in which they are trained on, epoch after epoch."""
+
+    def __init__(self, windows: torch.Tensor, count: int, seed: int):
+        self.windows, self.count, self.seed, self.epoch = windows.cpu(), count, seed, None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        epoch, place = divmod(position, len(self.windows))
+        if epoch != self.epoch:  # positions come in order: an epoch's order is drawn once
+            self.epoch, self.order = epoch, epoch_order(epoch, len(self.windows), self.seed)
+        return {"input_ids": self.windows[self.order[place]]}
+
+
+class _RecoveryTrainer(Trainer):
+    """Trainer with the losses of recovery, which refuses what is not finite."""
+
+    def __init__(self, *, teacher: nn.Module | None, layer_weight: float, **options):
+        super().__init__(**options)
+        self.model_accepts_loss_kwargs = False  # losses are means: Trainer divides by the accumulated batches
+        self.layer_weight = layer_weight
+        self.teacher = teacher.to(self.args.device).eval() if teacher is not None else None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """`rate_of_step` in place of transformers' schedules, whose first step has rate 0 and changes nothing."""
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: rate_of_step(step, num_training_steps)
+        )
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean over the batch: KL from the teacher's predictions (plus layers), or cross-entropy of the next token."""
+        ids, with_layers = inputs["input_ids"], self.layer_weight > 0
+        outputs = model(input_ids=ids, use_cache=False, output_hidden_states=with_layers)
+        if self.teacher is None:
+            loss = functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        else:
+            with torch.no_grad():
+                wanted = self.teacher(input_ids=ids, use_cache=False, output_hidden_states=with_layers)
+            loss = divergence(outputs.logits, wanted.logits)
+            if with_layers:
+                pairs = zip(outputs.hidden_states[1:], wanted.hidden_states[1:], strict=True)
+                errors = [(mine - its).float().square().mean() / its.float().square().mean() for mine, its in pairs]
+                loss = loss + self.layer_weight * torch.stack(errors).mean()
+        if not loss.isfinite():
+            raise NonFiniteLossError(f"the loss is {loss.item()} in step {self.state.global_step + 1}")
+        return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model, trial):
+        for name, parameter in self.model.named_parameters():
+            if not is_finite(parameter):
+                raise NonFiniteLossError(f"{name} is not finite after step {self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+
+def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean over all tokens of KL(wanted || given), in nats, of logits (batch, T, V)."""
+    given, wanted = (functional.log_softmax(one.float(), dim=-1).flatten(0, 1) for one in (logits, wanted))
+    return functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
