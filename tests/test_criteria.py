@@ -7,9 +7,10 @@ from torch import nn
 import transact
 from tests.tiny import scores_of, tiny_llama
 from transact.calibration import held_out_split
-from transact.criteria import cheapest_basis, greedy_losses, head_scores, mean_moments, value_moments
 from transact.gradients import OUTPUTS_EVERY, loss_gradients
+from transact.obs import cheapest_basis, greedy_losses
 from transact.plan import select
+from transact.scores import head_scores, mean_moments, value_moments
 from transact.widths import dense_widths
 
 WINDOWS = torch.randint(1, 97, (8, 20), generator=torch.Generator().manual_seed(0))

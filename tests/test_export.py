@@ -16,9 +16,9 @@ from tests.tiny import ROPES, llama_with, plain_plan, random_plan, tiny_llama, t
 from transact import PRESETS, Recipe, Widths, fraction_removed, kv_fraction_removed
 from transact.__main__ import main
 from transact.allocate import plain_widths, removal_losses, shared_pairs
-from transact.criteria import LayerScores
 from transact.export import check_exportable, plain_llama, write_gguf
 from transact.export.whitelist import EXPRESSED, LACKING
+from transact.scores import LayerScores
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
 PLAIN = replace(PRESETS["best"], allocation="plain")

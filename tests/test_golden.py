@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from transact.calibration import sum_of_squares
-from transact.criteria import LayerScores
 from transact.plan import select
+from transact.scores import LayerScores
 from transact.widths import Widths, narrower, next_shot
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "released_pruning.json").read_text())

@@ -11,14 +11,9 @@ import transact
 from tests.tiny import random_plan, scores_of, tiny_llama, zeroed
 from transact import PRESETS, Recipe, fraction_removed, kv_fraction_removed
 from transact.allocate import removal_losses, searched_widths
-from transact.compensate import (
-    NormalEquations,
-    _cholesky,
-    compensate_by_bias,
-    compensate_on_dense_inputs,
-    fit_projection,
-)
-from transact.criteria import LayerScores
+from transact.compensate import compensate_by_bias, compensate_on_dense_inputs
+from transact.least_squares import NormalEquations, _cholesky, fit_projection
+from transact.scores import LayerScores
 from transact.widths import Widths, alignment, uniform_widths, widths_after_shot, widths_by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")

@@ -216,7 +216,7 @@ def keep_the_least_important(monkeypatch):
 
 def shift_one_rope_pair(monkeypatch):
     """In every head of the narrowed model one kept pair turns at its neighbour's frequency."""
-    import transact.recipe as module
+    import transact.pipeline as module
 
     apply_plan = module.apply_plan
 

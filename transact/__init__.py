@@ -11,14 +11,16 @@ from .allocate import global_widths, searched_widths
 from .calibration import LayerStatistics, Statistics, calibrate
 from .checkpoint import load_plan, save_checkpoint
 from .configuration_transact import TransActConfig
-from .criteria import CRITERIA, LayerScores, criterion_by_name
+from .criteria import CRITERIA, criterion_by_name
 from .gradients import LayerGradients, loss_gradients
 from .modeling_transact import TransActForCausalLM
 from .models import load_model
+from .pipeline import Pruned, prune
 from .plan import LayerPlan, Plan, select
 from .prune import apply_plan, check_prunable
-from .recipe import PRESETS, Pruned, Recipe, prune, recipe_by_name
+from .recipe import PRESETS, Recipe, recipe_by_name
 from .recovery import Recovered, Training, recover, shot_budgets
+from .scores import LayerScores
 from .texts import calibration_windows, cut_windows, load_text, tokenise
 from .widths import (
     Widths,

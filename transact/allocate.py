@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from .criteria import LayerScores, accumulate, standardised
+from .scores import LayerScores, accumulate, standardised
 from .widths import (
     MODULES,
     Widths,

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from .allocate import removal_losses
 from .calibration import LayerStatistics, Moments, held_out_split
 from .compensate import compensate_on_dense_inputs
-from .criteria import LayerScores
 from .plan import select
 from .prune import apply_plan
+from .scores import LayerScores
 from .widths import Widths
 
 TOKENS, TOKENS_PER_BATCH = 2048, 1024

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import PretrainedConfig
 
-from .criteria import LayerScores
+from .scores import LayerScores
 from .widths import Widths, widths_of
 
 

@@ -16,8 +16,9 @@ from ..checkpoint import check_destination, save_checkpoint
 from ..criteria import CRITERIA
 from ..export import check_exportable
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config, resolve_device
+from ..pipeline import Pruned, prune
 from ..prune import check_prunable
-from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Pruned, Recipe, prune, recipe_by_name
+from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
 from ..recovery import Recovered, check_checkpoints, held_out_loss, shot_trainings
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
 from ..widths import (

@@ -1,0 +1,126 @@
+"""Structured optimal brain surgeon: what removing dimensions costs once those that are kept make up for it.
+
+Legend: D hidden size, G query heads a key-value head, K key-value heads, V value dimensions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .calibration import LayerStatistics
+from .scores import (
+    MOMENTS,
+    OUTPUT_GRADIENTS,
+    STATISTICS,
+    LayerScores,
+    ValueBasis,
+    accumulate,
+    inverse_with_ridge,
+    mean_moments,
+    pair_energy,
+    value_moments,
+)
+
+
+@dataclass(frozen=True)
+class ObsPruning:
+    """the loss that greedy removal in rising order costs once the kept dimensions make up for it (structured OBS)
+
+    A score is the predicted loss of removing this dimension and all that go before it. With `weighted`, errors of a
+    module's output count as the language-model loss minds them (nats a token, by gradients; pairs by the gradient of a
+    gate), so scores of all layers and modules compare; else as squared errors, pairs by `pair_energy`. With
+    `value_basis` values are dropped along the axes that cost least, not along the dense model's.
+    Each dimension's second moment is raised by the fraction dimensions / tokens: on other text the kept dimensions make
+    up for less than they seem to on the calibration tokens, the more so the fewer tokens there were.
+    """
+
+    weighted: bool = False
+    value_basis: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({STATISTICS, MOMENTS} | ({OUTPUT_GRADIENTS} if self.weighted else set()))
+
+    def score(self, layer: nn.Module, index: int, statistics: LayerStatistics) -> LayerScores:
+        attention, gradients = layer.self_attn, statistics.gradients if self.weighted else None
+        tokens = statistics.tokens
+        output = self._in_metric(attention.o_proj, gradients and gradients.attention_output)
+        down = self._in_metric(layer.mlp.down_proj, gradients and gradients.mlp_output)
+        kv_heads, value_width = statistics.values.shape
+        # (D, H V) -> (K, G D, V): all that reads the values of one key-value head
+        readers = output.view(len(output), kv_heads, -1, value_width).permute(1, 2, 0, 3)
+        readers = readers.flatten(1, 2) / readers.shape[1] ** 0.5
+        pairs = gradients.rope_pairs if self.weighted else pair_energy(statistics)
+        basis = None
+        if self.value_basis:
+            basis, losses = cheapest_basis(readers, value_moments(statistics))
+        else:
+            moments = value_moments(statistics)
+            losses = torch.stack([greedy_losses(*pair, tokens) for pair in zip(readers, moments, strict=True)])
+        return LayerScores(
+            rope_pairs=accumulate(pairs) if self.weighted else pairs,
+            value_dims=losses,
+            mlp_dims=greedy_losses(down, mean_moments(statistics.mlp_moments), tokens),
+            value_basis=basis,
+        )
+
+    @staticmethod
+    def _in_metric(linear: nn.Linear, gradient_moments: torch.Tensor | None) -> torch.Tensor:
+        """F W, float64, with F^T F half the gradients' second moments (or one): squared norms become losses."""
+        weight = linear.weight.detach().double()
+        if gradient_moments is None:
+            return weight
+        floor = 1e-5 * gradient_moments.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        identity = torch.eye(len(gradient_moments), dtype=torch.float64, device=gradient_moments.device)
+        return torch.linalg.cholesky(gradient_moments / 2 + floor * identity).T @ weight
+
+
+def greedy_losses(readers: torch.Tensor, moments: torch.Tensor, tokens: int, *, steps: int = 48) -> torch.Tensor:
+    """Cumulative loss of each dimension in the order of greedy removal, (n,) float64.
+
+    `readers` (m, n) map the activation, of second moments `moments` (n, n) over `tokens`, to outputs whose squared norm
+    is the loss.
+    In each of about `steps` rounds the dimensions with the smallest saliency |readers_i|^2 / [C^-1]_ii go, and
+    readers and C^-1 are down-dated by that block: structured OBS (Hassibi and Stork 1993; SlimGPT, 2024).
+    """
+    ridge = len(moments) / tokens * moments.diagonal()
+    # float32 from here on: the ridge keeps the inverse well conditioned, and the down-dates are bound by memory
+    inverse, readers = inverse_with_ridge(moments, ridge).float(), readers.float()
+    losses = torch.zeros_like(moments[0])
+    is_gone = torch.zeros_like(losses, dtype=torch.bool)
+    block, spent, tiny = max(1, len(moments) // steps), 0.0, torch.finfo(inverse.dtype).tiny
+    for start in range(0, len(moments), block):
+        saliency = (readers.square().sum(dim=0) / inverse.diagonal().clamp(min=tiny)).masked_fill_(is_gone, torch.inf)
+        ordered, order = saliency.sort(stable=True)
+        gone = order[: min(block, len(moments) - start)]
+        own, rows = inverse[gone[:, None], gone], inverse[gone]
+        theirs = readers[:, gone]
+        loss = (theirs.T * torch.linalg.solve(own, theirs.T)).sum(dtype=torch.float64)
+        shares = ordered[: len(gone)].double().cumsum(dim=0)
+        losses[gone] = spent + loss * shares / shares[-1].clamp(min=tiny)
+        spent = spent + loss
+        update = torch.linalg.solve(own, rows)  # (block, n)
+        readers.addmm_(theirs, update, alpha=-1)
+        inverse.addmm_(rows.T, update, alpha=-1)
+        is_gone[gone] = True
+    return losses
+
+
+def cheapest_basis(readers: torch.Tensor, moments: torch.Tensor) -> tuple[ValueBasis, torch.Tensor]:
+    """The value basis whose last axes cost least to drop, and the cumulative losses of dropping them, (K, V).
+
+    `readers` (K, m, V), `moments` (K, V, V). With C = L L^T and the eigenvectors U of L^T readers^T readers L, dropping
+    the axis u costs its eigenvalue: the optimal oblique projection is L U_r U_r^T L^-1 (Eckart and Young, in the
+    metric of C).
+    """
+    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+    # only against singularity: the projection is exact whatever the floor
+    floor = 1e-6 * moments.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=torch.finfo(moments.dtype).tiny)
+    root = torch.linalg.cholesky(moments + floor[:, None, None] * identity)
+    costs, vectors = torch.linalg.eigh(root.mT @ readers.mT @ readers @ root)
+    costs, vectors = costs.flip(-1).clamp(min=0), vectors.flip(-1)
+    into = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+    scale = into.norm(dim=1, keepdim=True)
+    losses = costs.flip(-1).cumsum(dim=-1).flip(-1)
+    return ValueBasis(into=into / scale, back=root @ vectors * scale), losses

@@ -1,0 +1,238 @@
+"""Pruning by a recipe: calibrate, score, plan, prune and compensate, once or in several shots."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .allocate import global_widths, plain_widths, searched_widths, shared_pairs
+from .calibration import Statistics, iterate_statistics
+from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
+from .criteria import criterion_by_name
+from .entry import check_trainable, checked_windows, undisturbed
+from .gradients import loss_gradients
+from .measured import measured_widths
+from .modeling_transact import TransActForCausalLM
+from .plan import Plan, select
+from .prune import apply_plan, check_prunable
+from .recipe import Recipe, recipe_by_name
+from .scores import LayerScores
+from .widths import (
+    Widths,
+    check_modules,
+    check_ratio,
+    dense_widths,
+    head_dim_of,
+    uniform_widths,
+    widths_after_shot,
+    widths_of,
+)
+
+
+@dataclass
+class Pruned:
+    """A narrowed model, its plan in terms of the dense one, seconds of each stage and the ridges of the refit."""
+
+    model: TransActForCausalLM
+    plan: Plan
+    seconds: dict[str, float] = field(default_factory=dict)
+    ridges: list[dict[str, float | None]] = field(default_factory=list)
+
+
+@contextmanager
+def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def prune(
+    dense: nn.Module,
+    windows: torch.Tensor | None = None,
+    *,
+    recipe: str | Recipe = "best",
+    ratio: float = 0.2,
+    kv_ratio: float | None = None,
+    widths: Sequence[Widths] | None = None,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    train: Callable[[TransActForCausalLM, int], TransActForCausalLM] | None = None,
+    progress: bool = False,
+) -> Pruned:
+    """Prune a model of the Llama family by a recipe, or the name of a preset.
+
+    `windows` (samples, length) of token ids, of any integers or lists of rows, are what it is calibrated on; they may
+    be left out where the recipe needs no text. `ratio` is the fraction removed of the dense decoder layers' linear
+    parameters, `kv_ratio` the least fraction removed of the KV bytes per token; `widths` names them instead.
+    `statistics` of these windows, if there already, serve the first shot. `train` is called after each shot with the
+    narrowed model and the shot's number from 1 on, and gives the model that the next shot prunes. A `device` computes
+    one block at a time there, for models larger than it. What keeps everything (a ratio of 0) is the dense model, bit
+    for bit. The result is in the dense model's mode, or in that in which `train` left it.
+
+    Raises ValueError for what cannot be pruned, budgets out of reach, and settings that exclude each other.
+    """
+    recipe = recipe_by_name(recipe) if isinstance(recipe, str) else recipe
+    recipe.check()
+    check_ratio("ratio", ratio)
+    check_ratio("kv-ratio", kv_ratio)
+    check_prunable(dense)
+    check_modules(dense.config, recipe.modules, recipe.granularity)
+    if recipe.needs_text() and windows is None:
+        raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
+    if recipe.gradients():
+        check_trainable(dense)
+    if not widths and not ratio and not kv_ratio:
+        widths = dense_widths(dense.config)
+    with undisturbed(dense):
+        if windows is not None:
+            windows = checked_windows(dense, windows)
+        if not widths:  # whether widths can be found does not hang on scores: say so before the long work
+            _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio, kv_ratio)
+        criterion = criterion_by_name(recipe.criterion, seed=seed)
+        result = _in_shots(
+            dense, windows, recipe, criterion, ratio, kv_ratio, widths, statistics, device, train, progress
+        )
+    if train is None:
+        result.model.train(dense.training)
+    return result
+
+
+def _in_shots(
+    dense: nn.Module,
+    windows: torch.Tensor | None,
+    recipe: Recipe,
+    criterion: object,
+    ratio: float,
+    kv_ratio: float | None,
+    widths: Sequence[Widths] | None,
+    statistics: Statistics | None,
+    device: torch.device | None,
+    train: Callable[[TransActForCausalLM, int], TransActForCausalLM] | None,
+    progress: bool,
+) -> Pruned:
+    result = Pruned(dense, None)
+    keeps_all = widths is not None and tuple(widths) == dense_widths(dense.config)
+    for shots_left in range(recipe.shots, 0, -1):
+        before = result.model.eval()
+        with _stage(result.seconds, "calibrate and score"):
+            if keeps_all:
+                scores, layers = _placeholder_scores(before), []
+            else:
+                scores, layers = _scores(before, windows, recipe, criterion, statistics, device, progress)
+            if recipe.allocation == "plain":
+                scores = shared_pairs(scores)
+        with _stage(result.seconds, "plan"):
+
+            def widths_by(scores: Sequence[LayerScores], model: nn.Module = before) -> tuple[Widths, ...]:
+                return _target_widths(recipe, model, dense, scores, ratio, kv_ratio)
+
+            if recipe.measures(device) and not widths:
+                target = measured_widths(
+                    before, scores, layers, windows, widths_by, rounds=recipe.measurements, progress=progress
+                )
+            else:
+                target = widths or widths_by(scores)
+            current = widths_of(before.config)
+            wanted = [widths_after_shot(*pair, shots_left) for pair in zip(current, target, strict=True)]
+            plan = select(scores, wanted, rope=recipe.rope)
+        with _stage(result.seconds, "prune"):
+            result.model = apply_plan(before, plan, rope=recipe.rope)
+        with _stage(result.seconds, "compensate"):
+            if not keeps_all:
+                result.ridges = _compensate(recipe, result.model, before, plan, layers, windows, device, progress)
+        if train is not None:
+            with _stage(result.seconds, "train"):
+                result.model = train(result.model, recipe.shots - shots_left + 1)
+        result.plan = plan.after(result.plan, head_dim_of(dense.config)) if result.plan else plan
+        statistics = None
+    return result
+
+
+def _scores(
+    model: nn.Module,
+    windows: torch.Tensor | None,
+    recipe: Recipe,
+    criterion: object,
+    statistics: Statistics | None,
+    device: torch.device | None,
+    progress: bool,
+) -> tuple[list[LayerScores], list]:
+    """Scores of all layers, and their statistics where the compensation needs them (they are large)."""
+    layers = model.model.layers
+    if not recipe.needs_text():
+        return [criterion.score(layer, index, None) for index, layer in enumerate(layers)], []
+    if statistics is not None:
+        streamed = iter(statistics.layers)
+    else:
+        gradients = None
+        if recipe.gradients():
+            gradients = loss_gradients(model, windows, of=recipe.gradients(), device=device, progress=progress)
+        streamed = iterate_statistics(
+            model, windows, second_moments=recipe.needs_moments(), gradients=gradients, device=device,
+            progress=progress,
+        )  # fmt: skip
+    scores, kept = [], []
+    for index, (layer, layer_statistics) in enumerate(zip(layers, streamed, strict=True)):
+        scores.append(criterion.score(layer, index, layer_statistics))
+        if recipe.compensation in ("bias", "dense") or recipe.measures(device):
+            kept.append(layer_statistics)
+    return scores, kept
+
+
+def _placeholder_scores(dense: nn.Module) -> list[LayerScores]:
+    """Scores on the CPU, rising with the index and cumulative, of the shapes that the criteria give."""
+    return [
+        LayerScores(
+            torch.arange(width.qk_head_dim // 2.0).repeat(width.kv_heads, 1),
+            torch.arange(float(width.v_head_dim)).repeat(width.kv_heads, 1),
+            torch.arange(float(width.mlp)),
+            torch.arange(float(width.kv_heads)),
+        )
+        for width in widths_of(dense.config)
+    ]
+
+
+def _target_widths(
+    recipe: Recipe,
+    model: nn.Module,
+    dense: nn.Module,
+    scores: list[LayerScores],
+    ratio: float,
+    kv_ratio: float | None,
+) -> tuple[Widths, ...]:
+    if recipe.allocation == "searched":
+        return searched_widths(model.config, scores, ratio, kv_ratio=kv_ratio, modules=recipe.modules)
+    if recipe.allocation == "plain":
+        return plain_widths(model.config, scores, ratio, kv_ratio=kv_ratio)
+    if recipe.allocation == "global":
+        return global_widths(model.config, scores, ratio, kv_ratio=kv_ratio)
+    return uniform_widths(
+        dense.config, ratio, kv_ratio=kv_ratio, granularity=recipe.granularity, modules=recipe.modules
+    )
+
+
+def _compensate(
+    recipe: Recipe,
+    narrowed: nn.Module,
+    before: nn.Module,
+    plan: Plan,
+    statistics: list,
+    windows: torch.Tensor | None,
+    device: torch.device | None,
+    progress: bool,
+) -> list[dict[str, float | None]]:
+    if recipe.compensation == "bias":
+        compensate_by_bias(narrowed, before, plan, statistics)
+    if recipe.compensation == "dense":
+        return compensate_on_dense_inputs(
+            narrowed, before, plan, statistics, bias=recipe.output_bias, ridge=recipe.ridge
+        )
+    if recipe.compensation == "pruned":
+        return compensate_on_pruned_inputs(
+            narrowed, before, windows, bias=recipe.output_bias, ridge=recipe.ridge, device=device, progress=progress
+        )
+    return []
