@@ -20,6 +20,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
                         help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp (llama)")  # fmt: skip
     parser.add_argument("--type", choices=[*GGUF_TYPES], default="f16", help="of matrices in a GGUF file (f16)")
     parser.add_argument("--pad", action="store_true", help="pad with zeros up to the widest layer, whatever it costs")
+    parser.add_argument("--overwrite", action="store_true", help="replace what was exported to OUT")
 
 
 def run(options: argparse.Namespace) -> None:
