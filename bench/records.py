@@ -35,7 +35,7 @@ class Case:
     `quantisation` the format of linear weights ("": the dtype).
 
     `model_hash` is of configuration and weights; `evaluation_ids`, `calibration_ids` and `recovery_ids` are hashes of
-    what the tokeniser makes of the texts (see `suite.workbench.ids_hash`; empty in records older than these fields).
+    what the tokeniser makes of the texts (see `suite.cases.ids_hash`; empty in records older than these fields).
     `other_texts` are evaluation texts beside the first, names and hashes joined by "+", on `other_windows` of each (0:
     all); on the first `compared_windows` of every text (0: all) predictions are compared with the dense model's.
     """
@@ -95,7 +95,7 @@ class Record:
     """A case and what was measured: metrics with units in their names, standard errors, environment, status.
 
     `method` is what tables call the recipe: the preset's name, or the criterion's. `losses` are those of each window
-    in nats. `texts` holds of each evaluation text, the first among them, what `suite.workbench.TextQuality` does: name,
+    in nats. `texts` holds of each evaluation text, the first among them, what `suite.qualities.TextQuality` does: name,
     hash, mean loss, and of each window the loss, and KL divergence from and agreement with the dense model;
     `greedy_agreement` that of each greedy continuation. `tasks` holds by name what `quality.zero_shot.TaskResult` does:
     version, shots, items and their hash, each metric with its standard error, and the scores of all items. `history`

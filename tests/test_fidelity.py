@@ -208,7 +208,7 @@ def test_weights_are_measured_once_on_each_text(workbench, monkeypatch):
     bench, counted = workbench(), []
     measured = partial(measure_perplexity)
     monkeypatch.setattr(
-        "bench.suite.workbench.measure_perplexity", lambda *given, **o: counted.append(1) or measured(*given, **o)
+        "bench.suite.qualities.measure_perplexity", lambda *given, **o: counted.append(1) or measured(*given, **o)
     )
     first = bench.measure(bench.case("transact", 0.3))
     assert len(counted) == 2

@@ -16,8 +16,9 @@ import torch
 import transact
 from ablations.options import run_of, workbench_arguments
 from ablations.profiles import PROFILES
+from bench.suite.cases import ids_hash, weights_of
 from bench.suite.grid import calibration_of, estimate, in_order, parse_shard, shard_of
-from bench.suite.workbench import Workbench, ids_hash, weights_of
+from bench.suite.workbench import Workbench
 from tests.test_records import CASE, record
 from transact import CRITERIA, PRESETS, Recipe
 

@@ -11,8 +11,9 @@ import transact
 from bench.__main__ import main
 from bench.efficiency.memory import weight_bytes
 from bench.efficiency.quantise import FORMATS, check_format, group_of, packed_weight_bytes
+from bench.suite.cases import pruning_of, weights_of
 from bench.suite.grid import in_order
-from bench.suite.workbench import Workbench, pruning_of, weights_of
+from bench.suite.workbench import Workbench
 from tests.tiny import random_plan, tiny_llama, tiny_relative
 
 IDS = torch.arange(1, 90)[None]

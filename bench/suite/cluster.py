@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..records import Case, Record
-from .workbench import Workbench, failed
+from .cases import failed
+from .workbench import Workbench
 
 RETRIES = 3  # of a cell whose worker died
 # what a worker must share with the driver, or its figures are not those of the case

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..quality.fidelity import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from ..records import Case, Record
-from .workbench import EVALUATIONS, pruning_of, recipe_of, weights_of
+from .cases import pruning_of, recipe_of, weights_of
+from .training import EVALUATIONS
 
 OPERATIONS_PER_SECOND = {"cpu": 2.4e11, "cuda": 3e13}  # of two CPU cores in float32, of a GPU in bfloat16; stated low
 # how many forward passes over the calibration text each step costs (measured on two CPU cores with SmolLM2-135M)

@@ -19,7 +19,8 @@ from transact import PRESETS
 
 from ..quality.significance import FEW, paired_difference
 from ..records import Case, Record, finite
-from .workbench import Workbench, method_of
+from .cases import method_of
+from .workbench import Workbench
 
 BASELINE = Path(__file__).parents[2] / "reports" / "baseline.json"
 CELLS = (("best", 0.2), ("best", 0.5), ("transact", 0.3), ("transact-released", 0.3), ("flap", 0.3), ("wanda-sp", 0.3))

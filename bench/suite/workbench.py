@@ -4,83 +4,27 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean, stdev
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 import transact
 from transact.checkpoint import model_hash
-from transact.recovery import shot_trainings
 from transact.texts import SELF, Source, Text, calibration_sources, mixed, source_names
 
 from ..efficiency.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
 from ..efficiency.quantise import check_format, packed_weight_bytes, quantised, torchao_version
 from ..efficiency.speed import decode_rate
 from ..environment import code_hash, environment, fast_dtype
-from ..quality.fidelity import Comparison, DenseReference, GreedyReference
-from ..quality.perplexity import Perplexity, Windows, measure_perplexity
 from ..quality.texts import load_evaluation_texts, windows_of
 from ..records import Case, Record
-
-
-def recipe_fields(recipe: transact.Recipe) -> dict:
-    """The recipe's fields as a case holds them."""
-    return asdict(recipe) | {"modules": "+".join(recipe.modules)}
-
-
-def recipe_of(case: Case) -> transact.Recipe:
-    """The recipe of a case."""
-    names = [field.name for field in fields(transact.Recipe)]
-    return transact.Recipe(
-        **{name: getattr(case, name) for name in names} | {"modules": tuple(case.modules.split("+"))}
-    )
-
-
-def method_of(case: Case) -> str:
-    """What tables call a case: dense, its preset if it has one, or its criterion (that of the paper's preset)."""
-    if case.criterion == "dense":
-        return "dense"
-    recipe = recipe_of(case)
-    presets = [name for name, preset in transact.PRESETS.items() if preset == recipe]
-    return presets[0] if presets else case.criterion
-
-
-def failed(case: Case, error: Exception, environment: Mapping) -> Record:
-    """A record without figures that names the error."""
-    message = f"{type(error).__name__}: {error}"
-    return Record(case, method_of(case), {}, {}, environment, status="failed", error=message)
-
-
-def weights_of(case: Case) -> Case:
-    """What decides a case's weights: two cases with the same differ in what is measured beside perplexity."""
-    return replace(case, tasks="", task_limit=None, decode_tokens=0, other_texts="", other_sha256="", other_windows=0)
-
-
-def pruning_of(case: Case) -> Case:
-    """What decides a case's pruned model: two cases with the same differ in quantisation, or in what is measured."""
-    return replace(weights_of(case), quantisation="")
-
-
-def ids_hash(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Short hash of token ids, and of the vocabulary that tasks are read with.
-
-    Of the ids, since they are what a model is given: a tokeniser's files differ between versions of the libraries that
-    make the same ids, and another version may make other ids of the same files.
-    """
-    vocabulary = sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id
-    return hashlib.sha256(ids.cpu().numpy().tobytes() + repr(vocabulary).encode()).hexdigest()[:16]
-
-
-def is_plain_preset(case: Case) -> bool:
-    """Whether it is the dense model, or a preset with the widths that a ratio gives: measured on other texts too."""
-    named = case.mha_dim, case.mlp_dim, case.only_layer, case.head_multiple, case.mlp_multiple
-    is_preset = case.criterion == "dense" or recipe_of(case) in transact.PRESETS.values()
-    return is_preset and all(width is None for width in named)
+from .calibrations import Calibrations
+from .cases import ids_hash, is_plain_preset, method_of, pruning_of, recipe_fields, recipe_of
+from .qualities import Qualities
+from .training import trainer_of
 
 
 def plain_text(calibration: str) -> str | None:
@@ -89,60 +33,7 @@ def plain_text(calibration: str) -> str | None:
     return names.pop() if len(names) == 1 and SELF not in names else None
 
 
-@dataclass(frozen=True)
-class TextQuality:
-    """A model on one text. `losses`, `kl_nats` and `top1_agreement` are means of each window, the latter two of the
-    first few: how near the model is to the dense one (see `bench.quality.fidelity.Fidelity`)."""
-
-    name: str
-    sha256: str
-    tokens: int
-    loss_nats: float
-    losses: tuple[float, ...]
-    kl_nats: tuple[float, ...]
-    top1_agreement: tuple[float, ...]
-
-
 LEAST_TRAINED, MOST_TRAINED = 8, 1024  # windows that are trained on where there is no end of text
-EVALUATIONS = 3  # of a model on its way through training, beside the one before
-
-
-class Calibrations:
-    """Statistics of a model on calibration windows. One pass serves all recipes; those of the newest windows are kept.
-
-    Second moments are large: statistics of earlier windows are dropped before new ones are made. Statistics that have
-    second moments serve recipes without, and gradients are taken apart from them.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self._forget(None)
-
-    def _forget(self, windows: torch.Tensor | None) -> None:
-        self.windows = windows
-        self.sums: transact.Statistics | None = None
-        self.gradients: dict[str, list[transact.LayerGradients]] = {}
-        self.seconds: dict[str, float] = {}
-
-    def statistics(self, windows: torch.Tensor, recipe: transact.Recipe) -> tuple[transact.Statistics, float]:
-        """Statistics with all that the recipe needs, and the seconds that making them took."""
-        if self.windows is None or not torch.equal(self.windows, windows):
-            self._forget(windows)
-        start, moments = time.perf_counter(), recipe.needs_moments()
-        if self.sums is None or (moments and self.sums.layers[0].mlp_moments is None):
-            self.sums = None
-            self.sums = transact.calibrate(self.model, windows, second_moments=moments, progress=True)
-            self.seconds["sums"] = time.perf_counter() - start
-        of = recipe.gradients()
-        if of is None:
-            return self.sums, self.seconds["sums"]
-        start = time.perf_counter()
-        if of not in self.gradients:
-            self.gradients[of] = transact.loss_gradients(self.model, windows, of=of, progress=True)
-            self.seconds[of] = time.perf_counter() - start
-        pairs = zip(self.sums.layers, self.gradients[of], strict=True)
-        layers = tuple(replace(layer, gradients=gradients) for layer, gradients in pairs)
-        return replace(self.sums, layers=layers), self.seconds["sums"] + self.seconds[of]
 
 
 class Workbench:
@@ -239,9 +130,7 @@ class Workbench:
         self.dense_case = self.with_other_texts(dense_case)
         self._calibrations = Calibrations(self.dense)
         self._pruned: tuple[Case, nn.Module, dict[str, float], list[dict[str, float]]] | None = None
-        self._qualities: tuple[Case, list[tuple[TextQuality, Perplexity, float]]] | None = None
-        self._greedy: tuple[Case, tuple[float, ...], float] | None = None
-        self._references: dict[str, DenseReference] = {}
+        self._qualities = Qualities(self.dense, self.evaluation_texts, compared_windows or 0)
 
     def text(self, name: str) -> tuple[Text, torch.Tensor]:
         """A calibration text and its tokens, read once. Raises ValueError where it cannot be read."""
@@ -378,22 +267,8 @@ class Workbench:
             windows = self.calibration_windows(name, count, length)
         whole = transact.Training(tokens=case.recovery_tokens, way=case.recovery, learning_rate=case.learning_rate,
                                   device_batch=4, seed=self.seed)  # fmt: skip
-        trainings, teacher = shot_trainings(whole, case.shots), self.dense if whole.needs_teacher() else None
-
-        def measured(model: nn.Module) -> dict[str, float]:
-            quality = measure_perplexity(model, self.evaluation_windows)
-            return {"loss_nats": quality.loss, "perplexity": quality.perplexity}
-
-        def train(model: nn.Module, shot: int) -> nn.Module:
-            recovered = transact.recover(model, windows, trainings[shot - 1], teacher=teacher, evaluate=measured,
-                                         evaluations=max(1, EVALUATIONS // case.shots), progress=True)  # fmt: skip
-            before = sum(one.tokens for one in trainings[: shot - 1])
-            history.extend(
-                {**row, "tokens": before + row["tokens"]} for row in recovered.history if "perplexity" in row
-            )
-            return recovered.model
-
-        return train
+        teacher = self.dense if whole.needs_teacher() else None
+        return trainer_of(whole, case.shots, windows, teacher, self.evaluation_windows, history)
 
     def with_quantisation(self, case: Case, name: str) -> Case:
         """The same case with linear weights in a format ("": the dtype). Raises ValueError where it cannot be had."""
@@ -490,53 +365,10 @@ class Workbench:
         seconds["prune_s"] = time.perf_counter() - start
         return pruned.model, seconds, history
 
-    @cached_property
-    def _greedy_reference(self) -> GreedyReference:
-        return GreedyReference(self.dense, self.evaluation_windows)
-
-    def greedy_agreement(self, model: nn.Module, case: Case) -> tuple[tuple[float, ...], float]:
-        """How far a case's model continues each prompt as the dense one does; and the seconds; kept as qualities."""
-        made = weights_of(case)
-        if self._greedy is None or self._greedy[0] != made:
-            reference, start = self._greedy_reference, time.perf_counter()
-            self._greedy = made, reference.agreement(model), time.perf_counter() - start
-        return self._greedy[1:]
-
-    def qualities(self, model: nn.Module, case: Case) -> list[tuple[TextQuality, Perplexity, float]]:
-        """A case's model on each of its evaluation texts, and the seconds; kept for cases of the same weights."""
-        made = weights_of(case)
-        if self._qualities is None or self._qualities[0] != made:
-            self._qualities = made, []
-        kept, texts = self._qualities[1], self.evaluation_texts[: None if case.other_texts else 1]
-        kept += [self._quality(model, *text) for text in texts[len(kept) :]]
-        return kept[: len(texts)]
-
-    def _quality(self, model: nn.Module, text: Text, windows: Windows) -> tuple[TextQuality, Perplexity, float]:
-        start = time.perf_counter()
-        if text.sha256 not in self._references:
-            count = self.dense_case.compared_windows or len(windows.ids)
-            self._references[text.sha256] = DenseReference(self.dense, windows, count)
-        comparison = Comparison(self._references[text.sha256])
-        measured = measure_perplexity(model, windows, on_logits=comparison.add, progress=True)
-        quality = TextQuality(
-            text.name, text.sha256, measured.tokens, measured.loss, measured.losses, **asdict(comparison.fidelity())
-        )
-        return quality, measured, time.perf_counter() - start
-
     def measure_model(self, model: nn.Module, seconds: Mapping[str, float], case: Case) -> Record:
         """The record of a model: quality on the evaluation texts, and sizes. Peak memory counts the dense model too."""
-        qualities = self.qualities(model, case)
-        main, quality, perplexity_s = qualities[0]
-        seconds = {**seconds, "perplexity_s": perplexity_s}
-        if len(qualities) > 1:
-            seconds["other_texts_s"] = sum(one for _, _, one in qualities[1:])
-        greedy_agreement, seconds["greedy_s"] = self.greedy_agreement(model, case)
-        nearness = {
-            "kl_nats": main.kl_nats,
-            "top1_agreement": main.top1_agreement,
-            "greedy_agreement": greedy_agreement,
-        }
-        tasks = {}
+        figures, measuring = self._qualities.figures(model, case)
+        seconds, tasks = {**seconds, **measuring}, {}
         if case.tasks:
             from ..quality.zero_shot import evaluate_tasks
 
@@ -544,12 +376,8 @@ class Workbench:
             tasks = dict(evaluate_tasks(model, self.tokenizer, self.tasks, limit=case.task_limit, progress=True))
             seconds["tasks_s"] = time.perf_counter() - start
         widths = transact.widths_of(model.config)
-        metrics = {
-            "perplexity": quality.perplexity,
-            "bits_per_byte": quality.bits_per_byte,
-            "loss_nats": quality.loss,
-            "tokens": quality.tokens,
-            **{name: fmean(values) for name, values in nearness.items()},
+        metrics = figures["metrics"]
+        metrics |= {
             "fraction_removed": transact.fraction_removed(self.dense.config, widths),
             "kv_fraction_removed": transact.kv_fraction_removed(self.dense.config, widths),
             "parameters": model.num_parameters(),
@@ -558,28 +386,18 @@ class Workbench:
             "peak_memory_mib": peak_memory_mib(model.device),
             **seconds,
         }
-        standard_errors = {
-            "loss_nats": quality.standard_error,
-            "perplexity": quality.perplexity * quality.standard_error,  # delta method: perplexity is exp(loss)
-            "bits_per_byte": quality.bits_per_byte * quality.standard_error / quality.loss,
-            **{name: stdev(values) / len(values) ** 0.5 for name, values in nearness.items() if len(values) > 1},
-        }
         environment = self.environment()
         if case.quantisation:
             metrics["packed_weight_bytes"] = packed_weight_bytes(model)
             environment = {**environment, "torchao": torchao_version()}
         if case.decode_tokens:
-            rate, standard_errors["decode_tokens_per_s"] = decode_rate(model, case.decode_tokens)
-            metrics["decode_tokens_per_s"] = rate
+            rate, error = decode_rate(model, case.decode_tokens)
+            metrics["decode_tokens_per_s"], figures["standard_errors"]["decode_tokens_per_s"] = rate, error
         return Record(
             case=case,
             method=method_of(case),
-            metrics=metrics,
-            standard_errors=standard_errors,
             environment=environment,
-            losses=quality.losses,
             widths=tuple(asdict(layer) for layer in widths),
-            texts=tuple(asdict(one) for one, _, _ in qualities),
-            greedy_agreement=greedy_agreement,
             tasks={name: asdict(result) for name, result in tasks.items()},
+            **figures,
         )
