@@ -1,23 +1,23 @@
-"""One page that holds everything: words first, then pictures, tables, the environment and the commands."""
+"""One page that holds everything: what `page.html` is filled with."""
 
-import html
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import pandas as pd
+from markupsafe import Markup, escape
 
 from bench.output.figures import INK, STYLES
-from bench.output.tables import html_table
+from bench.output.tables import cells_of, text_columns
 from bench.quality.significance import FEW
 from bench.records import Case, Record
 
 from .sets import SHARED, RecordSet
 
 MOST_ROWS = 60  # a longer table is in its CSV file
-STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -40,71 +40,59 @@ class Section:
 
 def page(chosen: RecordSet, sections: Sequence[Section], note: str) -> str:
     """The whole page as HTML that needs no other file."""
-    answered = [section for section in sections if section.table is not None]
-    silent = [section for section in sections if section.table is None]
-    model = html.escape(chosen.newest.case.model)
-    parts = [
-        f"<header><h1>What pruning costs {model}</h1><p>{html.escape(note)}</p></header>",
-        summary(chosen, answered),
-        *(section_html(section, chosen) for section in answered),
-        without_records(silent),
-        failed_cells(chosen.failed),
-        environment(chosen),
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>What pruning costs {model}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(filter(None, parts))
-        + "\n</main>\n</body>\n</html>\n"
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=lambda name: name.endswith(".html"),
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters |= {"marked_up": marked_up, "drawing": drawing, "rows": rows, "commands": measure_again,
+                          "count": "{:,}".format}  # fmt: skip
+    commands = [record.command for record in chosen.records]
+    return templates.get_template("page.html").render(
+        case=chosen.newest.case,
+        note=note,
+        cells=len(chosen.records),
+        few_windows=chosen.newest.case.evaluation_windows < FEW,
+        left_out=chosen.left_out,
+        sections=[section for section in sections if section.table is not None],
+        silent=[section for section in sections if section.table is None],
+        most_rows=MOST_ROWS,
+        failed=failed_cells(chosen.failed),
+        more_failed=len(chosen.failed) - MOST_ROWS,
+        facts=facts(chosen),
+        everything=command_for("ablations", commands) if any(commands) else "",
     )
 
 
-def marked_up(words: str) -> str:
+def marked_up(words: str) -> Markup:
     """Words as HTML, with what stands in backticks as code."""
-    return re.sub(r"`+([^`]+)`+", r"<code>\1</code>", html.escape(words))
+    return Markup(re.sub(r"`+([^`]+)`+", r"<code>\1</code>", str(escape(words))))
 
 
-def summary(chosen: RecordSet, answered: Sequence[Section]) -> str:
-    """What was found, one entry a question, and how sure that is."""
-    items = [
-        f'<dt><a href="#{section.name}">{marked_up(section.title)}</a></dt><dd>{html.escape(section.sentences[0])}</dd>'
-        for section in answered
-        if section.sentences
-    ]
-    case = chosen.newest.case
-    way = "Student's t" if case.evaluation_windows < FEW else "a paired bootstrap"
-    sure = (
-        f"{len(chosen.records):,} cells, each measured on the same {case.evaluation_windows:,} windows of "
-        f"{case.evaluation_seq_len:,} tokens. Brackets hold 95 % intervals of the difference in loss, from {way} over "
-        "these windows. “Beyond chance” means that the interval of that one comparison leaves out zero: of twenty "
-        "comparisons of equals about one will. The intervals do not cover another choice of calibration text, seed or "
-        "evaluation text."
+@dataclass(frozen=True)
+class Table:
+    """The heads and the rows of a table, each cell with its kind: "figure", "word" or "command"."""
+
+    heads: list[tuple[str, str]]
+    rows: list[list[tuple[str, str]]]
+
+
+def table_of(frame: pd.DataFrame) -> Table:
+    """The first rows of the frame."""
+    frame = frame.head(MOST_ROWS)
+    kinds = ["command" if name == "cell" else "word" if text else "figure"
+             for name, text in zip(frame, text_columns(frame, list(frame)), strict=True)]  # fmt: skip
+    return Table(
+        heads=[(kind, name.replace("_", " ")) for kind, name in zip(kinds, frame, strict=True)],
+        rows=[list(zip(kinds, row, strict=True)) for row in cells_of(frame, list(frame))],
     )
-    if case.evaluation_windows < 2:
-        sure = "Each cell is measured on one window. One window gives no interval: nothing tells what is chance."
-    left_out = "; ".join(f"{count:,} of {reason}" for reason, count in chosen.left_out.items())
-    note = f"<p>Left out, since they cannot be compared with these: {html.escape(left_out)}.</p>" if left_out else ""
-    found = f"<dl>{''.join(items)}</dl>" if items else "<p>No question has enough records to compare anything.</p>"
-    return f'<section id="summary"><h2>What was found</h2>{found}<p class="sure">{sure}</p>{note}</section>'
 
 
-def section_html(section: Section, chosen: RecordSet) -> str:
-    """Title, words, picture, table and command of one question."""
-    lead = f'<p class="lead">{marked_up(section.lead)}</p>' if section.lead else ""
-    words = lead + "".join(f"<p>{html.escape(sentence)}</p>" for sentence in section.sentences)
-    table = section.table
-    if any(section.commands):
-        table = table.assign(cell=[node_of(command).removeprefix("ablations/") for command in section.commands])
-    more = len(table) - MOST_ROWS
-    rest = f"<p>{more:,} more rows are in the CSV file.</p>" if more > 0 else ""
-    shown = html_table(table.head(MOST_ROWS), list(table))
-    command = measure_again(section) if section.file and any(section.commands) else ""
-    return (
-        f'<section id="{section.name}"><h2>{marked_up(section.title)}</h2>{words}'
-        f"{picture_html(section)}{shown}{rest}{command}</section>"
-    )
+def rows(section: Section) -> Table:
+    """A section's table, with the cell of each row where there are commands."""
+    if not any(section.commands):
+        return table_of(section.table)
+    cells = [node_of(command).removeprefix("ablations/") for command in section.commands]
+    return table_of(section.table.assign(cell=cells))
 
 
 def node_of(command: str) -> str:
@@ -118,24 +106,16 @@ def command_for(file: str, commands: Sequence[str]) -> str:
     return shlex.join([*words[:3], file, *words[4:]])
 
 
-def measure_again(section: Section) -> str:
-    """How to measure a question's cells again, and one of them."""
-    own = [command for command in section.commands if node_of(command).startswith(section.file)]
-    whole = html.escape(command_for(section.file, own or section.commands))
-    one = html.escape(next(command for command in reversed(own or section.commands) if command))
-    return (
-        f"<details><summary>Measure again</summary><pre><code>{whole}</code></pre>"
-        f"<p>One row alone: what stands in its last column, behind <code>ablations/</code>, in place of the file; the "
-        f"last of them</p><pre><code>{one}</code></pre><p>The column <code>command</code> of <code>cells.csv</code> "
-        "holds each in full. A cell that has a record in the directory of <code>--results</code> is not measured "
-        "again there.</p></details>"
-    )
+def measure_again(section: Section) -> dict[str, str] | None:
+    """The commands that measure a question's cells again, the `whole` and `one` of them; None where there are none."""
+    if not (section.file and any(section.commands)):
+        return None
+    own = [command for command in section.commands if node_of(command).startswith(section.file)] or section.commands
+    return {"whole": command_for(section.file, own), "one": next(filter(None, reversed(own)))}
 
 
-def picture_html(section: Section) -> str:
-    """The SVG file in the page's own colours, without its white ground."""
-    if section.picture is None:
-        return ""
+def drawing(section: Section) -> Markup:
+    """The SVG file of a section's picture in the page's own colours, without its white ground."""
     svg = section.picture.read_text(encoding="utf-8")
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -143,33 +123,13 @@ def picture_html(section: Section) -> str:
     svg = svg.replace(INK, "currentColor").replace(STYLES[0][0].lower(), "var(--blue)")  # brighter on a dark page
     # pictures share a page: their names must not
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{section.name}-", svg)
-    label = f'<svg role="img" aria-label="{html.escape(section.title)}" '
-    return f'<figure class="scroll" tabindex="0">{svg.replace("<svg ", label, 1)}</figure>'
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(section.title)}" ', 1))
 
 
-def without_records(silent: Sequence[Section]) -> str:
-    """One line for each question that has no answer."""
-    if not silent:
-        return ""
-    items = "".join(
-        f"<li>{marked_up(section.title)}" + (f" <code>{section.file}</code>" if section.file else "") + "</li>"
-        for section in silent
-    )
-    return f'<section id="silent"><h2>Questions without records</h2><ul class="plain">{items}</ul></section>'
-
-
-def failed_cells(failed: Sequence[Record]) -> str:
+def failed_cells(failed: Sequence[Record]) -> Table:
     """The cells whose last run failed, with the error."""
-    if not failed:
-        return ""
-    rows = [
-        {"method": record.method, "error": (record.error or "unknown")[:300], "cell": cell_words(record.case)}
-        for record in failed[:MOST_ROWS]
-    ]
-    more = len(failed) - MOST_ROWS
-    rest = f"<p>{more:,} more failed.</p>" if more > 0 else ""
-    table = html_table(pd.DataFrame(rows), ["method", "error", "cell"])
-    return f'<section id="failed"><h2>Cells that failed</h2>{table}{rest}</section>'
+    found = [(record.method, (record.error or "unknown")[:300], cell_words(record.case)) for record in failed]
+    return table_of(pd.DataFrame(found, columns=["method", "error", "cell"]))
 
 
 def cell_words(case: Case) -> str:
@@ -179,7 +139,7 @@ def cell_words(case: Case) -> str:
     return ", ".join(f"{name} {value}" for name, value in vars(case).items() if name not in hidden and value)
 
 
-def environment(chosen: RecordSet) -> str:
+def facts(chosen: RecordSet) -> dict[str, str]:
     """Versions, devices, texts and hashes, each with all values that occur."""
     values: dict[str, dict[str, None]] = {}
     for record in chosen.records:
@@ -189,16 +149,4 @@ def environment(chosen: RecordSet) -> str:
                 values.setdefault(name, {})[str(value)] = None
         for name, value in record.environment.items():
             values.setdefault("hardware" if name == "device" else name, {})[str(value)] = None
-    rows = "".join(
-        f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{html.escape(', '.join(one))}</td></tr>"
-        for name, one in values.items()
-    )
-    commands = [record.command for record in chosen.records]
-    again = ""
-    if any(commands):
-        everything = html.escape(command_for("ablations", commands))
-        again = f"<h3>Measure everything again</h3><pre><code>{everything}</code></pre>"
-    return (
-        '<section id="environment"><h2>Where this was measured</h2>'
-        f'<table class="facts"><tbody>{rows}</tbody></table>{again}</section>'
-    )
+    return {name.replace("_", " "): ", ".join(found) for name, found in values.items()}

@@ -1,1 +1,1 @@
-"""What is written: whole files, one frame in four tables, pictures in one style. torch is never imported."""
+"""What is written: whole files, one frame in three tables, pictures in one style. torch is never imported."""

@@ -1,6 +1,5 @@
-"""One frame, four tables: Markdown, CSV, LaTeX and HTML with the same figures."""
+"""One frame, three tables: Markdown, CSV and LaTeX with the same figures."""
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,22 +83,6 @@ def latex_table(title: str, note: str, frame: pd.DataFrame, columns: Sequence[st
         r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{alignment}}}", r"\toprule",
         head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
     ])  # fmt: skip
-
-
-def html_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
-    """The columns as an HTML table in a box of its own, which scrolls where the table is wider than the page."""
-    kinds = ["command" if name == "cell" else "word" if text else "figure"
-             for name, text in zip(columns, text_columns(frame, columns), strict=True)]  # fmt: skip
-
-    def row_of(values: Sequence[str], tag: str) -> str:
-        cells = (
-            f'<{tag} class="{kind}">{html.escape(value)}</{tag}>' for kind, value in zip(kinds, values, strict=True)
-        )
-        return f"<tr>{''.join(cells)}</tr>"
-
-    head = row_of([name.replace("_", " ") for name in columns], "th")
-    body = "\n".join(row_of(row, "td") for row in cells_of(frame, columns))
-    return f'<div class="scroll" tabindex="0"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def write_table(stem: Path, title: str, note: str, frame: pd.DataFrame, columns: Sequence[str]) -> list[Path]:
