@@ -329,6 +329,19 @@ def test_recover_command(pruned, tiny_directory, tiny_text, tmp_path, capsys):
     assert len(json.loads((tmp_path / "again" / "pruning.json").read_text())["recovery"]) == 2
 
 
+def test_own_samples_are_the_dense_models(pruned, tiny_directory, tiny_text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
+    command = [*options(tiny_text), "--text", f"self,{tiny_text},self"]
+    assert main(["recover", str(pruned), str(tmp_path / "out"), *command, "--way", "full"]) == 0
+    assert "2,000 tokens are 0.9" in capsys.readouterr().err  # as many windows as are seen
+    (recovery,) = json.loads((tmp_path / "out" / "pruning.json").read_text())["recovery"]
+    assert (recovery["text"], recovery["teacher"]) == ("self, words.txt", None)
+    dense, tokenizer = transact.load_model(tiny_directory, device="cpu")
+    transact.calibration_windows(dense, tokenizer, "self", count=2, length=32)
+    (sampled,) = (tmp_path / "cache" / "samples").iterdir()  # of the dense model: nothing new was sampled
+    assert len(list(sampled.iterdir())) == 1
+
+
 def test_prune_and_train_in_shots(tiny_directory, tiny_text, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["prune", str(tiny_directory), str(out), "--calibration", str(tiny_text), "--samples", "8", "--seq-len",

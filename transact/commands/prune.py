@@ -118,7 +118,7 @@ class ShotTraining:
     ):
         training = training_of(options)
         check_checkpoints(checkpoints, allowed=["shot-*"])
-        self.text, self.windows, self.held_out = training_windows(options, training, dense, tokenizer, shots)
+        self.sources, self.windows, self.held_out = training_windows(options, training, dense, tokenizer, shots)
         training = training.with_rate(dense.config.hidden_size, self.windows.shape[1])
         self.trainings = shot_trainings(training, shots)
         self.teacher = dense if training.needs_teacher() else None
@@ -136,7 +136,7 @@ class ShotTraining:
 
     def summaries(self) -> list[dict]:
         return [
-            training_summary(training, self.text, self.windows, recovered, self.teacher_name)
+            training_summary(training, self.sources, self.windows, recovered, self.teacher_name)
             for training, recovered in zip(self.trainings, self.recovered, strict=True)
         ]
 
@@ -160,6 +160,7 @@ def check_prune_options(options: argparse.Namespace) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} is for training: give --tokens, the budget, as well")
     else:
         training_of(options)
+        source_names(options.text)
         if options.layerwise:
             raise ValueError("--layerwise keeps the model off the device: it cannot be trained there, drop --tokens")
 

@@ -6,6 +6,7 @@ import shutil
 from ..checkpoint import check_destination, load_plan, read_pruning, save_checkpoint
 from ..models import lasting_name, load_model, read_config
 from ..recovery import check_checkpoints, check_recoverable, held_out_loss
+from ..texts import SELF, source_names
 from .parser import add_model_options, add_subcommand
 from .training import (
     add_training_options,
@@ -24,7 +25,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("directory", help="a pruned checkpoint directory")
     parser.add_argument("out", help="directory to write; must not exist unless --overwrite is given")
     add_training_options(parser, required=True)
-    parser.add_argument("--teacher", help="dense model to distil from (the one that was pruned)")
+    parser.add_argument("--teacher", help="dense model to distil from and to sample (the one that was pruned)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of windows and of the adapters (0)")
     parser.add_argument("--overwrite", action="store_true", help="replace a pruned checkpoint at OUT")
     add_model_options(parser)
@@ -34,19 +35,21 @@ def run(options: argparse.Namespace) -> None:
     out = check_destination(options.out, overwrite=options.overwrite)
     check_checkpoints(checkpoints_of(out))
     training = training_of(options)
+    is_sampled = SELF in source_names(options.text)
     config = read_config(options.directory)
     pruning = read_pruning(options.directory)
     model, tokenizer = load_model(options.directory, dtype=options.dtype, device=options.device)
-    plan, teacher = load_plan(options.directory), None
-    teacher_name = (options.teacher or pruning["model"]) if training.needs_teacher() else None
-    if teacher_name:
+    plan, dense = load_plan(options.directory), None
+    dense_name = options.teacher or pruning["model"]
+    if training.needs_teacher() or is_sampled:
         try:
-            teacher = load_model(teacher_name, dtype=options.dtype, device=options.device)[0]
+            dense = load_model(dense_name, dtype=options.dtype, device=options.device)[0]
         except ValueError as error:
             hint = "" if options.teacher else " (what was pruned, as pruning.json says: --teacher says where it is now)"
             raise ValueError(f"teacher{hint}: {error}") from error
+    teacher = dense if training.needs_teacher() else None
     check_recoverable(model, training, teacher)
-    text, windows, held_out = training_windows(options, training, model, tokenizer)
+    sources, windows, held_out = training_windows(options, training, dense or model, tokenizer)
     training = training.with_rate(config.hidden_size, windows.shape[1])
     recovered = train_with_advice(
         checkpoints_of(out), model, windows, training, teacher=teacher, progress=True,
@@ -54,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     if not recovered.is_main:
         return
-    trained = training_summary(training, text, windows, recovered, teacher_name and lasting_name(teacher_name))
+    trained = training_summary(training, sources, windows, recovered, lasting_name(dense_name) if teacher else None)
     pruning["recovery"] = [*pruning.get("recovery", []), trained]
     save_checkpoint(out, recovered.model, plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
     shutil.rmtree(checkpoints_of(out))

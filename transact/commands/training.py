@@ -10,6 +10,7 @@ import transformers
 
 from ..entry import check_vocabulary
 from ..recovery import (
+    HELD_OUT_EVERY,
     WAYS,
     NonFiniteLossError,
     Recovered,
@@ -20,10 +21,22 @@ from ..recovery import (
     recover,
     shot_budgets,
 )
-from ..texts import TEXTS, Text, cut_windows, load_text, tokenise
+from ..texts import (
+    DEFAULT_CALIBRATION,
+    SELF,
+    TEXTS,
+    Source,
+    calibration_sources,
+    cut_windows,
+    load_text,
+    mixed,
+    source_names,
+    tokenise,
+)
 from .parser import tell
 
 DEFAULT_TRAINING_LENGTH = 512
+MOST_WINDOWS_IN_TURN = 512  # sampling them costs half of what training on them does
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -31,8 +44,9 @@ def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> 
     parser.add_argument("--tokens", required=required, help="budget of training, in tokens seen: 500k, 2M ...")
     options = [
         parser.add_argument("--way", default=WAYS[0], help=f"{', '.join(WAYS)} ({WAYS[0]})"),
-        parser.add_argument("--text", default="embedded",
-                            help=f"to train on: {', '.join(TEXTS)} or a text file (embedded)"),
+        parser.add_argument("--text", default=DEFAULT_CALIBRATION,
+                            help=f"to train on, with commas: {SELF} (the dense model's own samples), "
+                                 f"{', '.join(TEXTS)} or text files ({DEFAULT_CALIBRATION})"),
         parser.add_argument("--train-seq-len", type=int, help=f"tokens of its windows ({DEFAULT_TRAINING_LENGTH})"),
         parser.add_argument("--learning-rate", type=float,
                             help="highest one (5e-5 at width 4096; narrower more, few steps less)"),
@@ -62,12 +76,16 @@ def training_of(options: argparse.Namespace) -> Training:
 def training_windows(
     options: argparse.Namespace,
     training: Training,
-    model: torch.nn.Module,
+    dense: torch.nn.Module,
     tokenizer: transformers.PreTrainedTokenizerBase,
     shots: int = 1,
-) -> tuple[Text, torch.Tensor, torch.Tensor]:
-    """The text to train on, its windows, and those held out."""
-    context = model.config.max_position_embeddings
+) -> tuple[list[Source], torch.Tensor, torch.Tensor]:
+    """The sources to train on, their windows, and those held out.
+
+    One text gives all its windows. Own samples, and several texts in turn, give as many as the budget sees, up to
+    `MOST_WINDOWS_IN_TURN`.
+    """
+    context = dense.config.max_position_embeddings
     length = min(DEFAULT_TRAINING_LENGTH, context) if options.train_seq_len is None else options.train_seq_len
     if length > context:
         raise ValueError(f"train-seq-len {length} is longer than the model's context of {context}")
@@ -75,15 +93,28 @@ def training_windows(
     if least < length:
         share = f"in {shots} shots leave {least} for one of them, which is" if shots > 1 else "are"
         raise ValueError(f"tokens {training.tokens} {share} less than one window of {length}")
-    text = load_text(options.text)
-    windows = cut_windows(tokenise(text, tokenizer), length=length)
-    check_vocabulary(model.config, windows)
+    names = source_names(options.text)
+    if len(names) > 1 or names == [SELF]:
+        seen = math.ceil(training.tokens / length * HELD_OUT_EVERY / (HELD_OUT_EVERY - 1))
+        count = min(MOST_WINDOWS_IN_TURN, max(HELD_OUT_EVERY, seen))
+        sources = calibration_sources(
+            options.text, dense, tokenizer, count=count, length=length, seed=options.seed, progress=True
+        )
+    else:
+        text = load_text(names[0])
+        sources = [Source(text.name, text.sha256, cut_windows(tokenise(text, tokenizer), length=length))]
+    windows = mixed(sources, seed=options.seed)
+    check_vocabulary(dense.config, windows)
     windows, held_out = hold_out(windows)
     tell(
-        f"{training.tokens:,} tokens are {training.tokens / windows.numel():.2f} epochs of {text.name} "
+        f"{training.tokens:,} tokens are {training.tokens / windows.numel():.2f} epochs of {names_of(sources)} "
         f"({windows.numel():,} tokens), in {training.steps(length):,} steps"
     )
-    return text, windows, held_out
+    return sources, windows, held_out
+
+
+def names_of(sources: list[Source]) -> str:
+    return ", ".join(source.name for source in sources)
 
 
 def checkpoints_of(out: Path) -> Path:
@@ -103,12 +134,13 @@ def train_with_advice(checkpoints: Path, *arguments, **options) -> Recovered:
 
 
 def training_summary(
-    training: Training, text: Text, windows: torch.Tensor, recovered: Recovered, teacher: str | None
+    training: Training, sources: list[Source], windows: torch.Tensor, recovered: Recovered, teacher: str | None
 ) -> dict:
     """What `pruning.json` says of a training."""
     return {
         **asdict(training), "teacher": teacher, "tokens": recovered.tokens, "epochs": recovered.epochs,
-        "text": text.name, "sha256": text.sha256, "seq_len": windows.shape[1],
+        "text": names_of(sources), "sha256": sources[0].sha256 if len(sources) == 1 else None,
+        "seq_len": windows.shape[1],
         "seconds": round(recovered.seconds, 3), "history": recovered.history,
     }  # fmt: skip
 
@@ -117,7 +149,7 @@ def print_recovery(out: Path, recovered: Recovered) -> None:
     before, after = held_out_perplexities(recovered)
     print(
         f"{out}: trained on {recovered.tokens:,} tokens ({recovered.epochs:.2f} epochs) in {recovered.seconds:.1f} s, "
-        f"perplexity of held-out windows of the same text {before:,.2f} -> {after:,.2f}"
+        f"perplexity of held-out windows of the same texts {before:,.2f} -> {after:,.2f}"
     )
     if after > before:
         tell("training has done harm: give more --tokens, or a smaller --learning-rate")

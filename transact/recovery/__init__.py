@@ -1,11 +1,12 @@
 """Recovery: train a narrowed model, between shots of pruning or after them, on transformers' Trainer."""
 
 from .checkpoints import check_checkpoints, checkpoints_in
-from .held_out import held_out_loss, hold_out
+from .held_out import HELD_OUT_EVERY, held_out_loss, hold_out
 from .schedule import WAYS, Training, parse_tokens, shot_budgets, shot_trainings
 from .trainer import NonFiniteLossError, Recovered, check_recoverable, recover
 
 __all__ = [
+    "HELD_OUT_EVERY",
     "WAYS",
     "NonFiniteLossError",
     "Recovered",

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+HELD_OUT_EVERY = 16
 
-def hold_out(windows: torch.Tensor, every: int = 16, most: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+
+def hold_out(windows: torch.Tensor, every: int = HELD_OUT_EVERY, most: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows to train on, and every 16th, at most 32, to judge by. Raises ValueError for fewer than 16 windows."""
     if len(windows) < every:
         raise ValueError(
