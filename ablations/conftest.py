@@ -61,7 +61,7 @@ def pytest_addoption(parser: pytest.Parser):
     group.addoption("--results", default="results", help="directory of the records, tables and pictures")
     group.addoption("--shard", help="i/n: measure only the i-th of n parts, into a record file of its own")
     group.addoption("--ray", metavar="ADDRESS", help="measure on a Ray cluster: auto, local, host:port")
-    group.addoption("--gpus-per-cell", type=float, help="GPUs that a cell takes of the Ray cluster (0)")
+    group.addoption("--gpus-per-cell", type=float, help="GPUs that a cell takes of the Ray cluster (1; on CPUs 0)")
 
 
 def exit_with(error: Exception | str):
@@ -207,13 +207,12 @@ def measure_here(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[C
     def measure(case: Case) -> None:
         if case in kept:
             return
-        try:
-            with capture.global_and_fixture_disabled():  # progress bars reach the terminal
-                kept[case] = run.workbench.measure(case)
-        except Exception as error:
-            append(run, failed(case, error, run.workbench.environment()))
-            raise
-        append(run, kept[case])
+        with capture.global_and_fixture_disabled():  # progress bars reach the terminal
+            record = cluster.measured(run.workbench, case)
+        append(run, record)
+        if record.status == "failed":  # not the error itself: pytest would keep it, and it all tensors of the cell
+            pytest.fail(record.error, pytrace=False)
+        kept[case] = record
 
     return measure
 
@@ -226,8 +225,12 @@ def measure_there(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[
     if left:
         ray = cluster.connect(option("ray"))
         config.add_cleanup(ray.shutdown)
-        cell = functools.partial(cluster.measure_cell, tuple(run.arguments.items()))
-        records = cluster.records_from(ray, cell, left, gpus_per_cell=option("gpus_per_cell") or 0)
+        arguments, gpus = run.arguments, option("gpus_per_cell")
+        if run.workbench.dense_case.device == "cuda":
+            gpus = 1 if gpus is None else gpus
+            arguments = arguments | {"device": "cuda"}  # a worker sees the GPU that it is given, and no other
+        cell = functools.partial(cluster.measure_cell, tuple(arguments.items()))
+        records = cluster.records_from(ray, cell, left, gpus_per_cell=gpus or 0)
 
     def measure(case: Case) -> None:
         while case not in kept:

@@ -192,7 +192,7 @@ def shared_pairs(scores: Sequence[LayerScores]) -> list[LayerScores]:
 
     Every head gets the mean over all heads of what removing a pair by itself costs, made cumulative again.
     """
-    rows = torch.cat([layer.rope_pairs for layer in scores])
+    rows = torch.cat([layer.rope_pairs.cpu() for layer in scores])  # layers may lie on different devices
     ordered, order = rows.sort(dim=-1, stable=True)
     own = torch.empty_like(rows).scatter_(-1, order, ordered.diff(dim=-1, prepend=torch.zeros_like(ordered[:, :1])))
     shared = accumulate(own.mean(dim=0, keepdim=True))

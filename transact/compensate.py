@@ -118,7 +118,7 @@ def compensate_by_bias(
             (layer.mlp.down_proj, before.mlp.down_proj, stats.mlp_sum, kept.mlp_dims),
         ):
             mean = (total / stats.tokens).to(old.weight.device)
-            kept_mean = mean[into] if into.ndim == 1 else into.to(mean).T @ mean
+            kept_mean = mean[into.to(mean.device)] if into.ndim == 1 else into.to(mean).T @ mean
             lost = old.weight.double() @ mean - linear.weight.double() @ kept_mean
             linear.bias += lost.to(linear.bias)
 

@@ -29,9 +29,9 @@ from .walk import kv_heads_of
 
 
 def _output_columns(layer: nn.Module, statistics: LayerStatistics, order: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms of the columns of `o_proj`, (H, V), and of `down_proj`, (M,), float64."""
+    """Norms of the columns of `o_proj`, (H, V), and of `down_proj`, (M,), float64, where the statistics lie."""
     norms = [
-        torch.linalg.vector_norm(linear.weight.detach().float(), ord=order, dim=0).double()
+        torch.linalg.vector_norm(linear.weight.detach().float(), ord=order, dim=0).to(statistics.mlp)
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)
     ]
     return norms[0].view_as(statistics.attention_output), norms[1]

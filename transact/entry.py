@@ -61,6 +61,16 @@ def check_trainable(model: nn.Module) -> None:
         raise ValueError(f"{name} was made inside torch.inference_mode() and takes no gradients: load it outside")
 
 
+def check_in_one_place(model: nn.Module, device: torch.device | None) -> None:
+    """Raise ValueError where a `device` is named to compute blocks on, of a model that is spread over several."""
+    spread = set((getattr(model, "hf_device_map", None) or {}).values())
+    if device is not None and len(spread) > 1:
+        raise ValueError(
+            f"device {str(device)!r} is for a model in one place, this one is spread over "
+            f"{', '.join(sorted(map(str, spread)))}: leave the device out, or load the model into host memory"
+        )
+
+
 def checked_windows(model: nn.Module, windows: torch.Tensor | Sequence) -> torch.Tensor:
     """The windows (samples, length) as int64, from a tensor of any integers, rows of them, or an array.
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .entry import check_model, check_trainable, checked_windows, undisturbed
+from .entry import check_in_one_place, check_model, check_trainable, checked_windows, undisturbed
 from .walk import LayerWalk, kv_heads_of, on_device
 
 OUTPUTS_EVERY = 8  # every eighth window is enough for second moments of D-vectors
@@ -58,6 +58,7 @@ def loss_gradients(
     if of not in ("outputs", "weights"):
         raise ValueError(f"gradients of {of!r} are not known, allowed: outputs, weights")
     check_model(model)
+    check_in_one_place(model, device)
     check_trainable(model)
     with undisturbed(model):
         windows = checked_windows(model, windows)
@@ -118,9 +119,10 @@ def check_room(model: nn.Module, windows: torch.Tensor, device: torch.device | N
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on a device."""
+    """Bytes free on a device, those included that torch holds and no tensor uses."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
 
 

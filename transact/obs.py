@@ -45,13 +45,14 @@ class ObsPruning:
     def score(self, layer: nn.Module, index: int, statistics: LayerStatistics) -> LayerScores:
         attention, gradients = layer.self_attn, statistics.gradients if self.weighted else None
         tokens = statistics.tokens
-        output = self._in_metric(attention.o_proj, gradients and gradients.attention_output)
-        down = self._in_metric(layer.mlp.down_proj, gradients and gradients.mlp_output)
+        where = statistics.mlp.device  # the model may lie elsewhere
+        output = self._in_metric(attention.o_proj, gradients and gradients.attention_output, where)
+        down = self._in_metric(layer.mlp.down_proj, gradients and gradients.mlp_output, where)
         kv_heads, value_width = statistics.values.shape
         # (D, H V) -> (K, G D, V): all that reads the values of one key-value head
         readers = output.view(len(output), kv_heads, -1, value_width).permute(1, 2, 0, 3)
         readers = readers.flatten(1, 2) / readers.shape[1] ** 0.5
-        pairs = gradients.rope_pairs if self.weighted else pair_energy(statistics)
+        pairs = gradients.rope_pairs.to(where) if self.weighted else pair_energy(statistics)
         basis = None
         if self.value_basis:
             basis, losses = cheapest_basis(readers, value_moments(statistics))
@@ -66,11 +67,12 @@ class ObsPruning:
         )
 
     @staticmethod
-    def _in_metric(linear: nn.Linear, gradient_moments: torch.Tensor | None) -> torch.Tensor:
+    def _in_metric(linear: nn.Linear, gradient_moments: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """F W, float64, with F^T F half the gradients' second moments (or one): squared norms become losses."""
-        weight = linear.weight.detach().double()
+        weight = linear.weight.detach().to(device).double()
         if gradient_moments is None:
             return weight
+        gradient_moments = gradient_moments.to(device)
         floor = 1e-5 * gradient_moments.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
         identity = torch.eye(len(gradient_moments), dtype=torch.float64, device=gradient_moments.device)
         return torch.linalg.cholesky(gradient_moments / 2 + floor * identity).T @ weight

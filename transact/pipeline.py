@@ -12,7 +12,7 @@ from .allocate import global_widths, plain_widths, searched_widths, shared_pairs
 from .calibration import Statistics, iterate_statistics
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
-from .entry import check_trainable, checked_windows, undisturbed
+from .entry import check_in_one_place, check_trainable, checked_windows, undisturbed
 from .gradients import loss_gradients
 from .measured import measured_widths
 from .modeling_transact import TransActForCausalLM
@@ -80,6 +80,7 @@ def prune(
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
     check_prunable(dense)
+    check_in_one_place(dense, device)
     check_modules(dense.config, recipe.modules, recipe.granularity)
     if recipe.needs_text() and windows is None:
         raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")

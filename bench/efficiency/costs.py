@@ -96,12 +96,13 @@ def _median_seconds(run, device: torch.device, rounds: int = 9) -> float:
 def seconds_of(run, device: torch.device) -> float:
     """Seconds of one call: by the device's own events on CUDA, by the clock elsewhere."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1000
+        with torch.cuda.device(device):  # events are recorded on the current one
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize(device)
+            return start.elapsed_time(end) / 1000
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -1,5 +1,6 @@
 """Bytes: weights, the KV cache as it really is, and the most that a process has held."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def kv_bytes_per_token(model: nn.Module, tokens: int = 8) -> int:
     if measured != formula:
         raise RuntimeError(f"the KV cache holds {measured} bytes for {tokens} tokens, the model's widths say {formula}")
     return measured // tokens
+
+
+def release(device: torch.device) -> None:
+    """Give memory that nothing refers to back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def reset_peak_memory(device: torch.device) -> None:

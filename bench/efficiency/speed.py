@@ -1,9 +1,9 @@
 """Latency, throughput and memory of generation, prefill and decode apart, at a fixed number of tokens."""
 
-import gc
 import itertools
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from .costs import (
     prefill_costs,
     seconds_of,
 )
-from .memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
+from .memory import kv_bytes_per_token, peak_memory_mib, release, reset_peak_memory, weight_bytes
 from .shapes import SHAPES, random_model, shape_by_name
 
 MODES = ("eager", "static", "graphs")
@@ -80,13 +80,20 @@ def decode_step(model: nn.Module, mode: str):
 
     if mode != "graphs":
         return step
-    compiled = torch.compile(step, mode="reduce-overhead" if model.device.type == "cuda" else "default")
+    forget_compiled()
+    compiled = torch.compile(step, mode="reduce-overhead" if model.device.type == "cuda" else "default", dynamic=False)
 
     def marked(token: torch.Tensor, cache) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         return compiled(token, cache).clone()  # the graph's own output is overwritten by the next step
 
     return marked
+
+
+def forget_compiled() -> None:
+    """Forget what was compiled: of a second shape torch would compile one for all shapes, of a ninth nothing more."""
+    with warnings.catch_warnings(action="ignore"):  # torch's own, about names that it uses itself
+        torch.compiler.reset()
 
 
 def measure_speed(model: nn.Module, case: SpeedCase, roofline: Roofline, *, repeats: int = 5, warm_up: int = 1) -> dict:
@@ -186,7 +193,7 @@ def run_grid(
     names = [Path(name).name for name in models]
     if len(set(names)) < len(names):
         raise ValueError(f"models are told apart by their last names, two are called the same: {', '.join(names)}")
-    roofline, memory = measure_roofline(where, DTYPES[dtype]), memory_of(where)
+    roofline, memory = None, memory_of(where)
     shared = {"schema": SPEED_SCHEMA, "environment": environment(where)}
     cells = [*itertools.product(modes, lengths, sorted(batches))]
     with tqdm(total=len(models) * len(cells), desc="speed", unit="cell", disable=None) as bar:
@@ -199,17 +206,19 @@ def run_grid(
                     if reason := _misfit(config, case, memory, full):
                         outcome = _without_figures("skipped", reason)
                     else:
+                        roofline = roofline or measure_roofline(where, DTYPES[dtype])
                         model = model or _model(name, config, dtype, where)
                         outcome |= _measured(model, case, roofline, repeats)
                 except torch.OutOfMemoryError as error:
                     full.add((mode, prefix, decode))
                     outcome = _without_figures("out of memory", str(error).splitlines()[0])
-                    _release(where)
+                    release(where)
                 yield shared | {"case": asdict(case)} | outcome
                 bar.update()
             del model
-            torch.compiler.reset()
-            _release(where)
+            if "graphs" in modes:
+                forget_compiled()
+            release(where)
 
 
 def _misfit(config: PretrainedConfig, case: SpeedCase, memory: int, full: set[tuple]) -> str | None:
@@ -237,13 +246,6 @@ def _measured(model: nn.Module, case: SpeedCase, roofline: Roofline, repeats: in
 
 def _without_figures(status: str, error: str) -> dict:
     return {"status": status, "error": error, "metrics": {}, "samples": {}}
-
-
-def _release(device: torch.device) -> None:
-    """Give memory that nothing refers to back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _model(name: str, config: PretrainedConfig, dtype: str, device: torch.device) -> nn.Module:

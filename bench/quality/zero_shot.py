@@ -195,6 +195,8 @@ def evaluate_tasks(
     for name, task in tasks.items():
         try:
             result = _evaluate(checked, task, limit)
+        except torch.OutOfMemoryError:  # of the device, not of the task
+            raise
         except Exception as error:  # a task file may do anything with its items
             raise ValueError(f"task {name!r}: {in_one_line(error)}") from error
         yield name, result

@@ -1,15 +1,18 @@
-"""Cells on a Ray cluster: one cell is one task, and only the driver, which receives the records, writes them.
+"""Cells on a Ray cluster: workers measure them, and only the driver, which receives the records, writes them.
 
 Ray is the extra `cluster` and is imported on first use.
 """
 
 import functools
+import logging
 import socket
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..efficiency.memory import release
 from ..records import Case, Record
 from .cases import failed
 from .workbench import Workbench
@@ -20,11 +23,14 @@ SHARED = ("model_hash", "evaluation_sha256", "evaluation_ids", "evaluation_windo
 
 
 def measured(bench: Workbench, case: Case) -> Record:
-    """The record of a case; of one that fails, a record that says why."""
+    """The record of a case; of one that fails, a record that says why, and nothing is left of its tensors."""
     try:
         return bench.measure(case)
     except Exception as error:
-        return failed(case, error, bench.environment())
+        record = failed(case, error, bench.environment())
+        logging.getLogger(__name__).error(traceback.format_exc())  # as text: the error has hold of its tensors
+    release(bench.dense.device)
+    return record
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,17 +90,31 @@ def records_from(
 ) -> Iterator[Record]:
     """The record of every case, each as soon as it is measured. A cell whose worker dies is measured again.
 
-    Yields a failed record for a cell whose worker died too often.
+    A worker is a process that keeps its CPU, its share of a GPU and what it has made, and takes the next cell when it
+    is done with one. Yields a failed record for a cell whose worker died too often.
     """
 
-    def cell(case: Case) -> Record:
-        return measure(case)
+    class Worker:  # here and not outside: Ray sends it along
+        def start(self) -> None:
+            pass
 
-    task = ray.remote(num_gpus=gpus_per_cell, max_retries=RETRIES)(cell)
-    running = {task.remote(case): case for case in cases}
+        def cell(self, case: Case) -> Record:
+            return measure(case)
+
+    options = {"num_cpus": 1, "num_gpus": gpus_per_cell, "max_restarts": -1, "max_task_retries": RETRIES}
+    remote, left = ray.remote(**options)(Worker), list(cases)
+    workers = [remote.remote() for _ in cases]  # as many start as the cluster has room for
+    running = {worker.start.remote(): (worker, None) for worker in workers}
+    del workers
     while running:
         [finished], _ = ray.wait(list(running), num_returns=1)
-        case = running.pop(finished)
+        worker, case = running.pop(finished)
+        if left:
+            running[worker.cell.remote(left[0])] = worker, left.pop(0)
+        else:  # those that have not started are not needed
+            running = {cell: (one, its) for cell, (one, its) in running.items() if its is not None}
+        if case is None:
+            continue
         try:
             yield ray.get(finished)
         except ray.exceptions.RayError as error:

@@ -34,8 +34,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        hint = "; `transact prune --layerwise` keeps one block at a time on the device"
-        print(f"{parser.prog}: error: {str(error).splitlines()[0]}{hint}", file=sys.stderr)
+        print(f"{parser.prog}: error: {str(error).splitlines()[0]}{less_memory(options)}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,6 +46,17 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
     return code or 0
+
+
+def less_memory(options: argparse.Namespace) -> str:
+    """Which of a command's own options need less memory; nothing where it has none."""
+    if getattr(options, "tokens", None) is not None:
+        return "; a smaller --device-batch, --gradient-checkpointing and --way lora need less"
+    if not hasattr(options, "layerwise"):
+        return ""
+    if options.layerwise:
+        return "; fewer --samples and a smaller --seq-len need less"
+    return "; --layerwise keeps one block at a time on the device"
 
 
 def add_subcommand(commands: argparse._SubParsersAction, name: str, run: Callable, description: str):

@@ -16,8 +16,8 @@ class Training:
     "lora-distillation" do so in low-rank adapters of `rank`, merged at the end. `tokens` is the budget, in tokens of
     text seen, repetitions included. `learning_rate` None is `default_learning_rate`. A step takes `batch` windows,
     `device_batch` of them at once on each device. `layer_weight` adds to a distillation the relative squared error of
-    every layer's output, which pruning inside modules leaves as wide as the dense model's. `bf16` None: where there is
-    a CUDA device.
+    every layer's output, which pruning inside modules leaves as wide as the dense model's. `bf16` None: on a CUDA
+    device that computes in it.
     """
 
     tokens: int

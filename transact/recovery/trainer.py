@@ -3,6 +3,7 @@
 Legend: N windows, T tokens of a window, V vocabulary, L layers, D hidden size.
 """
 
+import gc
 import math
 import tempfile
 import time
@@ -14,14 +15,16 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 from ..checkpoint import plain_generation
 from ..configuration_transact import TransActConfig
 from ..entry import check_model, check_trainable, check_unquantised, checked_windows, undisturbed
 from ..modeling_transact import TransActForCausalLM
+from ..models import has_bfloat16
 from .callbacks import Bar, Milestones
 from .checkpoints import last_checkpoint, settings_of
+from .placement import Arguments, current, own_forward
 from .schedule import Training, epoch_order, rate_of_step
 
 
@@ -82,10 +85,11 @@ def recover(
     """Train a narrowed model on windows (N, T) of token ids; the model given is changed, and in evaluation mode after.
 
     AdamW with betas 0.9 and 0.95, gradients clipped at 1, a tenth of the steps to warm up, then a cosine down to
-    nothing; weights are kept in float32 meanwhile unless they are only adapted. Runs wherever Trainer does: one device,
-    or several under `accelerate launch`. With a directory for `checkpoints`, ten are written on the way (the last two
-    kept), and the same call goes on from the newest one to the same result. `evaluate` is called before training and
-    at `evaluations` equal distances.
+    nothing; weights are kept in float32 meanwhile unless they are only adapted. It trains where the model lies, or
+    under `accelerate launch` on a device for each process; the teacher is used where it lies, which may be another
+    device, several, or the host. With a directory for `checkpoints`, ten are written on the way (the last two kept),
+    and the same call goes on from the newest one to the same result. `evaluate` is called before training and at
+    `evaluations` equal distances.
 
     Raises ValueError for what cannot be trained so, or checkpoints of another run, and NonFiniteLossError where
     training diverges, with the last good checkpoint left where it is.
@@ -94,6 +98,7 @@ def recover(
     with undisturbed(model, *([] if teacher is None else [teacher])):
         windows = checked_windows(model, windows)
         recovered = _train(model, windows, training, teacher, checkpoints, evaluate, evaluations, progress)
+    gc.collect()  # Trainer is part of reference cycles that keep teacher and model
     recovered.model.eval()
     return recovered
 
@@ -121,7 +126,8 @@ def _train(
         resumed = last_checkpoint(Path(checkpoints), settings_of(model, windows, training, teacher))
     before, student = model.dtype, model
     # Trainer and adapters seed globally, and Trainer makes its directory even where nothing is saved
-    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as scratch:
+    every_gpu = range(torch.cuda.device_count())
+    with torch.random.fork_rng(every_gpu), current(model.device), tempfile.TemporaryDirectory() as scratch:
         if training.gradient_checkpointing:
             _checkpointing(model, "enable")({"use_reentrant": False})
         if "lora" in training.way:
@@ -143,8 +149,12 @@ def _train(
         if progress and trainer.is_world_process_zero():
             trainer.add_callback(Bar(count * windows.shape[1]))
         start = time.perf_counter()
-        with plain_generation(model):
-            trainer.train(resume_from_checkpoint=resumed)
+        with plain_generation(model), own_forward(student):
+            try:
+                trainer.train(resume_from_checkpoint=resumed)
+            finally:
+                if trainer.optimizer is not None:
+                    trainer.optimizer.state.clear()  # twice the weights, which the cycles would keep
     seconds = time.perf_counter() - start
     if student is not model:
         model = student.merge_and_unload()
@@ -204,16 +214,18 @@ def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _arguments(model: nn.Module, training: Training, directory: str | Path, *, saves: bool) -> TrainingArguments:
+def _arguments(model: nn.Module, training: Training, directory: str | Path, *, saves: bool) -> Arguments:
     on_cpu = model.device.type == "cpu"
-    arguments = TrainingArguments(
+    in_bfloat16 = has_bfloat16(model.device) if training.bf16 is None else training.bf16
+    arguments = Arguments(
         output_dir=str(directory), num_train_epochs=1, train_sampling_strategy="sequential",
         learning_rate=training.learning_rate, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0,
-        max_grad_norm=1.0, bf16=not on_cpu if training.bf16 is None else training.bf16, seed=training.seed,
+        max_grad_norm=1.0, bf16=in_bfloat16, seed=training.seed,
         use_cpu=on_cpu, report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False,
         save_strategy="steps" if saves else "no", save_steps=0.1, save_total_limit=2,
         logging_steps=0.01, remove_unused_columns=False, dataloader_pin_memory=not on_cpu,
     )  # fmt: skip
+    arguments.stay_at(model.device)
     if arguments.n_gpu > 1:  # one process, one GPU: several are for `accelerate launch`, not for DataParallel
         arguments._n_gpu = 1
     shares = arguments.world_size
@@ -248,7 +260,7 @@ class _RecoveryTrainer(Trainer):
         super().__init__(**options)
         self.model_accepts_loss_kwargs = False  # losses are means: Trainer divides by the accumulated batches
         self.layer_weight = layer_weight
-        self.teacher = teacher.to(self.args.device).eval() if teacher is not None else None
+        self.teacher = teacher
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """`rate_of_step` in place of transformers' schedules, whose first step has rate 0 and changes nothing."""
@@ -265,11 +277,12 @@ class _RecoveryTrainer(Trainer):
             loss = functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         else:
             with torch.no_grad():
-                wanted = self.teacher(input_ids=ids, use_cache=False, output_hidden_states=with_layers)
-            loss = divergence(outputs.logits, wanted.logits)
+                given = ids.to(self.teacher.device)
+                wanted = self.teacher(input_ids=given, use_cache=False, output_hidden_states=with_layers)
+            loss = divergence(outputs.logits, wanted.logits.to(outputs.logits.device))
             if with_layers:
                 pairs = zip(outputs.hidden_states[1:], wanted.hidden_states[1:], strict=True)
-                errors = [(mine - its).float().square().mean() / its.float().square().mean() for mine, its in pairs]
+                errors = [_relative_error(mine, its.to(mine.device)).to(loss.device) for mine, its in pairs]
                 loss = loss + self.layer_weight * torch.stack(errors).mean()
         if not loss.isfinite():
             raise NonFiniteLossError(f"the loss is {loss.item()} in step {self.state.global_step + 1}")
@@ -280,6 +293,10 @@ class _RecoveryTrainer(Trainer):
             if not is_finite(parameter):
                 raise NonFiniteLossError(f"{name} is not finite after step {self.state.global_step}")
         super()._save_checkpoint(model, trial)
+
+
+def _relative_error(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return (given - wanted).float().square().mean() / wanted.float().square().mean()
 
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
