@@ -1,6 +1,7 @@
 """Fixtures: a tiny checkpoint with a tokenizer on disk, and the embedded model where its package is installed."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from tests.tiny import tiny_llama
 from transact.models import EMBEDDED_MODEL
 
 
-def pytest_configure(config: pytest.Config):
-    # here and not in pyproject.toml, which `nox -s bench` and `nox -s ablations` read as well
-    config.addinivalue_line("filterwarnings", "error")
+def pytest_sessionstart(session: pytest.Session):
+    # here and not in pyproject.toml, which `nox -s bench` and `nox -s ablations` read as well; and not while plugins
+    # are configured, whose warnings are not ours
+    session.config.addinivalue_line("filterwarnings", "error")
+    os.environ.pop("PYTEST_XDIST_WORKER", None)  # runs that tests start are no workers
 
 
 @pytest.fixture(autouse=True)

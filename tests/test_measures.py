@@ -73,7 +73,7 @@ def test_a_perplexity_that_no_float_holds_is_null_and_its_loss_is_kept(shouting,
     assert printed["loss"] > 710
     assert printed["bits_per_byte"] > 0
     settings = {"calibration": str(tiny_text), "evaluation": str(tiny_text), "samples": 2, "windows": 3,
-                "calibration_seq_len": 16, "evaluation_seq_len": 16, "device": "cpu"}  # fmt: skip
+                "calibration_seq_len": 16, "evaluation_seq_len": 16, "device": "cpu", "dtype": "float32"}  # fmt: skip
     bench = Workbench(str(shouting), **settings)
     append_record(tmp_path / "records.jsonl", bench.measure(bench.dense_case))
     written = json.loads((tmp_path / "records.jsonl").read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ import collections
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import psutil
@@ -41,8 +42,9 @@ def test_a_comparison_with_no_saved_run_or_one_of_another_machine_goes_on(saved,
     assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout
 
 
-def test_warnings_are_errors_in_these_tests(recwarn, pytestconfig):
-    assert "error" in pytestconfig.getini("filterwarnings")
+def test_warnings_are_errors_in_these_tests():
+    with pytest.raises(UserWarning, match="ours"):
+        warnings.warn("ours", stacklevel=1)
 
 
 @pytest.fixture
