@@ -39,25 +39,31 @@ DEFAULT_TRAINING_LENGTH = 512
 MOST_WINDOWS_IN_TURN = 512  # sampling them costs half of what training on them does
 
 
-def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """The options that commands which train have; `training_defaults` holds those of all but the budget."""
-    parser.add_argument("--tokens", required=required, help="budget of training, in tokens seen: 500k, 2M ...")
+def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> argparse._ArgumentGroup:
+    """The group of the options of commands that train; `training_defaults` holds those of all but the budget."""
+    group = parser.add_argument_group("training", None if required else "after each shot, where --tokens is given")
+    group.add_argument(
+        "--tokens", metavar="N", required=required, help="budget of training, in tokens seen: 500k, 2M ..."
+    )
     options = [
-        parser.add_argument("--way", default=WAYS[0], help=f"{', '.join(WAYS)} ({WAYS[0]})"),
-        parser.add_argument("--text", default=DEFAULT_CALIBRATION,
-                            help=f"to train on, with commas: {SELF} (the dense model's own samples), "
-                                 f"{', '.join(TEXTS)} or text files ({DEFAULT_CALIBRATION})"),
-        parser.add_argument("--train-seq-len", type=int, help=f"tokens of its windows ({DEFAULT_TRAINING_LENGTH})"),
-        parser.add_argument("--learning-rate", type=float,
-                            help="highest one (5e-5 at width 4096; narrower more, few steps less)"),
-        parser.add_argument("--batch", type=int, default=8, help="windows of a step (8)"),
-        parser.add_argument("--device-batch", type=int, default=8, help="windows at once on a device (8)"),
-        parser.add_argument("--layer-weight", type=float, default=0.0, help="of layer outputs in a distillation (0)"),
-        parser.add_argument("--rank", type=int, default=16, help="of the adapters (16)"),
-        parser.add_argument("--gradient-checkpointing", action="store_true",
-                            help="compute activations twice, keep few"),
+        group.add_argument("--way", metavar="NAME", default=WAYS[0], help=f"{', '.join(WAYS)} ({WAYS[0]})"),
+        group.add_argument("--text", metavar="TEXTS", default=DEFAULT_CALIBRATION,
+                           help=f"to train on, with commas: {SELF} (the dense model's own samples), "
+                                f"{', '.join(TEXTS)} or text files ({DEFAULT_CALIBRATION})"),
+        group.add_argument("--train-seq-len", metavar="N", type=int,
+                           help=f"tokens of its windows ({DEFAULT_TRAINING_LENGTH})"),
+        group.add_argument("--learning-rate", metavar="RATE", type=float,
+                           help="highest one (5e-5 at width 4096; narrower more, few steps less)"),
+        group.add_argument("--batch", metavar="N", type=int, default=8, help="windows of a step (8)"),
+        group.add_argument("--device-batch", metavar="N", type=int, default=8, help="windows at once on a device (8)"),
+        group.add_argument("--layer-weight", metavar="WEIGHT", type=float, default=0.0,
+                           help="of layer outputs in a distillation (0)"),
+        group.add_argument("--rank", metavar="N", type=int, default=16, help="of the adapters (16)"),
+        group.add_argument("--gradient-checkpointing", action="store_true",
+                           help="compute activations twice, keep few"),
     ]  # fmt: skip
     parser.set_defaults(training_defaults={option.dest: option.default for option in options})
+    return group
 
 
 def training_of(options: argparse.Namespace) -> Training:
