@@ -15,11 +15,11 @@ from ..recovery import (
     NonFiniteLossError,
     Recovered,
     Training,
+    check_budget,
     checkpoints_in,
     hold_out,
     parse_tokens,
     recover,
-    shot_budgets,
 )
 from ..texts import (
     DEFAULT_CALIBRATION,
@@ -95,10 +95,7 @@ def training_windows(
     length = min(DEFAULT_TRAINING_LENGTH, context) if options.train_seq_len is None else options.train_seq_len
     if length > context:
         raise ValueError(f"train-seq-len {length} is longer than the model's context of {context}")
-    least = min(tokens for tokens, _ in shot_budgets(training.tokens, shots, 1.0))
-    if least < length:
-        share = f"in {shots} shots leave {least} for one of them, which is" if shots > 1 else "are"
-        raise ValueError(f"tokens {training.tokens} {share} less than one window of {length}")
+    check_budget(training.tokens, length, shots)
     names = source_names(options.text)
     if len(names) > 1 or names == [SELF]:
         seen = math.ceil(training.tokens / length * HELD_OUT_EVERY / (HELD_OUT_EVERY - 1))
