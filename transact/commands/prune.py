@@ -6,7 +6,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import transformers
@@ -19,7 +18,6 @@ from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config, reso
 from ..pipeline import Pruned, prune
 from ..prune import check_prunable
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
-from ..recovery import Recovered, check_checkpoints, held_out_loss, shot_trainings
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
 from ..widths import (
     GRANULARITIES,
@@ -33,15 +31,7 @@ from ..widths import (
     widths_of,
 )
 from .parser import add_model_options, add_output_options, add_subcommand, tell
-from .training import (
-    add_training_options,
-    checkpoints_of,
-    print_recovery,
-    train_with_advice,
-    training_of,
-    training_summary,
-    training_windows,
-)
+from .training import ShotTraining, add_training_options, checkpoints_of, print_recovery, training_of
 
 RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots", "ridge",
                   "measurements")  # fmt: skip
@@ -122,42 +112,6 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
     recipe = replace(recipe_by_name(options.preset or ("transact" if plain else "best")), **changes)
     recipe.check()
     return recipe
-
-
-class ShotTraining:
-    """Trains after each shot, by a part of the budget, and keeps what came of it."""
-
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        shots: int,
-        dense: torch.nn.Module,
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        checkpoints: Path,
-    ):
-        training = training_of(options)
-        check_checkpoints(checkpoints, allowed=["shot-*"])
-        self.sources, self.windows, self.held_out = training_windows(options, training, dense, tokenizer, shots)
-        training = training.with_rate(dense.config.hidden_size, self.windows.shape[1])
-        self.trainings = shot_trainings(training, shots)
-        self.teacher = dense if training.needs_teacher() else None
-        self.teacher_name = lasting_name(options.model) if training.needs_teacher() else None
-        self.checkpoints = checkpoints
-        self.recovered: list[Recovered] = []
-
-    def __call__(self, model: torch.nn.Module, shot: int) -> torch.nn.Module:
-        recovered = train_with_advice(
-            self.checkpoints / f"shot-{shot}", model, self.windows, self.trainings[shot - 1], teacher=self.teacher,
-            progress=True, evaluate=lambda student: held_out_loss(student, self.held_out),
-        )  # fmt: skip
-        self.recovered.append(recovered)
-        return recovered.model
-
-    def summaries(self) -> list[dict]:
-        return [
-            training_summary(training, self.sources, self.windows, recovered, self.teacher_name)
-            for training, recovered in zip(self.trainings, self.recovered, strict=True)
-        ]
 
 
 def check_prune_options(options: argparse.Namespace) -> None:

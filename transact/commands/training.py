@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from ..entry import check_vocabulary
+from ..models import lasting_name
 from ..recovery import (
     HELD_OUT_EVERY,
     WAYS,
@@ -16,10 +17,13 @@ from ..recovery import (
     Recovered,
     Training,
     check_budget,
+    check_checkpoints,
     checkpoints_in,
+    held_out_loss,
     hold_out,
     parse_tokens,
     recover,
+    shot_trainings,
 )
 from ..texts import (
     DEFAULT_CALIBRATION,
@@ -162,3 +166,39 @@ def held_out_perplexities(recovered: Recovered) -> tuple[float, float]:
     """Before and after training, infinite where no float holds it."""
     measured = [row["held_out_perplexity"] or math.inf for row in recovered.history if "held_out_perplexity" in row]
     return measured[0], measured[-1]
+
+
+class ShotTraining:
+    """Trains after each shot, by a part of the budget, and keeps what came of it."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        shots: int,
+        dense: torch.nn.Module,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        checkpoints: Path,
+    ):
+        training = training_of(options)
+        check_checkpoints(checkpoints, allowed=["shot-*"])
+        self.sources, self.windows, self.held_out = training_windows(options, training, dense, tokenizer, shots)
+        training = training.with_rate(dense.config.hidden_size, self.windows.shape[1])
+        self.trainings = shot_trainings(training, shots)
+        self.teacher = dense if training.needs_teacher() else None
+        self.teacher_name = lasting_name(options.model) if training.needs_teacher() else None
+        self.checkpoints = checkpoints
+        self.recovered: list[Recovered] = []
+
+    def __call__(self, model: torch.nn.Module, shot: int) -> torch.nn.Module:
+        recovered = train_with_advice(
+            self.checkpoints / f"shot-{shot}", model, self.windows, self.trainings[shot - 1], teacher=self.teacher,
+            progress=True, evaluate=lambda student: held_out_loss(student, self.held_out),
+        )  # fmt: skip
+        self.recovered.append(recovered)
+        return recovered.model
+
+    def summaries(self) -> list[dict]:
+        return [
+            training_summary(training, self.sources, self.windows, recovered, self.teacher_name)
+            for training, recovered in zip(self.trainings, self.recovered, strict=True)
+        ]
