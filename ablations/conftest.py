@@ -18,7 +18,6 @@ import pytest
 from bench.quality.texts import EVALUATION_TEXTS
 from bench.records import Case, Record, append_record, read_results, sole_writer
 from bench.suite import cluster
-from bench.suite.cases import failed
 from bench.suite.grid import estimate, in_order, shard_of
 from bench.suite.workbench import Workbench
 from reports.report import write_report, written

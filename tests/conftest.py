@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +17,17 @@ from transact.models import EMBEDDED_MODEL
 def pytest_configure(config: pytest.Config):
     # here and not in pyproject.toml, which `nox -s bench` and `nox -s ablations` read as well
     config.addinivalue_line("filterwarnings", "error")
+
+
+def pytest_runtest_setup(item: pytest.Item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and a CUDA device where there is one: a test that takes it runs on both."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)
