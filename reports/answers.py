@@ -1,25 +1,30 @@
 """A question of an ablation file, the records that answer it, and the frame that tables and pictures are made of."""
 
 import ast
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from operator import attrgetter
 from pathlib import Path
-from statistics import fmean
 
-import numpy as np
 import pandas as pd
 
-from bench.quality.significance import Difference, paired_differences
 from bench.records import Case, Record
 
+from .rises import (
+    ON,
+    differences,
+    interval_column,
+    interval_columns,
+    interval_of,
+    mean_rise,
+    other_rises,
+    rises_of_texts,
+)
 from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference, quality
 
 ABLATIONS = Path(__file__).resolve().parent.parent / "ablations"
-ON = "on "  # before a text's name: the rise over the dense model on it
 # what every other question leaves alone
 PLAIN = {"mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None, "mlp_multiple": None,
          "ridge": None, "recovery": "", "quantisation": ""}  # fmt: skip
@@ -247,107 +252,12 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
         row["times_dense"] = record.metrics["perplexity"] / dense.metrics["perplexity"] if dense else None
         row |= interval_columns(by_text) | {"mean_rise_nats": mean_rise(by_text.values())}
         row["other_texts_rise_nats"] = other
-        row |= _columns("rise", rise) | _columns("behind", lag)
+        row |= interval_of("rise", rise) | interval_of("behind", lag)
         total = widths_total(record)
         kept = [mine / whole for mine, whole in zip(total, full, strict=True)] if total and full else (None, None)
         row["attention_removed"], row["mlp_removed"] = (None if share is None else 1 - share for share in kept)
         rows.append(row)
     return rows
-
-
-def difference(record: Record, reference: Record | None) -> Difference | None:
-    """By how many nats the record's loss is higher; None where there is nothing to pair it with."""
-    return differences([record], [reference])[0]
-
-
-def differences(records: Sequence[Record], references: Sequence[Record | None]) -> list[Difference | None]:
-    """`difference` of each record and its reference."""
-    found: list[Difference | None] = [None] * len(records)
-    by_count: dict[int, list[int]] = {}
-    for place, (record, reference) in enumerate(zip(records, references, strict=True)):
-        if (
-            reference is not None
-            and reference is not record
-            and record.losses
-            and len(record.losses) == len(reference.losses)
-        ):
-            by_count.setdefault(len(record.losses), []).append(place)
-    for places in by_count.values():
-        scores, others = (np.array([one[place].losses for place in places], dtype=np.float64)
-                          for one in (records, references))  # fmt: skip
-        for place, one in zip(places, paired_differences(scores, others), strict=True):
-            found[place] = one
-    return found
-
-
-def losses_on(record: Record, text: Mapping) -> Sequence[float] | None:
-    """The record's losses on the same windows as a text of another record has; None where it has none."""
-    key = text["sha256"], len(text["losses"])
-    return next((one["losses"] for one in record.texts if (one["sha256"], len(one["losses"])) == key), None)
-
-
-def rises_of_texts(records: Sequence[Record], dense: Record | None) -> list[dict[str, Difference]]:
-    """By how many nats each record's loss is above the dense model's on each text of both, the first one first."""
-    found: list[dict[str, Difference]] = [{} for _ in records]
-    for place, text in enumerate(dense.texts if dense else ()):
-        mine = [losses_on(record, text) for record in records]
-        known = [index for index, losses in enumerate(mine) if losses is not None]
-        if not known:
-            continue
-        scores = np.array([mine[index] for index in known], dtype=np.float64)
-        references = np.broadcast_to(np.array(text["losses"], dtype=np.float64), scores.shape)
-        label = text_label(place, dense)
-        for index, change in zip(known, paired_differences(scores, references), strict=True):
-            found[index][label] = change
-    return found
-
-
-def text_label(place: int, record: Record) -> str:
-    """What tables call an evaluation text of a record: its name, and its hash where another has the same name."""
-    names = [text_named(text["name"]) for text in record.texts]
-    digest = record.texts[place]["sha256"][:6]
-    return names[place] if names.count(names[place]) == 1 else f"{names[place]} {digest}"
-
-
-def interval_columns(rises: Mapping[str, Difference]) -> dict:
-    """The columns `on NAME`, and those of its interval, of the rise on each text."""
-    return {name: value for text, rise in rises.items() for name, value in _columns(f"{ON}{text}", rise).items()}
-
-
-def mean_rise(rises: Iterable[Difference]) -> float:
-    """The mean over texts in nats, NaN where there is none."""
-    means = [rise.mean for rise in rises]
-    return fmean(means) if means else math.nan
-
-
-def other_rises(records: Sequence[Record], dense: Record | None) -> list[float]:
-    """The mean rise over the dense model on the texts beside the first, in nats; NaN where there is none."""
-    expected = [(text, fmean(text["losses"])) for text in (dense.texts[1:] if dense else ())]
-    found = []
-    for record in records:
-        mine = [(losses_on(record, text), loss) for text, loss in expected if record is not dense]
-        rises = [fmean(losses) - loss for losses, loss in mine if losses is not None]
-        found.append(fmean(rises) if rises else math.nan)
-    return found
-
-
-def _columns(name: str, found: Difference | None) -> dict:
-    mean, low, high = (found.mean, found.low, found.high) if found else (np.nan, np.nan, np.nan)
-    return {name: mean, f"{name}_low": low, f"{name}_high": high}
-
-
-def with_interval(found: Difference) -> str:
-    """The difference with its interval, marked with ≈ where that holds zero: it may be chance."""
-    if found.is_unknown:
-        return f"{found.mean:+.3f} [too few to tell]"
-    mark = " ≈" if found.is_noise else ""
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{mark}"
-
-
-def interval_column(frame: pd.DataFrame, name: str) -> list[str | None]:
-    """The columns NAME, NAME_low and NAME_high as the text of `with_interval`."""
-    triples = zip(*(frame[column] for column in (name, f"{name}_low", f"{name}_high")), strict=True)
-    return [None if pd.isna(mean) else with_interval(Difference(mean, low, high, 0.0)) for mean, low, high in triples]
 
 
 def widths_total(record: Record) -> tuple[int, int] | None:
@@ -364,11 +274,6 @@ def setting_words(question: Question, record: Record) -> str:
         return ""
     cache = record.case.kv_ratio if "kv_ratio" in question.along else None
     return f"{percent(record.case.ratio)}{f' (KV cache {percent(cache)})' if cache else ''} removed"
-
-
-def text_named(name: str) -> str:
-    """The name that a text, or several in turn, was asked for by: a record's also says which part of it was taken."""
-    return re.sub(":(calibration|evaluation)(?=$| ?[,+])", "", name)
 
 
 def table_of(found: Answer) -> pd.DataFrame:

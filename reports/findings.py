@@ -8,7 +8,8 @@ import pandas as pd
 from bench.quality.flips import Flips
 from bench.quality.significance import Difference
 
-from .answers import ON, Answer, difference, percent, with_interval
+from .answers import Answer, percent
+from .rises import ON, difference, with_interval
 from .texts import is_near, texts_of
 
 UNTOLD = "and nothing tells whether that is chance"

@@ -2,45 +2,35 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import cycle
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bench.output.figures import FAINT, LOOK, STYLES
+from bench.output.figures import FAINT, LOOK
 
-from .answers import ON, Answer, percent
-from .findings import is_on_front
-from .texts import MEAN, NEARNESS, is_near, texts_of
-
-METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "dense", "magnitude", "random")
-BARS = "bars: one standard error"
-
-
-def style_of(method: str, others: Sequence[str] = ()) -> tuple[str, str, str]:
-    """Colour, marker and dashes of a method, the same in every picture; `others` are those that METHODS lacks."""
-    known = [*METHODS, *sorted(set(others) - set(METHODS))]
-    return style_number(known.index(method))
-
-
-def style_number(number: int) -> tuple[str, str, str]:
-    """Colour, marker and dashes of the line of that number; beyond ten, colours come again with other markers."""
-    colour, _, dashes = STYLES[number % len(STYLES)]
-    return colour, STYLES[(number + number // len(STYLES)) % len(STYLES)][1], dashes
-
-
-def styles_of(labels: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """The style of each label: a method's own where labels are methods, else in order."""
-    labels = list(dict.fromkeys(labels))
-    if set(labels) <= set(methods):
-        return {label: style_of(label, labels) for label in labels}
-    return {label: style_number(number) for number, label in enumerate(labels)}
+from .answers import Answer, percent
+from .drawing import (
+    BARS,
+    draw_dense,
+    draw_front,
+    draw_line,
+    finish_lines,
+    legend,
+    line_names,
+    perplexity_axis,
+    perplexity_bars,
+    plain_log_axis,
+    plain_number,
+    style_number,
+    styles_of,
+    with_dense,
+)
+from .rises import ON
+from .texts import is_near, texts_of
 
 
 def draw(picture: Callable[..., Figure], found: Answer | pd.DataFrame, *arguments) -> Figure:
@@ -53,136 +43,9 @@ def draw(picture: Callable[..., Figure], found: Answer | pd.DataFrame, *argument
         return picture(found, *arguments)
 
 
-def plain_number(value: float, _=None) -> str:
-    return "more than 1e308" if np.isnan(value) else f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
-
-
-def plain_log_axis(axis: Axis, low: float, high: float) -> None:
-    """Ticks in plain numbers: as many as a logarithmic axis from `low` to `high` has room for."""
-    span = np.log10(high / low) if low > 0 else 1
-    subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if span < 0.7 else (1, 2, 5) if span < 2.5 else (1,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=50))
-    axis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=50) if span >= 2.5 else NullLocator())
-    axis.set_major_formatter(FuncFormatter(plain_number))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def perplexity_axis(axes: Axes, values: pd.Series, which: str = "y", bars: str = f"; {BARS}") -> None:
-    """Make it a logarithmic axis of perplexity in plain numbers."""
-    getattr(axes, f"set_{which}scale")("log")
-    getattr(axes, f"set_{which}label")(f"perplexity (log scale{bars})")
-    plain_log_axis(getattr(axes, f"{which}axis"), values.min(), values.max())
-    if values.isna().all():
-        getattr(axes, f"set_{which}lim")(1, 10)  # a logarithmic axis without data has no ticks to find
-
-
-def highest_shown(perplexities: pd.Series, gap: float = 4) -> float:
-    """The perplexity above which lines leave the picture: the last before a wide gap in the upper half, or the highest
-    (NaN where there is none).
-
-    One criterion that breaks the model would press all the others into one line.
-    """
-    values = np.sort(perplexities.dropna().to_numpy(dtype=float))
-    wide = [place for place in range(len(values) // 2, len(values) - 1) if values[place + 1] > gap * values[place]]
-    return values[wide[0]] if wide else max(values, default=np.nan)
-
-
-def cut_above(axes: Axes, frame: pd.DataFrame, highest: float, names: str) -> None:
-    """End the axis above `highest`, and name what lies beyond with its perplexities."""
-    beyond = frame[~(frame["perplexity"] <= highest)]
-    if not len(beyond):
-        return
-    if highest > 0:
-        axes.set_ylim(min(frame["perplexity"].min(), *axes.yaxis.get_data_interval()) / 1.15, highest * 1.25)
-    words = [
-        f"{name} {', '.join(map(plain_number, rows.sort_values('fraction_removed')['perplexity']))}"
-        for name, rows in beyond.groupby(names, sort=False)
-    ]
-    axes.set_title("\n".join(["above the picture:", *words]), fontsize=8, color=FAINT, loc="left")
-
-
-def fraction_axis(axes: Axes, frame: pd.DataFrame) -> None:
-    """Ticks across where something was measured, as long as these are few."""
-    axes.set_xlabel("decoder linear parameters removed (%)")
-    ratios = sorted(set(frame["ratio"]))
-    if len(ratios) <= 8:
-        axes.set_xticks([ratio * 100 for ratio in ratios], [f"{ratio * 100:.3g}" for ratio in ratios])
-
-
-def draw_dense(axes: Axes, perplexity: float | None, which: str = "y") -> None:
-    """A grey line where the dense model is."""
-    if perplexity is None or np.isnan(perplexity):
-        return
-    line = axes.axhline if which == "y" else axes.axvline
-    line(perplexity, color=FAINT, linewidth=1, zorder=0)
-    if which == "y":
-        place, transform, offset, vertical = (1, perplexity), axes.get_yaxis_transform(), (3, 0), "center"
-    else:
-        place, transform, offset, vertical = (perplexity, 1), axes.get_xaxis_transform(), (2, 1), "bottom"
-    axes.annotate("dense", place, xycoords=transform, color=FAINT, ha="left", va=vertical, xytext=offset,
-                  textcoords="offset points")  # fmt: skip
-
-
 def _dense_perplexity(found: Answer) -> float | None:
     perplexity = found.dense.metrics["perplexity"] if found.dense else np.inf
     return perplexity if perplexity < np.inf else None
-
-
-def line_names(frame: pd.DataFrame) -> pd.Series:
-    """What a legend calls each row's line: its group and label."""
-    return frame["group"].where(frame["group"] == "", frame["group"] + ": ") + frame["label"]
-
-
-def legend(figure: Figure, axes: Axes) -> None:
-    """A legend below the data, in as many columns as its longest label leaves room for; it lengthens the figure."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        columns = min(max(84 // (max(map(len, labels)) + 8), 1), 4)
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-        figure.set_figheight(figure.get_figheight() + 0.22 * max(0, -(-len(labels) // columns) - 2))
-
-
-def plot_perplexity(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Perplexity (logarithmic) against the fraction removed, one line for each method, error bars of one error."""
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    dense = frame[frame["method"] == "dense"]
-    pruned = frame[frame["method"] != "dense"]
-    for method, group in pruned.groupby("method"):
-        points = pd.concat([dense, group]).sort_values("fraction_removed")
-        draw_line(axes, points, "fraction_removed", method, style_of(method, frame["method"]), scale=100)
-    figure.suptitle(title, fontsize=10)
-    finish_lines(figure, axes, frame, dense["perplexity"].iloc[0] if len(dense) else None, "method")
-    return figure
-
-
-def finish_lines(figure: Figure, axes: Axes, frame: pd.DataFrame, dense: float | None, names: str) -> None:
-    """What lines of perplexity over the fraction removed stand in; the column `names` names the lines."""
-    draw_dense(axes, dense)
-    highest = highest_shown(frame["perplexity"])
-    perplexity_axis(axes, with_dense(frame["perplexity"], dense).clip(upper=highest if highest > 0 else None))
-    fraction_axis(axes, frame)
-    axes.grid(which="both")
-    cut_above(axes, frame, highest, names)
-    legend(figure, axes)
-
-
-def perplexity_bars(frame: pd.DataFrame) -> np.ndarray:
-    """What one standard error of the loss takes from the perplexity and adds to it, (2, rows): never below zero."""
-    perplexity = frame["perplexity"].to_numpy(dtype=float)
-    if "perplexity_standard_error" not in frame:
-        return np.zeros((2, len(frame)))
-    relative = np.nan_to_num(frame["perplexity_standard_error"].to_numpy(dtype=float) / perplexity)
-    return np.stack([perplexity * -np.expm1(-relative), perplexity * np.expm1(relative)])
-
-
-def draw_line(axes: Axes, points: pd.DataFrame, x: str, name: str, style: tuple, scale: float = 1) -> None:
-    """Perplexity of the points with bars of one standard error, joined in the order of the frame."""
-    colour, marker, dashes = style
-    every = 1 + len(points) // 30  # of thousands of points not every one is marked
-    axes.errorbar((points[x] * scale).astype(float), points["perplexity"].astype(float),
-                  yerr=perplexity_bars(points), label=name, color=colour, marker=marker, markersize=5,
-                  linestyle=dashes, linewidth=1.5, capsize=3, markevery=every, errorevery=every)  # fmt: skip
 
 
 def plot_lines(found: Answer) -> Figure:
@@ -200,10 +63,6 @@ def plot_lines(found: Answer) -> Figure:
         draw_line(axes, points.sort_values("fraction_removed"), "fraction_removed", line, styles[line], scale=100)
     finish_lines(figure, axes, frame, _dense_perplexity(found), "line")
     return figure
-
-
-def with_dense(perplexities: pd.Series, dense: float | None) -> pd.Series:
-    return pd.concat([perplexities, pd.Series([] if dense is None else [dense], dtype=float)])
 
 
 PANELS = {"perplexity": "perplexity", "decode_tokens_per_s": "decoded tokens per second", "weight_mib": "weights (MiB)"}
@@ -316,25 +175,6 @@ def plot_budget(found: Answer) -> Figure:
     return figure
 
 
-def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: dict) -> None:
-    """Points of each label, and a line through those that no other beats, with the fraction removed beside these."""
-    frame = frame.dropna(subset=["perplexity"])
-    front = frame[is_on_front(frame, ("perplexity",), (x,))].sort_values(x) if len(frame) else frame
-    axes.plot(front[x] * scale, front["perplexity"], color=FAINT, linewidth=1, linestyle="-", zorder=1,
-              drawstyle="default", label="beaten by no other")  # fmt: skip
-    for line, points in frame.groupby("line", sort=False):
-        colour, marker, _ = styles[line]
-        errors = points.get(f"{x}_standard_error")
-        across = None if errors is None else errors.astype(float).fillna(0) * scale
-        axes.errorbar(points[x] * scale, points["perplexity"], xerr=across, yerr=perplexity_bars(points), label=line,
-                      color=colour, marker=marker, markersize=6, linestyle="none", capsize=2, elinewidth=1)  # fmt: skip
-    for place, ratio, perplexity in zip(front[x] * scale, front["ratio"], front["perplexity"], strict=True):
-        if ratio:
-            axes.annotate(percent(ratio), (place, perplexity), xytext=(6, -11), textcoords="offset points", fontsize=8)
-    perplexity_axis(axes, frame["perplexity"])
-    axes.grid(which="both")
-
-
 def plot_trade_off(found: Answer) -> Figure:
     """Perplexity against what is removed of the parameters, and of the KV cache, with the front of each."""
     frame = found.frame.assign(line=line_names(found.frame))
@@ -401,40 +241,6 @@ def _history_perplexity(point: dict) -> float:
         return float(point.get("perplexity") or np.exp(point["loss_nats"]))
 
 
-def plot_tasks(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy of every task, one marker for each method with a bar of one standard error; guessing as a grey tick."""
-    frame = frame[frame["metric"] == "acc"]
-    tasks = list(dict.fromkeys(frame["task"]))
-    figure = Figure(figsize=(7.5, 1.4 + 0.42 * len(tasks)), layout="constrained")
-    axes = figure.subplots()
-    methods = list(dict.fromkeys(zip(frame["method"], frame["ratio"], strict=True)))
-    markers = cycle("osD^vP")
-    for number, (method, ratio) in enumerate(methods):
-        colour, marker, _ = style_of(method, frame["method"])
-        group = frame[(frame["method"] == method) & (frame["ratio"] == ratio)]
-        if [one for one, _ in methods].count(method) > 1:  # the same method at several fractions
-            marker = next(markers)
-        offset = 0.5 * (number / max(1, len(methods) - 1) - 0.5)
-        places = [tasks.index(task) + offset for task in group["task"]]
-        label = method if method == "dense" else f"{method}, {percent(ratio)} removed"
-        axes.errorbar(group["value"], places, xerr=group["standard_error"], label=label, color=colour, marker=marker,
-                      linestyle="none", markersize=5, capsize=2)  # fmt: skip
-    for place, task in enumerate(tasks):
-        chance = frame[frame["task"] == task]["chance"].iloc[0]
-        if pd.notna(chance):
-            axes.plot([chance, chance], [place - 0.35, place + 0.35], color=FAINT, linewidth=1.5, zorder=3,
-                      label="guessing" if place == 0 else None)  # fmt: skip
-    capabilities = frame.drop_duplicates("task").set_index("task")["capability"]
-    labels = [f"{task} ({capabilities[task]})" if pd.notna(capabilities[task]) else task for task in tasks]
-    axes.set_yticks(range(len(tasks)), labels)
-    axes.invert_yaxis()
-    axes.set(xlabel=f"accuracy ({BARS})", xlim=(-0.02, 1.02))
-    axes.set_title(title)
-    axes.grid()
-    legend(figure, axes)
-    return figure
-
-
 def plot_transfer(found: Answer) -> Figure:
     """Nats over the dense model: calibration texts by evaluation texts, a heat map for each preset and fraction.
 
@@ -472,84 +278,4 @@ def plot_transfer(found: Answer) -> Figure:
     panels[0, 0].invert_yaxis()
     figure.supylabel("calibrated on", fontsize=10)
     figure.suptitle("evaluated on (bold: near the calibration text)", fontsize=10)
-    return figure
-
-
-def plot_texts(frame: pd.DataFrame, title: str = "") -> Figure:
-    """The rise over the dense model in nats against the fraction removed, a panel for each text and their mean."""
-    texts = texts_of(frame)
-    near = [text for text in texts if is_near(text, frame["calibration_text"].dropna().iloc[:1].squeeze())]
-    columns = {f"{ON}{text}": f"{text} ({'near' if text in near else 'far'})" for text in texts}
-    columns |= {"mean_rise_nats": MEAN}
-    down = -(-len(columns) // 2)
-    figure = Figure(figsize=(7.5, 0.8 + 2.7 * down), layout="constrained")
-    panels = figure.subplots(down, 2, squeeze=False, sharex=True, sharey=True).flatten()
-    highest = highest_rise(pd.concat([frame[name] for name in columns]))
-    for axes, (name, words) in zip(panels, columns.items(), strict=False):
-        draw_methods(axes, frame, name, 0.0)
-        axes.set(title=words, ylim=(min(0, frame[list(columns)].min().min()) - 0.03 * highest, highest * 1.06))
-    for axes in panels[len(columns) :]:
-        axes.set_visible(False)
-    for axes in panels[::2]:
-        axes.set_ylabel("rise in loss (nats)")
-    for axes in panels[len(columns) - 2 :]:
-        fraction_axis(axes, frame)
-        axes.tick_params(labelbottom=True)
-    beyond = frame[(frame[list(columns)] > highest).any(axis=1)]
-    words = [f"above the picture: {', '.join(dict.fromkeys(beyond['method']))}"] if len(beyond) else []
-    figure.suptitle("\n".join([title, *words]), fontsize=10)
-    legend(figure, panels[0])
-    return figure
-
-
-def highest_rise(nats: pd.Series) -> float:
-    """The rise above which lines leave the picture, as `highest_shown` has it for the perplexities."""
-    nats = nats.dropna().astype(float)
-    return nats[np.exp(nats) <= highest_shown(np.exp(nats))].max()
-
-
-def draw_methods(axes: Axes, frame: pd.DataFrame, y: str, dense: float) -> None:
-    """A line for each method of the column `y` over the fraction removed, from the dense model's value at nothing."""
-    errors = f"{y}_standard_error"
-    for method, rows in frame.groupby("method", sort=False):
-        rows = rows.sort_values("fraction_removed")
-        colour, marker, dashes = style_of(method, frame["method"])
-        bars = [0, *rows[errors].astype(float).fillna(0)] if errors in rows else None
-        removed, every = [0, *rows["fraction_removed"] * 100], 1 + len(rows) // 30
-        axes.errorbar(
-            removed,
-            [dense, *rows[y]],
-            yerr=bars,
-            label=method,
-            color=colour,
-            marker=marker,
-            markersize=5,
-            linestyle=dashes,
-            linewidth=1.5,
-            capsize=2,
-            markevery=every,
-            errorevery=every,
-        )
-    axes.grid()
-
-
-def plot_fidelity(frame: pd.DataFrame, title: str = "") -> Figure:
-    """KL divergence, top-1 agreement and greedy agreement against the fraction removed, a panel each."""
-    words = {"kl_nats": "KL from the dense model (nats)", "top1_agreement": "same likeliest token (%)",
-             "greedy_agreement": "greedy tokens the same (%)"}  # fmt: skip
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    pruned = frame[frame["method"] != "dense"]
-    highest = highest_rise(pruned["kl_nats"])
-    for axes, name in zip(figure.subplots(1, 3), NEARNESS, strict=True):
-        is_share, both = name != "kl_nats", [name, f"{name}_standard_error"]
-        scaled = pruned.assign(**(pruned[both].astype(float) * (100 if is_share else 1)))
-        draw_methods(axes, scaled, name, 100 if is_share else 0)
-        fraction_axis(axes, pruned)
-        axes.set_xlabel("parameters removed (%)")
-        axes.set_ylabel(words[name])
-        axes.set_ylim((-3, 103) if is_share else (-0.03 * highest, highest * 1.12))
-        if not is_share and (beyond := list(dict.fromkeys(pruned["method"][pruned[name] > highest]))):
-            axes.set_title(f"above the picture: {', '.join(beyond)}", fontsize=8, color=FAINT)
-    figure.suptitle(f"{title}; {BARS}" if title else BARS, fontsize=10)
-    legend(figure, figure.axes[0])
     return figure

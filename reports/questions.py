@@ -5,7 +5,8 @@ from functools import partial
 from bench.records import Record
 
 from . import findings, plots
-from .answers import ON, Question, text_named
+from .answers import Question
+from .rises import ON, text_named
 from .sets import is_timed
 
 RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots")

@@ -7,7 +7,7 @@ import pandas as pd
 
 from bench.records import Record
 
-from .answers import ON, interval_columns, mean_rise, rises_of_texts, text_named
+from .rises import ON, interval_columns, mean_rise, rises_of_texts, text_named
 from .sets import is_reference
 
 NEARNESS = ("kl_nats", "top1_agreement", "greedy_agreement")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +20,17 @@ def pytest_sessionstart(session: pytest.Session):
     # are configured, whose warnings are not ours
     session.config.addinivalue_line("filterwarnings", "error")
     os.environ.pop("PYTEST_XDIST_WORKER", None)  # runs that tests start are no workers
+
+
+def pytest_runtest_setup(item: pytest.Item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and a CUDA device where there is one: a test that takes it runs on both."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from transact import dense_widths, select
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def tokens(batch: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
-    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+def tokens(batch: int = 2, length: int = 24, seed: int = 1, device: torch.device | None = None) -> torch.Tensor:
+    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def logits(model, **inputs):
@@ -33,24 +33,26 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_plan_that_keeps_everything_is_bit_equal(variant):
-    dense = tiny_llama(variant)
+def test_plan_that_keeps_everything_is_bit_equal(variant, device):
+    dense = tiny_llama(variant).to(device)
     everything = select(scores_of(dense, "random"), dense_widths(dense.config))
     narrowed = transact.apply_plan(dense, everything)
-    assert torch.equal(logits(narrowed, input_ids=tokens()), logits(dense, input_ids=tokens()))
+    ids = tokens(device=device)
+    assert torch.equal(logits(narrowed, input_ids=ids), logits(dense, input_ids=ids))
 
 
 @pytest.mark.parametrize("drop_heads", [False, True], ids=["all-heads", "fewer-heads"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_the_zeroed_dense_model(variant, attention, drop_heads):
-    dense = tiny_llama(variant)
+def test_equals_the_zeroed_dense_model(variant, attention, drop_heads, device):
+    dense = tiny_llama(variant).to(device)
     dense.set_attn_implementation(attention)
     plan = random_plan(dense.config, drop_heads=drop_heads)
     narrowed, oracle = transact.apply_plan(dense, plan), zeroed(dense, plan)
     if variant != "tied" or drop_heads:
         assert narrowed.num_parameters() < dense.num_parameters()
-    assert_same(logits(narrowed, input_ids=tokens()), logits(oracle, input_ids=tokens()))
+    ids = tokens(device=device)
+    assert_same(logits(narrowed, input_ids=ids), logits(oracle, input_ids=ids))
 
 
 @settings(max_examples=40, deadline=None)

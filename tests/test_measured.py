@@ -35,10 +35,10 @@ def difference_quotient(narrowed, dense, windows, module, error, step=1e-2):
 
 
 @pytest.mark.parametrize("make", [lambda: tiny_llama("biases"), lambda: tiny_relative("mistral")])
-def test_slopes_are_those_of_finite_differences(make):
-    dense = make().double()
+def test_slopes_are_those_of_finite_differences(make, device):
+    dense = make().double().to(device)
     narrowed = transact.apply_plan(dense, random_plan(dense.config)).requires_grad_(False)
-    windows = torch.randint(1, 97, (6, 12), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(1, 97, (6, 12), generator=torch.Generator().manual_seed(0)).to(device)
     slopes = error_slopes(narrowed, dense, windows)
     for index, (layer, before) in enumerate(zip(narrowed.model.layers, dense.model.layers, strict=True)):
         pairs_alone = _with_values_of(layer.self_attn, before.self_attn)

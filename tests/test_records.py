@@ -17,7 +17,8 @@ import pytest
 from bench.output.tables import markdown_table
 from bench.quality.significance import check_comparable
 from bench.records import Case, Record, append_record, read_records, read_results, sole_writer
-from reports.report import records_frame, write_report
+from reports.frames import records_frame
+from reports.report import write_report
 
 CASE = Case(
     model="tiny", model_hash="0" * 16, criterion="activation", granularity="dims", modules="qk+vo+mlp",

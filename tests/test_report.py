@@ -19,10 +19,12 @@ from bench.output.tables import latex_table, markdown_table
 from bench.records import append_record, finite, read_records
 from reports import findings
 from reports.__main__ import main
-from reports.answers import answer, rises_of_texts, table_of, text_label, text_named
+from reports.answers import answer, table_of
 from reports.findings import plain
+from reports.frames import records_frame, tasks_frame
 from reports.questions import QUESTIONS
-from reports.report import records_frame, tasks_frame, write_report
+from reports.report import write_report
+from reports.rises import rises_of_texts, text_label, text_named
 from reports.sets import ASIDE, newest_set
 from reports.texts import is_near, texts_frame, texts_of
 from tests.synthetic import BASE, DENSE, PRESETS, Maker
@@ -435,7 +437,9 @@ def test_figures_are_plain(value, text):
 def test_lines_far_above_the_others_leave_the_picture_and_are_named():
     from pandas import DataFrame
 
-    from reports.plots import draw, highest_shown, plot_perplexity
+    from reports.drawing import highest_shown
+    from reports.overviews import plot_perplexity
+    from reports.plots import draw
 
     rows = [
         ("dense", 0.0, 23.0),
@@ -495,7 +499,7 @@ def test_models_without_a_perplexity_keep_their_loss(which, records, tmp_path, c
 def test_the_highest_line_stays_in_the_picture():
     from pandas import Series
 
-    from reports.plots import highest_rise
+    from reports.drawing import highest_rise
 
     assert highest_rise(Series([0.157, 0.381, 0.335])) == 0.381
     assert highest_rise(Series([0.1, 0.2, 0.3, 4.0])) == 0.3

@@ -9,9 +9,9 @@ from transact.texts.samples import LEAST_ENTROPY, OPENERS, own_samples
 
 
 @pytest.fixture
-def model(tiny_directory):
+def model(tiny_directory, device):
     """A tiny model of small weights: its predictions are nearly even."""
-    model = transact.load_model(tiny_directory)[0]
+    model = transact.load_model(tiny_directory, device=str(device))[0]
     with torch.no_grad():
         model.lm_head.weight.mul_(0.05)
     return model
@@ -19,7 +19,7 @@ def model(tiny_directory):
 
 @pytest.fixture
 def tokenizer(tiny_directory):
-    return transact.load_model(tiny_directory)[1]
+    return transact.load_model(tiny_directory, device="cpu")[1]
 
 
 def test_fewer_samples_are_the_first_of_more(model, tokenizer):
@@ -55,8 +55,8 @@ def test_odd_windows_begin_with_openers_of_many_kinds(model, tokenizer):
 def test_entropy_is_that_of_a_plain_forward_pass(model):
     """What the roomy cache computes step by step is what the model computes at once."""
     prompts = [[5], [5, 7, 8]]
-    windows, entropy = samples._sampled(model, prompts, 20, torch.Generator().manual_seed(0))
-    ids = torch.cat((torch.tensor([[5], [5]]), windows), dim=1)
+    windows, entropy = samples._sampled(model, prompts, 20, torch.Generator(model.device).manual_seed(0))
+    ids = torch.cat((torch.tensor([[5], [5]]), windows), dim=1).to(model.device)
     with torch.no_grad():
         log_probabilities = model(ids[:, :-1]).logits.log_softmax(dim=-1)
     nats = -log_probabilities.gather(2, ids[:, 1:, None]).squeeze(2)
@@ -65,9 +65,9 @@ def test_entropy_is_that_of_a_plain_forward_pass(model):
 
 
 def test_samples_follow_the_models_distribution(model):
-    windows, _ = samples._sampled(model, [[5]] * 4000, 2, torch.Generator().manual_seed(0))
+    windows, _ = samples._sampled(model, [[5]] * 4000, 2, torch.Generator(model.device).manual_seed(0))
     with torch.no_grad():
-        expected = model(torch.tensor([[5]])).logits[0, -1].softmax(dim=-1)
+        expected = model(torch.tensor([[5]], device=model.device)).logits[0, -1].softmax(dim=-1).cpu()
     seen = torch.bincount(windows[:, 0], minlength=len(expected)) / 4000
     assert (seen - expected).abs().sum() < 0.2
 

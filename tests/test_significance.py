@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from bench.quality.significance import differences, paired_difference, paired_differences
-from reports.answers import with_interval
-from reports.report import pairs_frame, records_frame, tasks_frame, write_report
+from reports.frames import pairs_frame, records_frame, tasks_frame
+from reports.report import write_report
+from reports.rises import with_interval
 from tests.test_records import record
 
 

@@ -167,10 +167,17 @@ class _Collector:
         )
 
 
-def held_out_split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows to fit on and those held out: every eighth, or the last of two to seven; one alone is fitted on."""
-    step = min(HELD_OUT_EVERY, len(windows))
+def held_out_split(
+    windows: torch.Tensor, every: int = HELD_OUT_EVERY, most: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to fit on and those held out: every eighth, or the last of two to seven; one alone is fitted on.
+
+    Another number than eight is `every`; of all that it gives, the first `most` are held out.
+    """
+    step = min(every, len(windows))
     is_held_out = torch.arange(len(windows)) % step == step - 1
+    if most is not None:
+        is_held_out &= is_held_out.cumsum(dim=0) <= most
     if len(windows) == 1:
         is_held_out[0] = False
     return windows[~is_held_out], windows[is_held_out]

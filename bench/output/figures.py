@@ -1,4 +1,4 @@
-"""The one style of all pictures, and their files: colour-blind-safe, markers and dashes for print."""
+"""Pictures in the one style of `pictures.mplstyle`, and their files."""
 
 import io
 from pathlib import Path
@@ -8,15 +8,10 @@ from matplotlib.figure import Figure
 
 from .files import write_whole
 
-INK, FAINT = "#1f2328", "#808080"  # the page turns ink into the colour of its text; the grey suits light and dark
-# Okabe and Ito's colour-blind-safe colours; markers and dashes tell the lines apart in print
-STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"),
-          ("#E69F00", "v", "-"), ("#56B4E9", "P", "--"), (INK, "X", "-."), ("#A6761D", "<", ":"),
-          ("#808080", ">", "-"), ("#7A68C8", "h", "--")]  # fmt: skip
-LOOK = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.facecolor": "none", "figure.facecolor": "#ffffff", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "transact", "grid.color": FAINT,
-        "grid.alpha": 0.25, "axes.axisbelow": True}  # fmt: skip
+LOOK = {**matplotlib.rc_params_from_file(Path(__file__).with_name("pictures.mplstyle"), use_default_template=False)}
+INK, FAINT = LOOK["text.color"], LOOK["grid.color"]
+# a method has its own wherever it is drawn: styles are not taken in turn
+STYLES = [(one["color"], one["marker"], one["linestyle"]) for one in LOOK.pop("axes.prop_cycle")]
 
 
 def write_figure(stem: Path, figure: Figure) -> list[Path]:
@@ -24,10 +19,8 @@ def write_figure(stem: Path, figure: Figure) -> list[Path]:
     files = []
     for suffix in (".png", ".svg"):
         content = io.BytesIO()
-        with matplotlib.rc_context(LOOK):  # the same records give the same file
-            figure.savefig(
-                content, format=suffix[1:], dpi=160, metadata={"Date": None} if suffix == ".svg" else None,
-            )  # fmt: skip
+        with matplotlib.rc_context(LOOK):
+            figure.savefig(content, format=suffix[1:], metadata={"Date": None} if suffix == ".svg" else None)
         figure.set_layout_engine("none")  # laid out once is enough
         files.append(write_whole(stem.with_suffix(suffix), content.getvalue()))
     return files

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from transact.entry import check_vocabulary
+from transact.recovery.held_out import perplexity_of, token_losses
 from transact.texts import Text, cut_windows, tokenise
 
 from .token_bytes import token_bytes
@@ -149,8 +150,7 @@ def measure_perplexity(
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float()
         if on_logits is not None:
             on_logits(logits)
-        each = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        losses.append(each.view(len(batch), -1).double().cpu())
+        losses.append(token_losses(logits, batch[:, 1:]))
     each = torch.cat(losses)
     nats, tokens = each.sum(dim=1), torch.full((count,), length)
     nats[-1], tokens[-1] = each[-1, -windows.in_last :].sum(), windows.in_last
@@ -159,7 +159,7 @@ def measure_perplexity(
         raise ValueError(f"the loss of window {int((~per_window.isfinite()).nonzero()[0])} is not finite")
     loss = nats.sum().item() / windows.predicted
     return Perplexity(
-        perplexity=torch.tensor(loss, dtype=torch.float64).exp().item(),
+        perplexity=perplexity_of(loss),
         bits_per_byte=math.nan if windows.bytes is None else nats.sum().item() / math.log(2) / windows.bytes,
         loss=loss,
         standard_error=per_window.std().item() / math.sqrt(count) if count > 1 else math.nan,

@@ -8,19 +8,21 @@ from ..checkpoint import EXPORTED, all_or_nothing, check_export_destination, sav
 from ..export import FORMATS, GGUF_TYPES, check_exportable, check_tokenizer, plain_llama, write_gguf
 from ..models import load_model, read_config
 from ..widths import fraction_removed, widths_of
-from .parser import add_subcommand
+from .parser import add_output_options, add_subcommand
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     description = "write a pruned checkpoint for tools that know only plain Llamas"
-    parser = add_subcommand(commands, "export", run, description)
+    parser = add_subcommand(commands, "export", run, description, "DIRECTORY OUT")
     parser.add_argument("directory", help="a pruned checkpoint directory")
     parser.add_argument("out", help="what to write: a directory (llama) or a file (gguf); must not exist")
-    parser.add_argument("--format", choices=FORMATS, default="llama",
-                        help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp (llama)")  # fmt: skip
-    parser.add_argument("--type", choices=[*GGUF_TYPES], default="f16", help="of matrices in a GGUF file (f16)")
-    parser.add_argument("--pad", action="store_true", help="pad with zeros up to the widest layer, whatever it costs")
-    parser.add_argument("--overwrite", action="store_true", help="replace what was exported to OUT")
+    what = parser.add_argument_group("format")
+    what.add_argument("--format", metavar="NAME", choices=FORMATS, default="llama",
+                      help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp (llama)")  # fmt: skip
+    what.add_argument("--type", metavar="NAME", choices=[*GGUF_TYPES], default="f16",
+                      help=f"of matrices in a GGUF file: {', '.join(GGUF_TYPES)} (f16)")  # fmt: skip
+    what.add_argument("--pad", action="store_true", help="pad with zeros up to the widest layer, whatever it costs")
+    add_output_options(parser, "replace what was exported to OUT")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from .parser import add_subcommand
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     description = "print widths, parameters and KV bytes per token of a checkpoint"
-    parser = add_subcommand(commands, "inspect", run, description)
+    parser = add_subcommand(commands, "inspect", run, description, "DIRECTORY")
     parser.add_argument("directory", help="a checkpoint directory, pruned or dense")
 
 

@@ -59,17 +59,32 @@ def less_memory(options: argparse.Namespace) -> str:
     return "; --layerwise keeps one block at a time on the device"
 
 
-def add_subcommand(commands: argparse._SubParsersAction, name: str, run: Callable, description: str):
-    """The parser of a subcommand that `run` carries out."""
-    parser = commands.add_parser(name, help=description, description=description)
+def add_subcommand(
+    commands: argparse._SubParsersAction, name: str, run: Callable, description: str, given: str
+) -> argparse.ArgumentParser:
+    """The parser of a subcommand that `run` carries out; `given` is what must be given, for the line of usage."""
+    usage = f"transact {name} {given} [options]"
+    parser = commands.add_parser(name, help=description, description=description, usage=usage)
     parser.set_defaults(run=run)
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every command with a model has."""
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1 ...")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto is the checkpoint's own")
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The group of the options that every command with a model has."""
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1 ... (auto: CUDA where there is one)"
+    )
+    group.add_argument(
+        "--dtype", metavar="NAME", default="auto", choices=["auto", *DTYPES],
+        help=f"{', '.join(DTYPES)} (auto: the checkpoint's own)",
+    )  # fmt: skip
+    return group
+
+
+def add_output_options(parser: argparse.ArgumentParser, overwrite: str) -> None:
+    """The option that every command with a directory or file to write has."""
+    parser.add_argument_group("output").add_argument("--overwrite", action="store_true", help=overwrite)
 
 
 def tell(message: str) -> None:

@@ -6,7 +6,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import transformers
@@ -19,7 +18,6 @@ from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config, reso
 from ..pipeline import Pruned, prune
 from ..prune import check_prunable
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
-from ..recovery import Recovered, check_checkpoints, held_out_loss, shot_trainings
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
 from ..widths import (
     GRANULARITIES,
@@ -32,16 +30,8 @@ from ..widths import (
     widths_by_name,
     widths_of,
 )
-from .parser import add_model_options, add_subcommand, tell
-from .training import (
-    add_training_options,
-    checkpoints_of,
-    print_recovery,
-    train_with_advice,
-    training_of,
-    training_summary,
-    training_windows,
-)
+from .parser import add_model_options, add_output_options, add_subcommand, tell
+from .training import ShotTraining, add_training_options, checkpoints_of, print_recovery, training_of
 
 RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots", "ridge",
                   "measurements")  # fmt: skip
@@ -49,43 +39,62 @@ DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 0.2, 128, 512
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = add_subcommand(commands, "prune", run, "prune a model into a checkpoint directory")
+    parser = add_subcommand(commands, "prune", run, "prune a model into a checkpoint directory", "MODEL OUT")
     parser.add_argument("model", help=f"{EMBEDDED_MODEL} (embedded), a checkpoint directory or a Hugging Face id")
     parser.add_argument("out", help="directory to write; must not exist unless --overwrite is given")
-    parser.add_argument(
+    much = parser.add_argument_group("how much")
+    much.add_argument(
         "--ratio", type=float, help=f"fraction of the decoder layers' linear parameters to remove ({DEFAULT_RATIO})"
     )
-    parser.add_argument("--kv-ratio", type=float, help="least fraction of the KV cache's bytes to remove as well")
-    parser.add_argument("--mha-dim", type=int, help="instead of a ratio: attention heads x kept dimensions per head")
-    parser.add_argument("--mlp-dim", type=int, help="instead of a ratio: kept dimensions of every MLP")
-    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (best; transact where a criterion is named)")
-    parser.add_argument("--criterion", help=f"one of {', '.join(CRITERIA)}")
-    parser.add_argument("--granularity", help=f"what attention loses: {', '.join(GRANULARITIES)}")
-    parser.add_argument("--modules", help=f"what may be narrowed, with commas: {','.join(MODULES)}")
-    parser.add_argument("--allocation", help=f"how widths are found: {', '.join(ALLOCATIONS)}")
-    parser.add_argument("--compensation", help=f"what makes up for the loss: {', '.join(COMPENSATIONS)}")
-    parser.add_argument("--ridge", type=float, help="the one ridge of all least squares (the best on held-out tokens)")
-    parser.add_argument("--output-bias", action="store_true", help="least squares with an intercept")
-    parser.add_argument(
+    much.add_argument(
+        "--kv-ratio",
+        metavar="RATIO",
+        type=float,
+        help="least fraction of the KV cache's bytes to remove as well (none)",
+    )
+    much.add_argument(
+        "--mha-dim", metavar="N", type=int, help="instead of a ratio: attention heads x kept dimensions per head"
+    )
+    much.add_argument("--mlp-dim", metavar="N", type=int, help="instead of a ratio: kept dimensions of every MLP")
+    what = parser.add_argument_group(
+        "what goes, and what makes up for it", "a preset, and what is to differ from it (nothing)"
+    )
+    what.add_argument(
+        "--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)} (best; transact where a criterion is named)"
+    )
+    what.add_argument("--criterion", metavar="NAME", help=f"one of {', '.join(CRITERIA)}")
+    what.add_argument("--granularity", metavar="NAME", help=f"what attention loses: {', '.join(GRANULARITIES)}")
+    what.add_argument("--modules", metavar="NAMES", help=f"what may be narrowed, with commas: {','.join(MODULES)}")
+    what.add_argument("--rope", metavar="NAME", help=f"what queries and keys keep: {', '.join(ROPES)}")
+    what.add_argument("--allocation", metavar="NAME", help=f"how widths are found: {', '.join(ALLOCATIONS)}")
+    what.add_argument("--measurements", metavar="N", type=int, help="rounds that correct searched widths (best: 3)")
+    what.add_argument(
         "--plain", action="store_true", help="one head and MLP width and one set of RoPE pairs, for `transact export`"
     )
-    parser.add_argument("--rope", help=f"what queries and keys keep: {', '.join(ROPES)}")
-    parser.add_argument("--measurements", type=int, help="rounds that correct searched widths (best: 3)")
-    parser.add_argument("--shots", type=int, help="prunings, with statistics taken afresh at each (1)")
-    parser.add_argument(
-        "--calibration", default=DEFAULT_CALIBRATION,
+    what.add_argument("--compensation", metavar="NAME", help=f"what makes up for the loss: {', '.join(COMPENSATIONS)}")
+    what.add_argument("--ridge", type=float, help="the one ridge of all least squares (the best on held-out tokens)")
+    what.add_argument("--output-bias", action="store_true", help="least squares with an intercept")
+    what.add_argument("--shots", metavar="N", type=int, help="prunings, with statistics taken afresh at each (1)")
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calibration", metavar="TEXTS", default=DEFAULT_CALIBRATION,
         help=f"texts that give windows in turn, with commas: {SELF} (the model's own samples), {', '.join(TEXTS)} or "
              f"text files ({DEFAULT_CALIBRATION})",
     )  # fmt: skip
-    parser.add_argument("--samples", type=int, default=DEFAULT_SAMPLES, help=f"calibration windows ({DEFAULT_SAMPLES})")
-    parser.add_argument("--seq-len", type=int, help=f"tokens of a window ({DEFAULT_SEQ_LEN}, or the model's context)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of windows and of the random criterion (0)")
-    parser.add_argument(
+    calibration.add_argument(
+        "--samples", metavar="N", type=int, default=DEFAULT_SAMPLES, help=f"windows ({DEFAULT_SAMPLES})"
+    )
+    calibration.add_argument(
+        "--seq-len", metavar="N", type=int, help=f"tokens of one ({DEFAULT_SEQ_LEN}, or the model's context)"
+    )
+    calibration.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of their choice and of the random criterion (0)"
+    )
+    add_training_options(parser, required=False)
+    add_output_options(parser, "replace a pruned checkpoint at OUT")
+    add_model_options(parser).add_argument(
         "--layerwise", action="store_true", help="keep the model in host memory, one block at a time on the device"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a pruned checkpoint at OUT")
-    add_training_options(parser, required=False)
-    add_model_options(parser)
 
 
 def chosen_recipe(options: argparse.Namespace) -> Recipe:
@@ -103,42 +112,6 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
     recipe = replace(recipe_by_name(options.preset or ("transact" if plain else "best")), **changes)
     recipe.check()
     return recipe
-
-
-class ShotTraining:
-    """Trains after each shot, by a part of the budget, and keeps what came of it."""
-
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        shots: int,
-        dense: torch.nn.Module,
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        checkpoints: Path,
-    ):
-        training = training_of(options)
-        check_checkpoints(checkpoints, allowed=["shot-*"])
-        self.sources, self.windows, self.held_out = training_windows(options, training, dense, tokenizer, shots)
-        training = training.with_rate(dense.config.hidden_size, self.windows.shape[1])
-        self.trainings = shot_trainings(training, shots)
-        self.teacher = dense if training.needs_teacher() else None
-        self.teacher_name = lasting_name(options.model) if training.needs_teacher() else None
-        self.checkpoints = checkpoints
-        self.recovered: list[Recovered] = []
-
-    def __call__(self, model: torch.nn.Module, shot: int) -> torch.nn.Module:
-        recovered = train_with_advice(
-            self.checkpoints / f"shot-{shot}", model, self.windows, self.trainings[shot - 1], teacher=self.teacher,
-            progress=True, evaluate=lambda student: held_out_loss(student, self.held_out),
-        )  # fmt: skip
-        self.recovered.append(recovered)
-        return recovered.model
-
-    def summaries(self) -> list[dict]:
-        return [
-            training_summary(training, self.sources, self.windows, recovered, self.teacher_name)
-            for training, recovered in zip(self.trainings, self.recovered, strict=True)
-        ]
 
 
 def check_prune_options(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from ..checkpoint import check_destination, load_plan, read_pruning, save_checkp
 from ..models import lasting_name, load_model, read_config
 from ..recovery import check_checkpoints, check_recoverable, held_out_loss
 from ..texts import SELF, source_names
-from .parser import add_model_options, add_subcommand
+from .parser import add_model_options, add_output_options, add_subcommand
 from .training import (
     add_training_options,
     checkpoints_of,
@@ -21,13 +21,17 @@ from .training import (
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     description = "train a pruned checkpoint, on one device or under accelerate launch"
-    parser = add_subcommand(commands, "recover", run, description)
+    parser = add_subcommand(commands, "recover", run, description, "DIRECTORY OUT --tokens N")
     parser.add_argument("directory", help="a pruned checkpoint directory")
     parser.add_argument("out", help="directory to write; must not exist unless --overwrite is given")
-    add_training_options(parser, required=True)
-    parser.add_argument("--teacher", help="dense model to distil from and to sample (the one that was pruned)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of windows and of the adapters (0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a pruned checkpoint at OUT")
+    training = add_training_options(parser, required=True)
+    training.add_argument(
+        "--teacher", metavar="MODEL", help="dense model to distil from and to sample (the one that was pruned)"
+    )
+    training.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the order of windows and of the adapters (0)"
+    )
+    add_output_options(parser, "replace a pruned checkpoint at OUT")
     add_model_options(parser)
 
 

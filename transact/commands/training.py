@@ -9,17 +9,21 @@ import torch
 import transformers
 
 from ..entry import check_vocabulary
+from ..models import lasting_name
 from ..recovery import (
     HELD_OUT_EVERY,
     WAYS,
     NonFiniteLossError,
     Recovered,
     Training,
+    check_budget,
+    check_checkpoints,
     checkpoints_in,
+    held_out_loss,
     hold_out,
     parse_tokens,
     recover,
-    shot_budgets,
+    shot_trainings,
 )
 from ..texts import (
     DEFAULT_CALIBRATION,
@@ -39,25 +43,31 @@ DEFAULT_TRAINING_LENGTH = 512
 MOST_WINDOWS_IN_TURN = 512  # sampling them costs half of what training on them does
 
 
-def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """The options that commands which train have; `training_defaults` holds those of all but the budget."""
-    parser.add_argument("--tokens", required=required, help="budget of training, in tokens seen: 500k, 2M ...")
+def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> argparse._ArgumentGroup:
+    """The group of the options of commands that train; `training_defaults` holds those of all but the budget."""
+    group = parser.add_argument_group("training", None if required else "after each shot, where --tokens is given")
+    group.add_argument(
+        "--tokens", metavar="N", required=required, help="budget of training, in tokens seen: 500k, 2M ..."
+    )
     options = [
-        parser.add_argument("--way", default=WAYS[0], help=f"{', '.join(WAYS)} ({WAYS[0]})"),
-        parser.add_argument("--text", default=DEFAULT_CALIBRATION,
-                            help=f"to train on, with commas: {SELF} (the dense model's own samples), "
-                                 f"{', '.join(TEXTS)} or text files ({DEFAULT_CALIBRATION})"),
-        parser.add_argument("--train-seq-len", type=int, help=f"tokens of its windows ({DEFAULT_TRAINING_LENGTH})"),
-        parser.add_argument("--learning-rate", type=float,
-                            help="highest one (5e-5 at width 4096; narrower more, few steps less)"),
-        parser.add_argument("--batch", type=int, default=8, help="windows of a step (8)"),
-        parser.add_argument("--device-batch", type=int, default=8, help="windows at once on a device (8)"),
-        parser.add_argument("--layer-weight", type=float, default=0.0, help="of layer outputs in a distillation (0)"),
-        parser.add_argument("--rank", type=int, default=16, help="of the adapters (16)"),
-        parser.add_argument("--gradient-checkpointing", action="store_true",
-                            help="compute activations twice, keep few"),
+        group.add_argument("--way", metavar="NAME", default=WAYS[0], help=f"{', '.join(WAYS)} ({WAYS[0]})"),
+        group.add_argument("--text", metavar="TEXTS", default=DEFAULT_CALIBRATION,
+                           help=f"to train on, with commas: {SELF} (the dense model's own samples), "
+                                f"{', '.join(TEXTS)} or text files ({DEFAULT_CALIBRATION})"),
+        group.add_argument("--train-seq-len", metavar="N", type=int,
+                           help=f"tokens of its windows ({DEFAULT_TRAINING_LENGTH})"),
+        group.add_argument("--learning-rate", metavar="RATE", type=float,
+                           help="highest one (5e-5 at width 4096; narrower more, few steps less)"),
+        group.add_argument("--batch", metavar="N", type=int, default=8, help="windows of a step (8)"),
+        group.add_argument("--device-batch", metavar="N", type=int, default=8, help="windows at once on a device (8)"),
+        group.add_argument("--layer-weight", metavar="WEIGHT", type=float, default=0.0,
+                           help="of layer outputs in a distillation (0)"),
+        group.add_argument("--rank", metavar="N", type=int, default=16, help="of the adapters (16)"),
+        group.add_argument("--gradient-checkpointing", action="store_true",
+                           help="compute activations twice, keep few"),
     ]  # fmt: skip
     parser.set_defaults(training_defaults={option.dest: option.default for option in options})
+    return group
 
 
 def training_of(options: argparse.Namespace) -> Training:
@@ -89,10 +99,7 @@ def training_windows(
     length = min(DEFAULT_TRAINING_LENGTH, context) if options.train_seq_len is None else options.train_seq_len
     if length > context:
         raise ValueError(f"train-seq-len {length} is longer than the model's context of {context}")
-    least = min(tokens for tokens, _ in shot_budgets(training.tokens, shots, 1.0))
-    if least < length:
-        share = f"in {shots} shots leave {least} for one of them, which is" if shots > 1 else "are"
-        raise ValueError(f"tokens {training.tokens} {share} less than one window of {length}")
+    check_budget(training.tokens, length, shots)
     names = source_names(options.text)
     if len(names) > 1 or names == [SELF]:
         seen = math.ceil(training.tokens / length * HELD_OUT_EVERY / (HELD_OUT_EVERY - 1))
@@ -159,3 +166,39 @@ def held_out_perplexities(recovered: Recovered) -> tuple[float, float]:
     """Before and after training, infinite where no float holds it."""
     measured = [row["held_out_perplexity"] or math.inf for row in recovered.history if "held_out_perplexity" in row]
     return measured[0], measured[-1]
+
+
+class ShotTraining:
+    """Trains after each shot, by a part of the budget, and keeps what came of it."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        shots: int,
+        dense: torch.nn.Module,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        checkpoints: Path,
+    ):
+        training = training_of(options)
+        check_checkpoints(checkpoints, allowed=["shot-*"])
+        self.sources, self.windows, self.held_out = training_windows(options, training, dense, tokenizer, shots)
+        training = training.with_rate(dense.config.hidden_size, self.windows.shape[1])
+        self.trainings = shot_trainings(training, shots)
+        self.teacher = dense if training.needs_teacher() else None
+        self.teacher_name = lasting_name(options.model) if training.needs_teacher() else None
+        self.checkpoints = checkpoints
+        self.recovered: list[Recovered] = []
+
+    def __call__(self, model: torch.nn.Module, shot: int) -> torch.nn.Module:
+        recovered = train_with_advice(
+            self.checkpoints / f"shot-{shot}", model, self.windows, self.trainings[shot - 1], teacher=self.teacher,
+            progress=True, evaluate=lambda student: held_out_loss(student, self.held_out),
+        )  # fmt: skip
+        self.recovered.append(recovered)
+        return recovered.model
+
+    def summaries(self) -> list[dict]:
+        return [
+            training_summary(training, self.sources, self.windows, recovered, self.teacher_name)
+            for training, recovered in zip(self.trainings, self.recovered, strict=True)
+        ]

@@ -2,7 +2,7 @@
 
 from .checkpoints import check_checkpoints, checkpoints_in
 from .held_out import HELD_OUT_EVERY, held_out_loss, hold_out
-from .schedule import WAYS, Training, parse_tokens, shot_budgets, shot_trainings
+from .schedule import WAYS, Training, check_budget, parse_tokens, shot_budgets, shot_trainings
 from .trainer import NonFiniteLossError, Recovered, check_recoverable, recover
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "NonFiniteLossError",
     "Recovered",
     "Training",
+    "check_budget",
     "check_checkpoints",
     "check_recoverable",
     "checkpoints_in",

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..calibration import held_out_split
+
 HELD_OUT_EVERY = 16
 
 
@@ -16,9 +18,7 @@ def hold_out(windows: torch.Tensor, every: int = HELD_OUT_EVERY, most: int = 32)
             f"the text is too short: {len(windows)} windows of {windows.shape[1]} tokens, at least {every} are needed, "
             "of which one is held out"
         )
-    held_out = torch.arange(len(windows)) % every == every - 1
-    held_out &= held_out.cumsum(dim=0) <= most
-    return windows[~held_out], windows[held_out]
+    return held_out_split(windows, every, most)
 
 
 @torch.no_grad()
@@ -28,7 +28,18 @@ def held_out_loss(model: nn.Module, windows: torch.Tensor) -> dict[str, float | 
     for ids in windows.split(4):
         ids = ids.to(next(model.parameters()).device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total += functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").double().item()
+        total += token_losses(logits, ids[:, 1:]).sum().item()
     loss = total / windows[:, 1:].numel()
-    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
+    perplexity = perplexity_of(loss)
     return {"held_out_loss": loss, "held_out_perplexity": perplexity if perplexity < math.inf else None}
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The loss in nats of each target (N, T) by float32 logits (N, T, V) of their places, float64 on the CPU."""
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).double().cpu()
+
+
+def perplexity_of(loss: float) -> float:
+    """The perplexity that a mean loss in nats is; infinite where no float holds it."""
+    return torch.tensor(loss, dtype=torch.float64).exp().item()

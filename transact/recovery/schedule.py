@@ -83,6 +83,14 @@ def shot_budgets(tokens: int, shots: int, learning_rate: float) -> list[tuple[in
     return [(round(ends[k]) - round(ends[k - 1]), learning_rate * 2 * k / shots) for k in range(1, shots + 1)]
 
 
+def check_budget(tokens: int, length: int, shots: int = 1) -> None:
+    """Raise ValueError where the budget, or the least part of it that a shot gets, is less than one window."""
+    least = min(part for part, _ in shot_budgets(tokens, shots, 1.0))
+    if least < length:
+        share = f"in {shots} shots leave {least} for one of them, which is" if shots > 1 else "are"
+        raise ValueError(f"tokens {tokens} {share} less than one window of {length}")
+
+
 def shot_trainings(training: Training, shots: int) -> list[Training]:
     """The training after each shot: a part of the budget and of the learning rate, which must be named."""
     budgets = shot_budgets(training.tokens, shots, training.learning_rate)

@@ -25,7 +25,7 @@ from ..models import has_bfloat16
 from .callbacks import Bar, Milestones
 from .checkpoints import last_checkpoint, settings_of
 from .placement import Arguments, current, own_forward
-from .schedule import Training, epoch_order, rate_of_step
+from .schedule import Training, check_budget, epoch_order, rate_of_step
 
 
 class NonFiniteLossError(ValueError):
@@ -116,9 +116,8 @@ def _train(
     if windows.shape[1] < 2:
         raise ValueError("windows must hold at least 2 tokens each: the second is predicted from the first")
     training = training.with_rate(model.config.hidden_size, windows.shape[1])
+    check_budget(training.tokens, windows.shape[1])
     count = training.tokens // windows.shape[1]
-    if count == 0:
-        raise ValueError(f"tokens {training.tokens} are less than one window of {windows.shape[1]}")
     if not training.needs_teacher():
         teacher = None
     resumed = None
