@@ -17,7 +17,7 @@ from .gradients import loss_gradients
 from .measured import measured_widths
 from .modeling_transact import TransActForCausalLM
 from .plan import Plan, select
-from .prune import apply_plan, check_prunable
+from .prune import apply_plan, check_computed, check_prunable
 from .recipe import Recipe, recipe_by_name
 from .scores import LayerScores
 from .widths import (
@@ -92,6 +92,7 @@ def prune(
             windows = checked_windows(dense, windows)
         if not widths:  # whether widths can be found does not hang on scores: say so before the long work
             _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio, kv_ratio)
+        check_computed(dense)
         criterion = criterion_by_name(recipe.criterion, seed=seed)
         result = _in_shots(
             dense, windows, recipe, criterion, ratio, kv_ratio, widths, statistics, device, train, progress

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ..entry import has_own_head
+from ..entry import check_same_function, has_own_head
 from ..modeling_transact import TransActForCausalLM
 from ..widths import Widths, fraction_removed, widths_of
 from .whitelist import ROPE_TYPES, check_exportable, check_rope, check_weights
@@ -66,8 +66,8 @@ def _check_model(model: nn.Module, pad: bool) -> None:
 def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
     """A stock LlamaForCausalLM that computes what the narrowed `model` does; weights are copies.
 
-    Raises ValueError where `check_exportable` does, where the weights are not those of the configuration, or where
-    padding would make it much larger, unless `pad` allows that.
+    Raises ValueError where `check_exportable` does, where weights or logits are not those of the configuration, or
+    where padding would make it much larger, unless `pad` allows that.
     """
     _check_model(model, pad)
     config, (padded, pairs) = model.config, padded_widths(model)
@@ -106,6 +106,9 @@ def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
     else:
         plain.model.rotary_emb = LlamaRotaryEmbedding(plain_config).to(model.device)
     plain.generation_config = copy.deepcopy(model.generation_config)
+    check_same_function(
+        model, plain, "the model computes something else than a plain Llama of its weights and configuration"
+    )
     return plain.eval()
 
 
