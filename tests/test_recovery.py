@@ -253,7 +253,7 @@ def test_parse_tokens_refuses(text):
         ({"tokens": 0}, "tokens must be a whole number of at least 1, got 0"),
         ({"tokens": "640"}, "tokens must be a whole number of at least 1, got '640'"),
         ({"batch": 2.5}, "batch must be a whole number of at least 1, got 2.5"),
-        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"seed": -1}, "seed must be a whole number between 0 and 4294967295, got -1"),
         ({"learning_rate": math.nan}, "learning-rate must be positive"),
         ({"learning_rate": -1.0}, "learning-rate must be positive"),
         ({"layer_weight": 1.0}, "has no teacher"),

@@ -74,6 +74,8 @@ def checked_windows(model: nn.Module, windows: torch.Tensor | Sequence) -> torch
             raise ValueError(
                 f"windows must be a (samples, length) matrix of token ids, got {type(windows).__name__}: {error}"
             ) from error
+    if windows.is_meta or windows.layout != torch.strided:
+        raise ValueError(f"windows hold no numbers at hand: {windows.device} tensor, {windows.layout}")
     if windows.dtype.is_floating_point or windows.dtype.is_complex or windows.dtype == torch.bool:
         raise ValueError(f"windows must be token ids (integers), got {windows.dtype}")
     if windows.ndim != 2 or windows.numel() == 0:
@@ -86,6 +88,12 @@ def checked_windows(model: nn.Module, windows: torch.Tensor | Sequence) -> torch
     windows = windows.long()
     check_vocabulary(model.config, windows)
     return windows.clone() if windows.is_inference() else windows
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for what does not seed every generator."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number between 0 and {2**32 - 1}, got {seed!r}")
 
 
 def check_vocabulary(config: PretrainedConfig, ids: torch.Tensor) -> None:

@@ -18,12 +18,14 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("out", help="what to write: a directory (llama) or a file (gguf); must not exist")
     parser.add_argument("--format", choices=FORMATS, default="llama",
                         help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp (llama)")  # fmt: skip
-    parser.add_argument("--type", choices=[*GGUF_TYPES], default="f16", help="of matrices in a GGUF file (f16)")
+    parser.add_argument("--type", choices=[*GGUF_TYPES], help="of matrices in a GGUF file (f16)")
     parser.add_argument("--pad", action="store_true", help="pad with zeros up to the widest layer, whatever it costs")
     parser.add_argument("--overwrite", action="store_true", help="replace what was exported to OUT")
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.type is not None and options.format != "gguf":
+        raise ValueError("--type is for --format gguf: a checkpoint keeps the dtype of the model")
     out = check_export_destination(options.out, options.format, overwrite=options.overwrite)
     check_exportable(read_config(options.directory), options.format)
     model, tokenizer = load_model(options.directory, device="cpu")
@@ -34,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     extra = size - model.num_parameters()
     with all_or_nothing(out) as partial:
         if options.format == "gguf":
-            write_gguf(partial, plain, tokenizer, kind=options.type)
+            write_gguf(partial, plain, tokenizer, kind=options.type or "f16")
         else:
             save_model(plain, partial)
             tokenizer.save_pretrained(partial)

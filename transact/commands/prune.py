@@ -14,6 +14,7 @@ import transformers
 from .. import __version__
 from ..checkpoint import check_destination, save_checkpoint
 from ..criteria import CRITERIA
+from ..entry import check_seed
 from ..export import check_exportable
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config, resolve_device
 from ..pipeline import Pruned, prune
@@ -152,8 +153,7 @@ def check_prune_options(options: argparse.Namespace) -> None:
     if options.seq_len is not None and options.seq_len < 2:
         raise ValueError(f"seq-len must be at least 2, got {options.seq_len}")
     source_names(options.calibration)
-    if options.seed < 0:
-        raise ValueError(f"seed must be at least 0, got {options.seed}")
+    check_seed(options.seed)
     if options.tokens is None:
         for name, default in options.training_defaults.items():
             if getattr(options, name) != default:
