@@ -47,7 +47,8 @@ REFUSED = {
         {"statistics": transact.calibrate(tiny_llama("mha"), WINDOWS), "recipe": "transact"}, "are not of this model",
     ),
     "statistics of fewer layers": (
-        {"statistics": transact.calibrate(tiny_llama(layers=1), WINDOWS), "recipe": "transact"}, "are not of this model",
+        {"statistics": transact.calibrate(tiny_llama(layers=1), WINDOWS), "recipe": "transact"},
+        "are not of this model",
     ),
     "statistics without moments": (
         {"statistics": transact.calibrate(tiny_llama(), WINDOWS)}, "statistics hold no second moments",

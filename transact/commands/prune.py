@@ -197,6 +197,8 @@ def run(options: argparse.Namespace) -> None:
         widths = widths_by_name(
             dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
         )
+    if options.tokens is not None:
+        train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
     if recipe.needs_text():
         with stage("text"):
             seq_len = options.seq_len or min(DEFAULT_SEQ_LEN, dense.config.max_position_embeddings)
@@ -205,8 +207,6 @@ def run(options: argparse.Namespace) -> None:
                 progress=True,
             )  # fmt: skip
             windows = mixed(sources, seed=options.seed)
-    if options.tokens is not None:
-        train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     pruned = prune(
