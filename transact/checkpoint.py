@@ -161,7 +161,11 @@ def load_plan(directory: str | os.PathLike) -> Plan:
     path = Path(directory) / "plan.safetensors"
     if not path.is_file():
         raise ValueError(f"{str(directory)!r} holds no plan.safetensors: not a pruned checkpoint")
-    return Plan.from_tensors(load_file(path))
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # safetensors has an error of its own
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    return Plan.from_tensors(tensors)
 
 
 def read_pruning(directory: str) -> dict:

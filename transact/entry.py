@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+PROBED = 32  # tokens that two models are compared on
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "transact_llama")
 
 
@@ -83,6 +84,8 @@ def checked_windows(model: nn.Module, windows: torch.Tensor | Sequence) -> torch
             raise ValueError(
                 f"windows must be a (samples, length) matrix of token ids, got {type(windows).__name__}: {error}"
             ) from error
+    if windows.is_meta or windows.layout != torch.strided:
+        raise ValueError(f"windows hold no numbers at hand: {windows.device} tensor, {windows.layout}")
     if windows.dtype.is_floating_point or windows.dtype.is_complex or windows.dtype == torch.bool:
         raise ValueError(f"windows must be token ids (integers), got {windows.dtype}")
     if windows.ndim != 2 or windows.numel() == 0:
@@ -97,6 +100,12 @@ def checked_windows(model: nn.Module, windows: torch.Tensor | Sequence) -> torch
     return windows.clone() if windows.is_inference() else windows
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for what does not seed every generator."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number between 0 and {2**32 - 1}, got {seed!r}")
+
+
 def check_vocabulary(config: PretrainedConfig, ids: torch.Tensor) -> None:
     """Raise ValueError where token ids lie outside of the model's vocabulary."""
     if ids.min() < 0 or ids.max() >= config.vocab_size:
@@ -108,19 +117,21 @@ def check_vocabulary(config: PretrainedConfig, ids: torch.Tensor) -> None:
 
 @contextmanager
 def undisturbed(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode and torch's own defaults meanwhile, whatever the caller has set; afterwards as before.
+    """Evaluation mode, named outputs and torch's own defaults meanwhile, whatever is set; afterwards as before.
 
     The defaults: gradients, no autocast, float32, and the CPU for tensors that name no device.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
+    answers = [(model.config, model.config.return_dict) for model in models]
     dtype = torch.get_default_dtype()
     kinds = {"cpu"} | {parameter.device.type for model in models for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, dtype)
         stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        stack.callback(lambda: [setattr(config, "return_dict", value) for config, value in answers])
         torch.set_default_dtype(torch.float32)
         for model in models:
-            model.eval()
+            model.eval().config.return_dict = True
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in kinds - {"meta"}:
@@ -128,3 +139,21 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
         if torch.get_default_device().type != "cpu":  # looks at every call of torch
             stack.enter_context(torch.device("cpu"))
         yield
+
+
+def check_same_function(model: nn.Module, other: nn.Module, complaint: str) -> None:
+    """Raise ValueError, with this complaint, where the two give other logits for a few tokens, beyond rounding."""
+    with undisturbed(model, other), torch.no_grad():
+        ids = torch.arange(min(PROBED, model.config.max_position_embeddings)) % model.config.vocab_size
+        try:
+            wanted, given = (
+                one(input_ids=ids[None].to(one.model.embed_tokens.weight.device), use_cache=False).logits.float()
+                for one in (model, other)
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # models that do not fit together raise whatever their modules raise
+            raise ValueError(f"the model does not run: {type(error).__name__}: {error}") from error
+    off = ((given.to(wanted.device) - wanted).norm() / wanted.norm()).item()
+    if off > torch.finfo(model.dtype).eps ** 0.5:  # not so where nothing is finite: that is said with the layer's name
+        raise ValueError(f"{complaint}: its logits are {off:.1%} off")

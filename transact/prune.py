@@ -9,7 +9,15 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .configuration_transact import TransActConfig
-from .entry import check_model, check_unquantised, has_own_head, model_type_of, odd_weight, shapes_of
+from .entry import (
+    check_model,
+    check_same_function,
+    check_unquantised,
+    has_own_head,
+    model_type_of,
+    odd_weight,
+    shapes_of,
+)
 from .modeling_transact import TransActForCausalLM
 from .plan import LayerPlan, Plan
 from .widths import Widths, dense_widths, has_query_key_norm, head_dim_of, widths_of
@@ -45,11 +53,53 @@ def check_prunable(model: nn.Module) -> None:
             raise ValueError(f"the model's weights are not finite: {name} holds NaN or infinity")
 
 
+def _whole(model: nn.Module) -> TransActForCausalLM:
+    """The narrowed model that keeps everything of `model`, without weights."""
+    with torch.device("meta"):
+        return TransActForCausalLM(narrowed_config(model.config, dense_widths(model.config)))
+
+
+def check_computed(model: nn.Module) -> None:
+    """Raise ValueError unless a model that can be pruned computes what its weights and configuration say.
+
+    Hooks, edited modules and classes of the user's own are no part of these: what they do would be lost.
+    """
+    whole = _whole(model)
+    _check_rope(model.model.rotary_emb, whole.config)
+    with torch.inference_mode(False), torch.no_grad():
+        _take_weights(whole, model)
+    check_same_function(
+        model, whole,
+        "the model computes something else than its weights and configuration say (hooks, edited modules and classes "
+        "of its own are not pruned)",
+    )  # fmt: skip
+
+
+def _take_weights(whole: TransActForCausalLM, model: nn.Module) -> None:
+    """Give the model's weights, which are not copied, to one that has none and keeps everything."""
+    whole.config._attn_implementation = model.config._attn_implementation
+    whole.requires_grad_(False).load_state_dict(model.state_dict(), strict=False, assign=True)
+    for mine, its in zip(whole.model.layers, model.model.layers, strict=True):
+        device = its.self_attn.k_proj.weight.device
+        mine.self_attn.rope_pairs = torch.arange(mine.self_attn.qk_head_dim // 2, device=device).repeat(
+            mine.self_attn.kv_heads, 1
+        )
+    whole.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    _place_as(whole, model)
+
+
+def _check_rope(rotary: nn.Module, config: TransActConfig) -> None:
+    """Raise ValueError unless the tables are those of the configuration, but for rounding to 16 bits."""
+    with torch.device("cpu"):
+        own = type(rotary)(config)
+    tables, wanted = rotary.original_inv_freq.float().cpu(), own.original_inv_freq
+    if rotary.attention_scaling != own.attention_scaling or not torch.allclose(tables, wanted, rtol=1e-2, atol=1e-6):
+        raise ValueError("the model's RoPE tables are not those of its rope_parameters: which of them is meant?")
+
+
 def _check_weights(model: nn.Module) -> None:
     """Raise ValueError, naming one, unless the weights are those of the family at the configuration's sizes."""
-    with torch.device("meta"):
-        whole = TransActForCausalLM(narrowed_config(model.config, dense_widths(model.config)))
-    wanted = {name: shape for name, shape in shapes_of(whole).items() if "rope_pairs" not in name}
+    wanted = {name: shape for name, shape in shapes_of(_whole(model)).items() if "rope_pairs" not in name}
     found = shapes_of(model)
     if (name := odd_weight(found, wanted)) is not None:
         raise ValueError(
@@ -63,11 +113,13 @@ def window_of(config: PretrainedConfig) -> int | None:
 
     Raises ValueError where layers differ in it or attend in yet another way.
     """
+    if not getattr(config, "is_causal", True):
+        raise ValueError("the configuration says is_causal false: models that see later tokens are not supported")
     if config.model_type in ("mistral", TransActConfig.model_type):
         return config.sliding_window
     if config.model_type == "llama":
         return None
-    kinds = set(config.layer_types)
+    kinds = set(config.layer_types[: config.num_hidden_layers])
     if kinds <= {"full_attention"}:
         return None
     if kinds == {"sliding_attention"}:
@@ -182,10 +234,15 @@ def apply_plan(model: nn.Module, plan: Plan, *, rope: str = "pairs") -> TransAct
     narrowed.tie_weights()
     narrowed.generation_config = copy.deepcopy(model.generation_config)
     narrowed.requires_grad_(True)
-    device_map = getattr(model, "hf_device_map", None) or {}
-    if len(set(device_map.values())) > 1:  # over several devices: hidden states must be handed on as in the model
-        accelerate.dispatch_model(narrowed, device_map)
+    _place_as(narrowed, model)
     return narrowed.train(model.training)
+
+
+def _place_as(narrowed: nn.Module, model: nn.Module) -> None:
+    """Over several devices hidden states are handed on as in the model."""
+    device_map = getattr(model, "hf_device_map", None) or {}
+    if len(set(device_map.values())) > 1:
+        accelerate.dispatch_model(narrowed, device_map)
 
 
 def _kept_rope_pairs(before: dict[str, torch.Tensor], prefix: str, layer: LayerPlan) -> torch.Tensor:

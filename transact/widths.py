@@ -67,8 +67,21 @@ def kv_fraction_removed(config: PretrainedConfig, widths: Sequence[Widths]) -> f
 
 def check_ratio(name: str, ratio: float | None) -> None:
     """Raise ValueError unless the ratio is a fraction that a model can lose (or None)."""
-    if ratio is not None and not 0 <= ratio < 1:
-        raise ValueError(f"{name} is the fraction removed and must lie in [0, 1), got {ratio}")
+    if ratio is not None and (isinstance(ratio, str) or not 0 <= ratio < 1):
+        raise ValueError(f"{name} is the fraction removed and must lie in [0, 1), got {ratio!r}")
+
+
+def check_widths(config: PretrainedConfig, widths: Sequence[Widths]) -> None:
+    """Raise ValueError unless there is one for each layer and none is wider than the model's, or half a RoPE pair."""
+    if len(widths) != config.num_hidden_layers or not all(isinstance(one, Widths) for one in widths):
+        raise ValueError(f"widths must be one Widths for each of {config.num_hidden_layers} layers, got {widths!r}")
+    for layer, (one, dense) in enumerate(zip(widths, dense_widths(config), strict=True)):
+        for name, most in vars(dense).items():
+            width = getattr(one, name)
+            if not isinstance(width, int) or not 1 <= width <= most:
+                raise ValueError(f"widths of layer {layer}: {name} must lie between 1 and {most}, got {width}")
+        if one.qk_head_dim % 2:
+            raise ValueError(f"widths of layer {layer}: qk_head_dim must be even, got {one.qk_head_dim}")
 
 
 def narrower(current: Widths, mha_dim: int, mlp_dim: int, group: int, granularity: str = "dims") -> Widths:

@@ -19,13 +19,15 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     what = parser.add_argument_group("format")
     what.add_argument("--format", metavar="NAME", choices=FORMATS, default="llama",
                       help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp (llama)")  # fmt: skip
-    what.add_argument("--type", metavar="NAME", choices=[*GGUF_TYPES], default="f16",
+    what.add_argument("--type", metavar="NAME", choices=[*GGUF_TYPES],
                       help=f"of matrices in a GGUF file: {', '.join(GGUF_TYPES)} (f16)")  # fmt: skip
     what.add_argument("--pad", action="store_true", help="pad with zeros up to the widest layer, whatever it costs")
     add_output_options(parser, "replace what was exported to OUT")
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.type is not None and options.format != "gguf":
+        raise ValueError("--type is for --format gguf: a checkpoint keeps the dtype of the model")
     out = check_export_destination(options.out, options.format, overwrite=options.overwrite)
     check_exportable(read_config(options.directory), options.format)
     model, tokenizer = load_model(options.directory, device="cpu")
@@ -36,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     extra = size - model.num_parameters()
     with all_or_nothing(out) as partial:
         if options.format == "gguf":
-            write_gguf(partial, plain, tokenizer, kind=options.type)
+            write_gguf(partial, plain, tokenizer, kind=options.type or "f16")
         else:
             save_model(plain, partial)
             tokenizer.save_pretrained(partial)

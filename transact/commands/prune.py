@@ -13,6 +13,7 @@ import transformers
 from .. import __version__
 from ..checkpoint import check_destination, save_checkpoint
 from ..criteria import CRITERIA
+from ..entry import check_seed
 from ..export import check_exportable
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config, resolve_device
 from ..pipeline import Pruned, prune
@@ -125,8 +126,7 @@ def check_prune_options(options: argparse.Namespace) -> None:
     if options.seq_len is not None and options.seq_len < 2:
         raise ValueError(f"seq-len must be at least 2, got {options.seq_len}")
     source_names(options.calibration)
-    if options.seed < 0:
-        raise ValueError(f"seed must be at least 0, got {options.seed}")
+    check_seed(options.seed)
     if options.tokens is None:
         for name, default in options.training_defaults.items():
             if getattr(options, name) != default:
@@ -171,6 +171,8 @@ def run(options: argparse.Namespace) -> None:
         widths = widths_by_name(
             dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
         )
+    if options.tokens is not None:
+        train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
     if recipe.needs_text():
         with stage("text"):
             seq_len = options.seq_len or min(DEFAULT_SEQ_LEN, dense.config.max_position_embeddings)
@@ -179,8 +181,6 @@ def run(options: argparse.Namespace) -> None:
                 progress=True,
             )  # fmt: skip
             windows = mixed(sources, seed=options.seed)
-    if options.tokens is not None:
-        train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     pruned = prune(

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ..entry import has_own_head
+from ..entry import check_same_function, has_own_head
 from ..modeling_transact import TransActForCausalLM
 from ..widths import Widths, fraction_removed, widths_of
 from .whitelist import ROPE_TYPES, check_exportable, check_rope, check_weights
@@ -66,14 +66,15 @@ def _check_model(model: nn.Module, pad: bool) -> None:
 def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
     """A stock LlamaForCausalLM that computes what the narrowed `model` does; weights are copies.
 
-    Raises ValueError where `check_exportable` does, where the weights are not those of the configuration, or where
-    padding would make it much larger, unless `pad` allows that.
+    Raises ValueError where `check_exportable` does, where weights or logits are not those of the configuration, or
+    where padding would make it much larger, unless `pad` allows that.
     """
     _check_model(model, pad)
     config, (padded, pairs) = model.config, padded_widths(model)
     group = config.num_attention_heads // config.num_key_value_heads
     # the widest of all dtypes: a stock checkpoint is loaded in one
-    dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    dtype = functools.reduce(torch.promote_types, dtypes)
     settings = copy.deepcopy({field.name: getattr(config, field.name) for field in fields(LlamaConfig)})
     settings |= {
         "architectures": None, "dtype": dtype, "head_dim": padded.qk_head_dim,
@@ -106,6 +107,9 @@ def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
     else:
         plain.model.rotary_emb = LlamaRotaryEmbedding(plain_config).to(model.device)
     plain.generation_config = copy.deepcopy(model.generation_config)
+    if len(dtypes) == 1:  # modules of several may run only when they are made alike
+        complaint = "the model computes something else than a plain Llama of its weights and configuration"
+        check_same_function(model, plain, complaint)
     return plain.eval()
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..entry import check_seed
+
 WAYS = ("distillation", "full", "lora", "lora-distillation")
 
 
@@ -35,10 +37,11 @@ class Training:
         """Raise ValueError for a value that is not allowed."""
         if self.way not in WAYS:
             raise ValueError(f"unknown way {self.way!r}, allowed: {', '.join(WAYS)}")
-        for name, least in {"tokens": 1, "batch": 1, "device_batch": 1, "rank": 1, "seed": 0}.items():
+        for name, least in {"tokens": 1, "batch": 1, "device_batch": 1, "rank": 1}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name.replace('_', '-')} must be a whole number of at least {least}, got {value!r}")
+        check_seed(self.seed)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning-rate must be positive and finite, got {self.learning_rate}")
         if not 0 <= self.layer_weight < math.inf:

@@ -5,13 +5,16 @@ Legend: N windows, T tokens of a window, V vocabulary, L layers, D hidden size.
 
 import gc
 import math
+import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -56,6 +59,8 @@ def check_recoverable(model: nn.Module, training: Training, teacher: nn.Module |
         raise ValueError(f"the model is not pruned (type {model.config.model_type!r}): prune it first")
     check_unquantised(model)
     check_trainable(model)
+    if "lora" not in training.way and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"all weights are frozen (requires_grad): way {training.way!r} has nothing to train")
     if not training.needs_teacher():
         return
     if teacher is None:
@@ -124,9 +129,9 @@ def _train(
     if checkpoints is not None:
         resumed = last_checkpoint(Path(checkpoints), settings_of(model, windows, training, teacher))
     before, student = model.dtype, model
+    is_trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     # Trainer and adapters seed globally, and Trainer makes its directory even where nothing is saved
-    every_gpu = range(torch.cuda.device_count())
-    with torch.random.fork_rng(every_gpu), current(model.device), tempfile.TemporaryDirectory() as scratch:
+    with _own_randomness(), current(model.device), tempfile.TemporaryDirectory() as scratch:
         if training.gradient_checkpointing:
             _checkpointing(model, "enable")({"use_reentrant": False})
         if "lora" in training.way:
@@ -164,7 +169,8 @@ def _train(
     _cast_parameters(model, before)
     if training.gradient_checkpointing:
         _checkpointing(model, "disable")()
-    model.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained[name])
     tokens_per_step = training.batch * windows.shape[1]
     history = [
         {"tokens": min(row["step"] * tokens_per_step, count * windows.shape[1])}
@@ -175,6 +181,18 @@ def _train(
     return Recovered(
         model, count * windows.shape[1], count / len(windows), seconds, history, trainer.is_world_process_zero()
     )
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """The global generators of torch, numpy and Python are afterwards as they were."""
+    numbers, state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):  # all of them: it warns of several otherwise
+            yield
+    finally:
+        np.random.set_state(numbers)
+        random.setstate(state)
 
 
 def gathered(model: nn.Module, config: TransActConfig) -> TransActForCausalLM:
