@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transact.commands.parser import OneLineParser, add_model_options, run_command
+from transact.devices import resolve_device
 from transact.entry import check_vocabulary
-from transact.models import load_model, load_tokenizer, read_config, resolve_device
+from transact.models import load_model, load_tokenizer, read_config
 from transact.texts import TEXTS, load_text
 
 from .efficiency.memory import kv_bytes_per_token, peak_memory_mib, weight_bytes

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import transact
-from transact.models import has_bfloat16, resolve_device
+from transact.devices import has_bfloat16, resolve_device
 
 PACKAGES = ("transact", "torch", "transformers", "numpy")
 

@@ -26,8 +26,8 @@ from tests.test_records import record
 from tests.tiny import random_plan, scores_of, tiny_llama
 from transact.__main__ import main
 from transact.calibration import Moments
+from transact.devices import resolve_device
 from transact.gradients import free_memory
-from transact.models import resolve_device
 from transact.recovery import WAYS, trainer
 
 DENSE = tiny_llama("gqa")

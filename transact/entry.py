@@ -157,3 +157,11 @@ def check_same_function(model: nn.Module, other: nn.Module, complaint: str) -> N
     off = ((given.to(wanted.device) - wanted).norm() / wanted.norm()).item()
     if off > torch.finfo(model.dtype).eps ** 0.5:  # not so where nothing is finite: that is said with the layer's name
         raise ValueError(f"{complaint}: its logits are {off:.1%} off")
+
+
+def in_one_line(error: Exception) -> str:
+    """The error's message without line ends, cut where it gets long."""
+    message = " ".join((str(error) or type(error).__name__).split())
+    if isinstance(error, KeyError):  # says the key alone
+        message = f"KeyError: {message}"
+    return message if len(message) <= 300 else f"{message[:300]} ..."

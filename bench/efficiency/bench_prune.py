@@ -17,7 +17,8 @@ from bench.efficiency.costs import seconds_of
 from bench.efficiency.memory import peak_memory_mib, reset_peak_memory
 from bench.efficiency.shapes import SMOLLM2_135M
 from bench.environment import fast_dtype
-from transact.models import DTYPES, resolve_device
+from transact.devices import resolve_device
+from transact.models import DTYPES
 
 SEQ_LEN = 256
 

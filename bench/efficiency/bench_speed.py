@@ -13,7 +13,8 @@ from transformers import DynamicCache, LlamaConfig
 from bench.efficiency.costs import decode_costs, measure_roofline, seconds_of
 from bench.efficiency.shapes import SMOLLM2_135M, narrowed, random_model, shape_by_name
 from bench.environment import fast_dtype
-from transact.models import DTYPES, resolve_device
+from transact.devices import resolve_device
+from transact.models import DTYPES
 
 CONTEXT, TOKENS = 256, 8
 

@@ -13,8 +13,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PretrainedConfig, StaticCache
 
+from transact.devices import resolve_device
+from transact.entry import in_one_line
 from transact.gradients import free_memory
-from transact.models import DTYPES, in_one_line, load_model, read_config, resolve_device
+from transact.models import DTYPES, load_model, read_config
 
 from ..environment import environment, fast_dtype
 from ..records import SPEED_SCHEMA

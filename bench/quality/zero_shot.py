@@ -18,8 +18,7 @@ from lm_eval.tasks import TaskManager
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from transact.entry import check_vocabulary
-from transact.models import in_one_line
+from transact.entry import check_vocabulary, in_one_line
 
 from ..records import version_text
 from .probes import PROBES, probes_directory

@@ -13,9 +13,10 @@ import transformers
 from .. import __version__
 from ..checkpoint import check_destination, save_checkpoint
 from ..criteria import CRITERIA
+from ..devices import resolve_device
 from ..entry import check_seed
 from ..export import check_exportable
-from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config, resolve_device
+from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
 from ..pipeline import Pruned, prune
 from ..prune import check_prunable
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name

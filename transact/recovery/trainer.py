@@ -22,9 +22,9 @@ from transformers import PrinterCallback, Trainer
 
 from ..checkpoint import plain_generation
 from ..configuration_transact import TransActConfig
+from ..devices import has_bfloat16
 from ..entry import check_model, check_trainable, check_unquantised, checked_windows, undisturbed
 from ..modeling_transact import TransActForCausalLM
-from ..models import has_bfloat16
 from .callbacks import Bar, Milestones
 from .checkpoints import last_checkpoint, settings_of
 from .placement import Arguments, current, own_forward

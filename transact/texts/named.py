@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from ..models import in_one_line
+from ..entry import in_one_line
 
 
 @dataclass(frozen=True)
