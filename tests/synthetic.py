@@ -146,6 +146,8 @@ class Maker:
         for allocation, ratio, kv_ratio in product(("uniform", "searched", "plain"), (0.1, 0.3, 0.5), (None, 0.5)):
             allocated = replace(best, allocation=allocation, compensation="dense")
             yield self.record(replace(allocated, ratio=ratio, kv_ratio=kv_ratio))
+        for rounds, ratio in product((0, 1, 3), (0.1, 0.3)):
+            yield self.record(replace(best, measurements=rounds, ratio=ratio))
         for heads, mlp in product((1, 8, 16), (1, 64, 128)):
             yield self.record(replace(BASE, head_multiple=heads, mlp_multiple=mlp, decode_tokens=64))
         yield from self.recoveries()

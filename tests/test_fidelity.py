@@ -200,6 +200,7 @@ def test_other_texts_are_for_presets_or_for_every_case(workbench):
         assert [one["name"] for one in bench.measure(case).texts] == ["words.txt"]
     for case in (bench.dense_case, bench.case("flap", 0.3), bench.case("best", 0.3, quantisation="")):
         assert (case.other_texts, case.other_windows) == ("other.txt", 5)
+    assert bench.case(Recipe(criterion="wanda"), 0.3, everywhere=True).other_windows == 5
     assert workbench(other_texts_everywhere=True).case(Recipe(criterion="wanda"), 0.3).other_windows == 5
 
 

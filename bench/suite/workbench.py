@@ -201,10 +201,12 @@ class Workbench:
         calibration: str | None = None,
         samples: int | None = None,
         seq_len: int | None = None,
+        everywhere: bool = False,
     ) -> Case:
         """The case of a recipe, or of a preset by name; one that takes no text does not name any.
 
-        See `Case` for what the widths mean. `calibration`, `samples` and `seq_len` are the workbench's own where they
+        See `Case` for what the widths mean. With `everywhere` it is measured on the other evaluation texts, as presets
+        are. `calibration`, `samples` and `seq_len` are the workbench's own where they
         are left out. Raises ValueError, before anything is measured, for what this model or text cannot give.
         """
         recipe = transact.recipe_by_name(recipe) if isinstance(recipe, str) else recipe
@@ -231,7 +233,7 @@ class Workbench:
             decode_tokens=decode_tokens, **fields,
         )  # fmt: skip
         self.widths(case)
-        case = self.with_other_texts(case)
+        case = self.with_other_texts(case, everywhere=everywhere)
         return self.with_quantisation(self.with_recovery(case, recovery, recovery_tokens), quantisation)
 
     def with_recovery(self, case: Case, way: str, tokens: int) -> Case:
@@ -276,9 +278,9 @@ class Workbench:
             check_format(name)
         return replace(case, quantisation=name)
 
-    def with_other_texts(self, case: Case) -> Case:
+    def with_other_texts(self, case: Case, *, everywhere: bool = False) -> Case:
         """The same case measured on the other evaluation texts too, or on none of them; see `Workbench`."""
-        measured = self.other_texts_everywhere or is_plain_preset(case)
+        measured = everywhere or self.other_texts_everywhere or is_plain_preset(case)
         return replace(case, **self._others if measured else {name: type(v)() for name, v in self._others.items()})
 
     def with_tasks(self, case: Case) -> Case:

@@ -172,6 +172,8 @@ def run(options: argparse.Namespace) -> None:
         widths = widths_by_name(
             dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
         )
+    if options.layerwise and recipe.measurements and recipe.allocation == "searched":
+        tell("--layerwise: the pruned model never runs as a whole, so no measurements correct the searched widths")
     if options.tokens is not None:
         train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
     if recipe.needs_text():
