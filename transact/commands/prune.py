@@ -17,8 +17,7 @@ from ..criteria import CRITERIA
 from ..entry import check_seed
 from ..export import check_exportable
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config, resolve_device
-from ..pipeline import Pruned, prune
-from ..prune import check_prunable
+from ..pipeline import Pruned, check_task, prune
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
 from ..recovery import Recovered, check_checkpoints, held_out_loss, shot_trainings
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
@@ -190,13 +189,13 @@ def run(options: argparse.Namespace) -> None:
     with stage("load"):
         home = "cpu" if options.layerwise else options.device
         dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)
-        check_prunable(dense)
     widths = windows = train = None
     sources: list[Source] = []
     if _names_widths(options):
         widths = widths_by_name(
             dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
         )
+    check_task(dense, recipe, ratio=_ratio(options), kv_ratio=options.kv_ratio, widths=widths)
     if options.tokens is not None:
         train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
     if recipe.needs_text():
