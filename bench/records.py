@@ -190,7 +190,9 @@ def finite(value):
 
 def version_text(version) -> str:
     """A task's version as text, "none" where there is none: lm-eval's are numbers or texts like 1.0.2."""
-    return f"{version:g}" if isinstance(version, int | float) else str(version or "none")
+    if isinstance(version, float) and version.is_integer():
+        version = int(version)
+    return "none" if version in (None, "") else str(version)
 
 
 class _UnusableError(ValueError):
@@ -201,6 +203,7 @@ def read_records(path: str | os.PathLike) -> tuple[list[Record], list[str]]:
     """All records of a file, and one complaint for each line that is none (torn, or of another schema)."""
 
     def record_of(fields: dict) -> Record:
+        _check_kinds(fields)
         if fields["status"] == "success":
             metrics = fields["metrics"]
             if metrics.get("perplexity") is None and (metrics.get("loss_nats") or 0) > HIGHEST_LOSS:
@@ -211,6 +214,21 @@ def read_records(path: str | os.PathLike) -> tuple[list[Record], list[str]]:
         return Record(**fields | {"case": Case(**fields["case"])})
 
     return read_lines(path, SCHEMA, record_of)
+
+
+# what a record's parts are in JSON, by which reports handle them
+KINDS = {dict: ("case", "metrics", "standard_errors", "environment", "tasks"),
+         list: ("losses", "widths", "history", "texts", "greedy_agreement"), str: ("method", "status")}  # fmt: skip
+
+
+def _check_kinds(fields: Mapping) -> None:
+    """Raise _UnusableError where a part of a record is of another kind than it is written in."""
+    for kind, names in KINDS.items():
+        for name in names:
+            if not isinstance(fields.get(name, kind()), kind):
+                raise _UnusableError(f"its {name} is no {kind.__name__}")
+    if not all(isinstance(result, dict) for result in fields["tasks"].values()):
+        raise _UnusableError("one of its tasks is no dict")
 
 
 def _check_success(fields: Mapping) -> None:

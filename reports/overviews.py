@@ -73,7 +73,8 @@ def plot_tasks(frame: pd.DataFrame, title: str = "") -> Figure:
 def plot_texts(frame: pd.DataFrame, title: str = "") -> Figure:
     """The rise over the dense model in nats against the fraction removed, a panel for each text and their mean."""
     texts = texts_of(frame)
-    near = [text for text in texts if is_near(text, frame["calibration_text"].dropna().iloc[:1].squeeze())]
+    calibration = next(iter(frame["calibration_text"].dropna()), None)  # some methods need none
+    near = [text for text in texts if is_near(text, calibration)]
     columns = {f"{ON}{text}": f"{text} ({'near' if text in near else 'far'})" for text in texts}
     columns |= {"mean_rise_nats": MEAN}
     down = -(-len(columns) // 2)

@@ -125,3 +125,19 @@ def test_a_torn_plan_is_refused_in_one_line(tmp_path, narrowed):
 def test_a_type_is_for_gguf(tmp_path, capsys):
     assert main(["export", str(tmp_path), str(tmp_path / "out"), "--type", "q8_0"]) == 2
     assert "--type is for --format gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--ratio", "0.99"], "out of reach"), (["--kv-ratio", "0.99"], "out of reach"),
+        (["--modules", "qk,nonsense"], "modules must name some of"),
+        (["--mha-dim", "48", "--granularity", "heads", "--modules", "qk,mlp"], "name both modules or neither"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_before_windows_are_sampled(
+    options, named, tiny_directory, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("transact.commands.prune.calibration_sources", lambda *_, **__: pytest.fail("samples"))
+    assert main(["prune", str(tiny_directory), str(tmp_path / "out"), "--device", "cpu", *options]) == 2
+    assert named in capsys.readouterr().err

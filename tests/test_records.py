@@ -16,7 +16,7 @@ import pytest
 
 from bench.output.tables import markdown_table
 from bench.quality.significance import check_comparable
-from bench.records import Case, Record, append_record, read_records, read_results, sole_writer
+from bench.records import Case, Record, append_record, read_records, read_results, sole_writer, version_text
 from reports.frames import records_frame
 from reports.report import write_report
 
@@ -290,3 +290,24 @@ def test_report_command(tmp_path):
     done = subprocess.run([*command, str(tmp_path / "r.jsonl")], capture_output=True, text=True, check=True)
     assert "activation" in done.stdout
     assert (tmp_path / "perplexity.png").exists()
+
+
+def test_versions_of_tasks_that_are_dates_are_told_apart():
+    assert version_text(20240101) != version_text(20240102)
+    assert [version_text(one) for one in (20240101, 2.0, 0.25, 3, "1.0.2", None)] == [
+        "20240101", "2", "0.25", "3", "1.0.2", "none",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("metrics", []), ("tasks", None), ("tasks", [1]), ("losses", "text"), ("widths", 5), ("texts", {"a": 1}),
+     ("history", None), ("method", None), ("environment", [])],
+)  # fmt: skip
+def test_lines_whose_parts_are_of_another_kind_are_passed_over(name, value, tmp_path):
+    path = tmp_path / "records.jsonl"
+    append_record(path, record())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}) + "\n" + path.read_text())
+    read, complaints = read_records(path)
+    assert [one.case for one in read] == [CASE]
+    assert complaints[0].startswith(f"{path}:1: ")

@@ -503,3 +503,10 @@ def test_the_highest_line_stays_in_the_picture():
 
     assert highest_rise(Series([0.157, 0.381, 0.335])) == 0.381
     assert highest_rise(Series([0.1, 0.2, 0.3, 4.0])) == 0.3
+
+
+def test_methods_that_need_no_text_have_a_page_of_several_texts(records, tmp_path):
+    chosen = [one for one in records if one.case.calibration_text is None and one.case.ratio in (0.0, 0.2)]
+    assert {one.method for one in chosen} >= {"dense", "magnitude", "random"}
+    write_report(chosen, tmp_path)
+    assert (tmp_path / "texts.md").exists()

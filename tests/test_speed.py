@@ -199,3 +199,9 @@ def test_engines_report(tmp_path):
     assert "| 1.000 " in table.splitlines()[2] or "1.000" in table
     assert [file.name for file in files] == ["engines.md", "engines.csv", "engines.tex"]
     assert replace(SpeedCase("m", 1, 1, 1, "eager", "float32", "cpu"), batch=2).batch == 2
+
+
+@pytest.mark.parametrize("gib", ["nan", "inf", "1e300", "0", "-1"])
+def test_memory_without_a_number_is_refused(gib, capsys):
+    assert main(["speed", "llama2-7b", "--memory-gib", gib]) == 2
+    assert "memory must be" in capsys.readouterr().err

@@ -323,3 +323,20 @@ def test_the_embedded_model_is_well_above_chance_on_every_probe(embedded):
     for name, result in results.items():
         assert result.metrics["acc"] > result.chance + 0.12, name
         assert result.capability
+
+
+def test_metadata_of_another_kind_is_left_out(tiny, tasks_path):
+    for number, (chance, capability, kept) in enumerate(
+        [("25%", ["a", "b"], (None, None)), ([0.5], {"a": 1}, (None, None)), (25, 5, (None, None)),
+         (0.5, "words", (0.5, "words"))]
+    ):  # fmt: skip
+        name = f"odd{number}"
+        write_task(tasks_path, name, some_items(4), metadata={"chance": chance, "capability": capability})
+        [result] = results_of(*tiny, resolve_tasks([name], tasks_path)).values()
+        assert (result.chance, result.capability) == kept
+
+
+def test_a_task_that_measures_nothing_is_refused_before_work(tasks_path):
+    write_task(tasks_path, "nothing", some_items(4), metric_list=[])
+    with pytest.raises(ValueError, match="task 'nothing' measures nothing"):
+        resolve_tasks(["nothing"], tasks_path)

@@ -80,32 +80,20 @@ def prune(
     recipe = recipe_by_name(recipe) if isinstance(recipe, str) else recipe
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe must be a Recipe or one of {', '.join(PRESETS)}, got {recipe!r}")
-    recipe.check()
     check_seed(seed)
     device = None if device is None else resolve_device(str(device))
-    check_ratio("ratio", ratio)
-    check_ratio("kv-ratio", kv_ratio)
-    check_prunable(dense)
+    widths = None if widths is None else tuple(widths)
+    check_task(dense, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths)
     check_in_one_place(dense, device)
-    check_modules(dense.config, recipe.modules, recipe.granularity)
     if recipe.needs_text() and windows is None:
         raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
-    if recipe.gradients():
-        check_trainable(dense)
-    if widths is not None:
-        widths = tuple(widths)
-        check_widths(dense.config, widths)
-        narrowed_config(dense.config, widths, rope=recipe.rope)
-    elif not ratio and not kv_ratio:
+    if widths is None and not ratio and not kv_ratio:
         widths = dense_widths(dense.config)
     if statistics is not None:
         _check_statistics(statistics, recipe, dense)
     with undisturbed(dense):
         if windows is not None:
             windows = checked_windows(dense, windows)
-        if not widths:  # whether widths can be found does not hang on scores: say so before the long work
-            _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio, kv_ratio)
-        check_computed(dense)
         criterion = criterion_by_name(recipe.criterion, seed=seed)
         result = _in_shots(
             dense, windows, recipe, criterion, ratio, kv_ratio, widths, statistics, device, train, progress
@@ -113,6 +101,31 @@ def prune(
     if train is None:
         result.model.train(dense.training)
     return result
+
+
+def check_task(
+    dense: nn.Module,
+    recipe: Recipe,
+    *,
+    ratio: float = 0.2,
+    kv_ratio: float | None = None,
+    widths: Sequence[Widths] | None = None,
+) -> None:
+    """Raise ValueError where this model cannot be pruned so, whatever it is calibrated on: see `prune`."""
+    recipe.check()
+    check_ratio("ratio", ratio)
+    check_ratio("kv-ratio", kv_ratio)
+    check_prunable(dense)
+    check_modules(dense.config, recipe.modules, recipe.granularity)
+    if recipe.gradients():
+        check_trainable(dense)
+    if widths is not None:
+        check_widths(dense.config, widths)
+        narrowed_config(dense.config, widths, rope=recipe.rope)
+    elif ratio or kv_ratio:  # whether widths can be found does not hang on scores
+        with undisturbed(dense):
+            _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio, kv_ratio)
+    check_computed(dense)
 
 
 def _check_statistics(statistics: Statistics, recipe: Recipe, dense: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Latency, throughput and memory of generation, prefill and decode apart, at a fixed number of tokens."""
 
 import itertools
+import math
 import statistics
 import time
 import warnings
@@ -258,8 +259,10 @@ def _model(name: str, config: PretrainedConfig, dtype: str, device: torch.device
 
 def fitting(models: Sequence[str], memory_gib: float, *, context: int = 4096, element_size: int = 2) -> list[dict]:
     """For each model: weights, KV bytes a token, and what fits in a memory of this size, computed."""
-    if memory_gib <= 0 or context < 1:
-        raise ValueError(f"memory and context must be positive, got {memory_gib} GiB and {context} tokens")
+    if not 0 < memory_gib * 2**30 < math.inf:
+        raise ValueError(f"memory must be a positive number of GiB, got {memory_gib}")
+    if context < 1:
+        raise ValueError(f"context must be at least 1 token, got {context}")
     rows, memory = [], int(memory_gib * 2**30)
     for name in models:
         config = config_of(name)

@@ -134,6 +134,8 @@ def resolve_tasks(names: Sequence[str], tasks_path: Path | None = None) -> dict[
                 hint = f"its data are local: are the files there, with an item a line? {in_one_line(cause)}"
             raise ValueError(f"task {name!r} cannot be loaded ({in_one_line(error)}); {hint}") from error
         for task_name, task in tasks.items():
+            if not task.aggregation():
+                raise ValueError(f"task {task_name!r} measures nothing: it names no metrics")
             if shots:
                 _check_shots(task, int(shots))
                 task.set_config("num_fewshot", int(shots))
@@ -229,14 +231,15 @@ def _evaluate(model: HFLM, task, limit: int | None) -> TaskResult:
                 error = statistics.stdev(scores[label]) / len(items) ** 0.5
                 standard_errors[label] = error * value if metric == "perplexity" else error  # exp of the mean
     metadata = task.config.metadata if isinstance(task.config.metadata, dict) else {}
+    capability, chance = metadata.get("capability"), metadata.get("chance")  # task files may say anything there
     hashes = sorted({(s["doc_id"], s["doc_hash"], s["prompt_hash"], s["target_hash"]) for s in samples})
     return TaskResult(
         version=version_text(None if task.VERSION == "Yaml" else task.VERSION),  # lm-eval's word for none
         shots=int(outcome["n-shot"][name]),
         items=len(hashes),
         sha256=hashlib.sha256(repr(hashes).encode()).hexdigest(),
-        capability=metadata.get("capability"),
-        chance=metadata.get("chance"),
+        capability=capability if isinstance(capability, str) else None,
+        chance=chance if isinstance(chance, int | float) and 0 <= chance <= 1 else None,
         metrics=metrics,
         standard_errors=standard_errors,
         scores=scores,

@@ -17,8 +17,7 @@ from ..devices import resolve_device
 from ..entry import check_seed
 from ..export import check_exportable
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
-from ..pipeline import Pruned, prune
-from ..prune import check_prunable
+from ..pipeline import Pruned, check_task, prune
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
 from ..widths import (
@@ -165,13 +164,13 @@ def run(options: argparse.Namespace) -> None:
     with stage("load"):
         home = "cpu" if options.layerwise else options.device
         dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)
-        check_prunable(dense)
     widths = windows = train = None
     sources: list[Source] = []
     if _names_widths(options):
         widths = widths_by_name(
             dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
         )
+    check_task(dense, recipe, ratio=_ratio(options), kv_ratio=options.kv_ratio, widths=widths)
     if options.layerwise and recipe.measurements and recipe.allocation == "searched":
         tell("--layerwise: the pruned model never runs as a whole, so no measurements correct the searched widths")
     if options.tokens is not None:
