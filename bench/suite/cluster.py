@@ -110,7 +110,8 @@ def records_from(
         [finished], _ = ray.wait(list(running), num_returns=1)
         worker, case = running.pop(finished)
         if left:
-            running[worker.cell.remote(left[0])] = worker, left.pop(0)
+            following = left.pop(0)
+            running[worker.cell.remote(following)] = worker, following
         else:  # those that have not started are not needed
             running = {cell: (one, its) for cell, (one, its) in running.items() if its is not None}
         if case is None:
