@@ -114,6 +114,7 @@ def records_from(
             running[worker.cell.remote(following)] = worker, following
         else:  # those that have not started are not needed
             running = {cell: (one, its) for cell, (one, its) in running.items() if its is not None}
+        worker = None  # a worker that is done lives, and keeps its CPU, as long as anything refers to it
         if case is None:
             continue
         try:
