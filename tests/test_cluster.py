@@ -90,8 +90,43 @@ def test_a_killed_worker_is_retried_and_one_that_always_dies_is_recorded(tmp_pat
     assert {ratio: one.status for ratio, one in outcomes.items()} == {
         0.1: "success", 0.2: "success", 0.3: "failed", 0.4: "success",
     }  # fmt: skip
-    assert "WorkerCrashedError" in outcomes[0.3].error
+    assert "ActorDiedError" in outcomes[0.3].error or "ActorUnavailableError" in outcomes[0.3].error
     assert len((tmp_path / "sentinel").read_text().split()) == 2
+
+
+GPUS = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+import ray
+from bench.suite import cluster
+from bench.records import append_record, read_records
+template, path = map(Path, sys.argv[1:])
+[record], _ = read_records(template)
+
+def measure(case):
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return replace(record, case=case, environment={"process": os.getpid(), "gpu": seen})
+
+ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+cases = [replace(record.case, ratio=ratio / 10) for ratio in range(1, 9)]
+for one in cluster.records_from(ray, measure, cases, gpus_per_cell=1):
+    append_record(path, one)
+ray.shutdown()
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_cells_of_a_gpu_share_a_process_that_keeps_it(tmp_path):
+    append_record(tmp_path / "template.jsonl", record())
+    files = [str(tmp_path / name) for name in ("template.jsonl", "records.jsonl")]
+    done = subprocess.run([sys.executable, "-c", GPUS, *files], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    where = [one.environment for one in read_records(tmp_path / "records.jsonl")[0]]
+    assert len(where) == 8
+    assert len({one["process"] for one in where}) <= 2
+    assert len({(one["process"], one["gpu"]) for one in where}) == len({one["process"] for one in where})
 
 
 def test_a_worker_with_other_code_measures_nothing(tiny_directory, tiny_text):

@@ -110,9 +110,11 @@ def records_from(
         [finished], _ = ray.wait(list(running), num_returns=1)
         worker, case = running.pop(finished)
         if left:
-            running[worker.cell.remote(left[0])] = worker, left.pop(0)
+            following = left.pop(0)
+            running[worker.cell.remote(following)] = worker, following
         else:  # those that have not started are not needed
             running = {cell: (one, its) for cell, (one, its) in running.items() if its is not None}
+        worker = None  # a worker that is done lives, and keeps its CPU, as long as anything refers to it
         if case is None:
             continue
         try:
