@@ -102,12 +102,12 @@ def quality_command(out: Path, seconds: float, device: str) -> list[str]:
 
 
 PARTS: Mapping[str, Part] = {
-    "card": Part("the card: memory, driver, bandwidth, rates of matrix products", 60, 45, inside("card"), once=True),
-    "latency": Part("decoding and prefill of the paper's shapes, dense beside pruned", 300, 40, inside("latency")),
-    "smollm2": Part("the same of SmolLM2-135M and of `best` of it", 120, 60, inside("smollm2"), embedded=True),
-    "scale": Part("seconds and peak memory of pruning, 135M to 8B parameters", 480, 60, scale_command),
+    "card": Part("the card: memory, driver, bandwidth, rates of matrix products", 60, 30, inside("card"), once=True),
+    "latency": Part("decoding and prefill of the paper's shapes, dense beside pruned", 300, 60, inside("latency")),
+    "smollm2": Part("the same of SmolLM2-135M and of `best` of it", 150, 90, inside("smollm2"), embedded=True),
+    "scale": Part("seconds and peak memory of pruning, 135M to 8B parameters", 480, 90, scale_command),
     "tests": Part("the tests that a device can be given to, on this one", 120, 60, tests_command, once=True),
-    "quality": Part("quick ablations: presets, other texts, recovery", 420, 60, quality_command, embedded=True),
+    "quality": Part("quick ablations: presets, other texts, recovery", 370, 60, quality_command, embedded=True),
 }
 
 
@@ -127,9 +127,17 @@ def listing(minutes: float) -> list[str]:
 
 
 def shares_of(names: Sequence[str], seconds: float) -> dict[str, float]:
-    """The seconds that are kept for each part: as much of its full time as there is of all, at least its least."""
-    fraction = min(1.0, seconds / sum(PARTS[name].seconds for name in names))
-    return {name: max(PARTS[name].least, fraction * PARTS[name].seconds) for name in names}
+    """The seconds that are kept for each part: its least, and of what is left in proportion to what it lacks.
+
+    Nothing is kept for the last ones where there is not even the least for all.
+    """
+    fitting = [*names]
+    while sum(PARTS[name].least for name in fitting) > seconds:
+        fitting.pop()
+    lacking = {name: PARTS[name].seconds - PARTS[name].least for name in fitting}
+    left = seconds - sum(PARTS[name].least for name in fitting)
+    fraction = min(1.0, left / max(1, sum(lacking.values())))
+    return {name: PARTS[name].least + fraction * lacking[name] if name in fitting else 0.0 for name in names}
 
 
 def run_parts(names: Sequence[str], out: Path, *, minutes: float = MINUTES, device: str = "auto") -> Iterator[dict]:

@@ -153,9 +153,9 @@ def test_greedy_losses_are_those_of_the_refit():
 
 
 @pytest.mark.parametrize("scale", [1e-45, 1.0, 1e30])
-def test_greedy_losses_of_other_units_are_the_same_in_these(scale):
-    rows = activation(12)
-    moments, readers = rows.T @ rows / len(rows), torch.randn(5, 12, dtype=torch.float64)
+def test_greedy_losses_of_other_units_are_the_same_in_these(scale, device):
+    rows = activation(12).to(device)
+    moments, readers = rows.T @ rows / len(rows), torch.randn(5, 12, dtype=torch.float64).to(device)
     before = moments.clone(), readers.clone()
     losses, wanted = greedy_losses(readers, moments * scale, tokens=100), greedy_losses(readers, moments, tokens=100)
     torch.testing.assert_close(losses / scale, wanted, rtol=1e-4, atol=0.0)

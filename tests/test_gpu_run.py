@@ -52,7 +52,7 @@ def test_a_part_that_fails_takes_no_other_with_it(run, tmp_path):
 def test_a_part_is_stopped_at_its_time_and_what_is_left_goes_on(run):
     hangs = part("print('here', flush=True); import time; time.sleep(60)", seconds=1)
     start = time.monotonic()
-    records = run({"hangs": hangs, "works": part("pass", seconds=3, least=2), "late": part("pass", least=50)}, 54)
+    records = run({"hangs": hangs, "works": part("pass", seconds=3, least=2), "late": part("pass", seconds=50, least=50)}, 54)
     assert time.monotonic() - start < 30
     assert records["hangs"]["status"] == "out of time"
     assert records["hangs"]["error"] == "stopped after 1 s; see hangs.log"
@@ -104,8 +104,14 @@ def test_shares_are_parts_of_the_time_and_never_too_small():
     whole = sum(one.seconds for one in gpu.PARTS.values())
     assert gpu.shares_of([*gpu.PARTS], whole) == {name: one.seconds for name, one in gpu.PARTS.items()}
     assert whole + gpu.REPORT_SECONDS <= 60 * gpu.MINUTES + 60
-    few = gpu.shares_of([*gpu.PARTS], 60)
-    assert few == {name: one.least for name, one in gpu.PARTS.items()}
+    least = {name: one.least for name, one in gpu.PARTS.items()}
+    assert gpu.shares_of([*gpu.PARTS], sum(least.values())) == least
+    between = gpu.shares_of([*gpu.PARTS], 600)
+    assert sum(between.values()) == pytest.approx(600)
+    assert all(between[name] >= least[name] for name in least)
+    few = gpu.shares_of([*gpu.PARTS], least["card"] + least["latency"] + 10)
+    assert few["card"] + few["latency"] == least["card"] + least["latency"] + 10
+    assert not any(few[name] for name in [*gpu.PARTS][2:])
 
 
 def fake_grid(monkeypatch, outcome) -> list[tuple]:

@@ -89,14 +89,14 @@ def test_where_time_is_short_a_few_layers_are_measured(monkeypatch, tiny_shape):
     monkeypatch.setattr(scale, "estimated_seconds", lambda config, *rest: 10.0 * config.num_hidden_layers)
     monkeypatch.setattr(scale, "take", of_the_weights)
     monkeypatch.setitem(SHAPES, "tiny", tiny_shape := first_layers(tiny_shape, 6))
-    [record] = run_scale(["tiny"], samples=2, seq_len=16, device="cpu", seconds=2 * 61)
+    [record] = run_scale(["tiny"], samples=2, seq_len=16, device="cpu", seconds=61 / 0.6)
     assert (record["status"], record["how"], record["layers_measured"]) == ("success", "measured", [6])
     monkeypatch.setattr(scale, "FEW_LAYERS", (1, 2))
-    [record] = run_scale(["tiny"], samples=2, seq_len=16, device="cpu", seconds=2 * 31)
+    [record] = run_scale(["tiny"], samples=2, seq_len=16, device="cpu", seconds=31 / 0.6)
     assert (record["status"], record["how"], record["layers_measured"]) == ("success", "extrapolated", [1, 2])
     size = 4 * parameters_of(tiny_shape) / 2**20
     assert record["mib"]["weights"] == pytest.approx(size, rel=1e-6)
-    [record] = run_scale(["tiny"], samples=2, seq_len=16, device="cpu", seconds=2 * 29)
+    [record] = run_scale(["tiny"], samples=2, seq_len=16, device="cpu", seconds=29 / 0.6)
     assert record["status"] == "skipped"
     assert record["error"] == "a few layers would take about 30 s, it may take 29 s"
 
@@ -110,8 +110,8 @@ def test_an_estimate_is_corrected_by_what_was_measured(monkeypatch, tiny_shape):
     assert [
         r["status"] for r in run_scale(["tiny", "second"], samples=1, seq_len=9, device="cpu", seconds=100)
     ] == 2 * ["success"]
-    assert seen[0] == pytest.approx(50, rel=0.1)
-    assert seen[1] == pytest.approx(50 / 5, rel=0.1)  # far slower than it should be: at most five times
+    assert seen[0] == pytest.approx(60, rel=0.1)
+    assert seen[1] == pytest.approx(60 / 5, rel=0.1)  # far slower than it should be: at most five times
 
 
 def test_what_fails_is_a_record_and_the_next_size_follows(monkeypatch, tiny_shape):

@@ -94,8 +94,8 @@ def test_random_models_have_the_shape():
 
 
 @pytest.mark.parametrize("mode", ["eager", "static", "captured"])
-def test_timed_generation_is_greedy_generation(mode):
-    model, ids = narrow_model(), torch.arange(1, 13)[None]
+def test_timed_generation_is_greedy_generation(mode, device):
+    model, ids = narrow_model().to(device), torch.arange(1, 13, device=device)[None]
     tokens = []
     step = decode_step(model, mode)
 
