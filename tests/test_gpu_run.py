@@ -52,7 +52,9 @@ def test_a_part_that_fails_takes_no_other_with_it(run, tmp_path):
 def test_a_part_is_stopped_at_its_time_and_what_is_left_goes_on(run):
     hangs = part("print('here', flush=True); import time; time.sleep(60)", seconds=1)
     start = time.monotonic()
-    records = run({"hangs": hangs, "works": part("pass", seconds=3, least=2), "late": part("pass", seconds=50, least=50)}, 54)
+    records = run(
+        {"hangs": hangs, "works": part("pass", seconds=3, least=2), "late": part("pass", seconds=50, least=50)}, 54
+    )
     assert time.monotonic() - start < 30
     assert records["hangs"]["status"] == "out of time"
     assert records["hangs"]["error"] == "stopped after 1 s; see hangs.log"
