@@ -56,6 +56,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """What only a GPU can say: speeds, what pruning takes by size, tests on the device; in 25 minutes at most."""
+    install(session)
+    session.run("python", "-m", "bench", "gpu", *session.posargs)
+
+
+@nox.session
 def engines(session: nox.Session) -> None:
     """Export a pruned model and run it in llama.cpp (built from source: minutes) beside transformers."""
     install(session)

@@ -5,7 +5,8 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from transact.commands.parser import OneLineParser, add_model_options, run_command
@@ -14,13 +15,15 @@ from transact.entry import check_vocabulary
 from transact.models import load_model, load_tokenizer, read_config
 from transact.texts import TEXTS, load_text
 
+from . import gpu
 from .efficiency.memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
 from .efficiency.quantise import FORMATS, check_format, packed_weight_bytes, quantised
+from .efficiency.scale import SIZES, SIZES_OF_A_CPU, WAYS, run_scale
 from .efficiency.shapes import SHAPES
 from .efficiency.speed import GRIDS, MODES, decode_rate
 from .quality.perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
 from .quality.texts import EVALUATION_TEXTS, load_evaluation_texts, windows_of
-from .records import append_line, finite
+from .records import append_line, finite, sole_writer
 from .suite import regression
 
 
@@ -164,6 +167,64 @@ def speed_command(options: argparse.Namespace) -> None:
     print_report(*write_speed_report(frame, options.results))
 
 
+def scale_command(options: argparse.Namespace) -> None:
+    from .efficiency.report import read_scale, write_scale_report
+
+    path = options.results / "scale.jsonl"
+    with results_written(options.results):
+        for record in run_scale(
+            options.shapes or None, ways=options.ways, samples=options.samples, seq_len=options.seq_len,
+            dtype=options.dtype, device=options.device, path=path,
+            seconds=None if options.minutes is None else 60 * options.minutes,
+        ):  # fmt: skip
+            append_line(path, record)
+            case, status = record["case"], record["status"]
+            said = f"{record['seconds']['total']:.1f} s, {record['how']}" if status == "success" else record["error"]
+            print(f"{case['shape']}, {case['way']}, {case['samples']} x {case['seq_len']}: {status}: {said}",
+                  file=sys.stderr)  # fmt: skip
+    frame, complaints = read_scale(path)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    if len(frame):
+        print_report(*write_scale_report(frame, options.results))
+
+
+def gpu_command(options: argparse.Namespace) -> int:
+    if options.requirements:
+        print("\n".join(gpu.requirements()))
+        return 0
+    if options.list:
+        print("\n".join(gpu.listing(options.minutes)))
+        return 0
+    device = resolve_device(options.device)
+    out = options.out.resolve()
+    if options.inside:
+        return gpu.run_inside(options.inside, out, 60 * options.minutes, device)
+    if device.type != "cuda" and options.device == "auto":
+        raise ValueError("bench gpu needs a CUDA device, there is none; --device cpu tries its parts out, small")
+    with results_written(out), sole_writer(out / "gpu.jsonl"):
+        for record in gpu.run_parts(options.only, out, minutes=options.minutes, device=options.device):
+            append_line(out / "gpu.jsonl", record)
+            error = f": {record['error']}" if record.get("error") else ""
+            print(f"{record['part']}: {record['status']} in {record['seconds']:.0f} s{error}", flush=True)
+        from .gpu_report import write_gpu_report
+
+        gpu.report_quality(out)
+        files = write_gpu_report(out)
+    print(f"wrote {files[-1]} and {len(files) - 1} tables and pictures")
+    return 0
+
+
+@contextmanager
+def results_written(directory: Path) -> Iterator[None]:
+    """Make the directory; what cannot be written there is the user's to know, in one line."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ValueError(f"results {str(directory)!r} cannot be written: {error.strerror}") from error
+
+
 def engines_command(options: argparse.Namespace) -> None:
     from .efficiency.engines import compare_engines
     from .efficiency.report import write_engines_report
@@ -185,6 +246,33 @@ def numbers(text: str) -> list[int]:
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"numbers of at least 1, separated by commas, got {text!r}")
     return values
+
+
+def number(text: str) -> int:
+    """One whole positive number."""
+    [value] = numbers(text)
+    return value
+
+
+def minutes(text: str) -> float:
+    """A positive number of minutes."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"minutes must be positive, got {text!r}")
+    return value
+
+
+def ways(text: str) -> list[str]:
+    chosen = text.split(",")
+    if unknown := [way for way in chosen if way not in WAYS]:
+        raise argparse.ArgumentTypeError(f"unknown way {unknown[0]!r}, allowed: {', '.join(WAYS)}")
+    return chosen
+
+
+def parts(text: str) -> list[str]:
+    chosen = text.split(",")
+    if unknown := [part for part in chosen if part not in gpu.PARTS]:
+        raise argparse.ArgumentTypeError(f"unknown part {unknown[0]!r}, allowed: {', '.join(gpu.PARTS)}")
+    return [part for part in gpu.PARTS if part in chosen]
 
 
 def modes(text: str) -> list[str]:
@@ -239,10 +327,31 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("--memory-gib", type=float, help="measure nothing: say what fits in so much memory, in 16 bits")
     speed.add_argument("--context", type=int, default=4096, help="tokens, for the largest batch that fits (4096)")
     add_model_options(speed)
+    scale = commands.add_parser("scale", help="seconds and peak memory of pruning by size, on random weights")
+    scale.set_defaults(run=scale_command)
+    scale.add_argument("shapes", nargs="*", help=f"shapes ({', '.join(SIZES)}; on a CPU {', '.join(SIZES_OF_A_CPU)})")
+    scale.add_argument("--ways", type=ways, default=[*WAYS], help=f"of {', '.join(WAYS)}, with commas (all)")
+    scale.add_argument("--samples", type=number, help="calibration windows (128; on a CPU 8)")
+    scale.add_argument("--seq-len", type=number, help="tokens of a window (2048; on a CPU 512)")
+    scale.add_argument("--minutes", type=minutes, help="in all: fewer windows, then fewer layers, where time is short")
+    add_model_options(scale)
+    on_gpu = commands.add_parser("gpu", help="what only a GPU can say, part by part, within so many minutes")
+    on_gpu.set_defaults(run=gpu_command)
+    on_gpu.add_argument(
+        "--minutes", type=minutes, default=gpu.MINUTES, help="in all; what there is no time for is skipped (25)"
+    )
+    on_gpu.add_argument("--out", type=Path, default=Path("results/gpu"), help="directory to write (results/gpu)")
+    on_gpu.add_argument(
+        "--only", type=parts, default=[*gpu.PARTS], help=f"of {', '.join(gpu.PARTS)}, with commas (all)"
+    )
+    on_gpu.add_argument("--list", action="store_true", help="run nothing: what the parts are and how long they take")
+    on_gpu.add_argument("--requirements", action="store_true", help="run nothing: what to install, for pip")
+    on_gpu.add_argument("--inside", help=argparse.SUPPRESS)
+    on_gpu.add_argument("--device", default="auto", help="auto, cuda, cuda:1 ... (auto)")
     engines = commands.add_parser("engines", help="the exported model in llama.cpp beside transformers")
     engines.set_defaults(run=engines_command)
     engines.add_argument("--ratio", type=float, default=0.3, help="fraction removed of the pruned one (0.3)")
-    for command in (speed, engines):
+    for command in (speed, scale, engines):
         command.add_argument("--results", type=Path, default=Path("results"), help="directory to write (results)")
     check = commands.add_parser("regression", help="compare with the baseline; exit code 1 where something moved")
     check.set_defaults(run=regression_command)

@@ -17,7 +17,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 T = TypeVar("T")
-SCHEMA, SPEED_SCHEMA = 4, 1  # of records of quality and of speed
+SCHEMA, SPEED_SCHEMA, SCALE_SCHEMA, GPU_SCHEMA = 4, 1, 1, 1  # of records of quality, speed, scale, a GPU run
 HIGHEST_LOSS = math.log(sys.float_info.max)  # in nats: no float holds the perplexity of a higher one
 
 

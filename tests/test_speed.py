@@ -1,10 +1,12 @@
 """Costs against counting, the grid against bad cells, and the report; nothing here depends on how fast a machine is."""
 
+import contextlib
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import transact
@@ -91,9 +93,9 @@ def test_random_models_have_the_shape():
     assert torch.get_default_dtype() == torch.float32
 
 
-@pytest.mark.parametrize("mode", ["eager", "static"])
-def test_timed_generation_is_greedy_generation(mode):
-    model, ids = narrow_model(), torch.arange(1, 13)[None]
+@pytest.mark.parametrize("mode", ["eager", "static", "captured"])
+def test_timed_generation_is_greedy_generation(mode, device):
+    model, ids = narrow_model().to(device), torch.arange(1, 13, device=device)[None]
     tokens = []
     step = decode_step(model, mode)
 
@@ -101,11 +103,54 @@ def test_timed_generation_is_greedy_generation(mode):
         tokens.append(token.item())
         return step(token, cache)
 
-    cache = speed.StaticCache(config=model.config, max_cache_len=30) if mode == "static" else speed.DynamicCache()
+    cache = speed.DynamicCache() if mode == "eager" else speed.StaticCache(config=model.config, max_cache_len=30)
     prefill_s, decode_s = generate_timed(model, ids, 9, spying, cache)
     expected = model.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=None)[0, 12:]
     assert tokens == expected.tolist()
     assert min(prefill_s, decode_s) > 0
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_what_a_graph_would_record_of_a_step_holds_for_all_steps(narrow):
+    """A CUDA graph replays the recorded kernels on the recorded memory: nothing may hang on Python's numbers."""
+    model, ids = narrow_model() if narrow else tiny_llama("gqa"), torch.arange(1, 13)[None]
+    cache, step = speed.StaticCache(config=model.config, max_cache_len=30), decode_step(model, "static")
+
+    @torch.no_grad()
+    def tokens_by(step) -> list[int]:
+        cache.reset()
+        token = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(dim=-1)
+        return [(token := step(token)).item() for _ in range(9)]
+
+    wanted = tokens_by(lambda token: step(token, cache))
+    with torch.no_grad():
+        recorded = make_fx(lambda token: step(token, cache))(torch.tensor([[5]]))
+    assert tokens_by(recorded) == wanted
+
+
+def test_a_captured_step_is_recorded_once(monkeypatch):
+    recorded = []
+
+    class Graph:
+        def replay(self):
+            recorded[0]()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+
+    def step(token, total):
+        result = torch.empty_like(token)
+
+        def kernels():
+            torch.add(token, total.add_(1), out=result)
+
+        recorded[:] = [kernels]
+        return result
+
+    captured, total = speed.CapturedStep(lambda token, total: token + total.add_(1)), torch.zeros(1)
+    assert captured(torch.ones(1), total) == 2
+    captured.step = step
+    assert [captured(torch.full((1,), value), total).item() for value in (1.0, 5.0, 2.0)] == [3, 8, 6]
 
 
 def test_the_roof_is_the_slower_of_two():
@@ -179,7 +224,7 @@ def test_what_fits_is_computed_without_measuring(capsys):
     [
         (["llama3-7b"], "unknown shape 'llama3-7b', allowed: llama2-7b"),
         (["llama2-7b", "--batches", "0"], "at least 1"),
-        (["llama2-7b", "--modes", "warp"], "unknown mode 'warp', allowed: eager, static, graphs"),
+        (["llama2-7b", "--modes", "warp"], "unknown mode 'warp', allowed: eager, static, captured, graphs"),
         (["llama2-7b", "--grid", "huge"], "invalid choice"),
     ],
 )

@@ -87,26 +87,41 @@ def greedy_losses(readers: torch.Tensor, moments: torch.Tensor, tokens: int, *, 
     readers and C^-1 are down-dated by that block: structured OBS (Hassibi and Stork 1993; SlimGPT, 2024).
     """
     ridge = len(moments) / tokens * moments.diagonal()
-    # float32 from here on: the ridge keeps the inverse well conditioned, and the down-dates are bound by memory
-    inverse, readers = inverse_with_ridge(moments, ridge).float(), readers.float()
-    losses = torch.zeros_like(moments[0])
+    inverse = inverse_with_ridge(moments, ridge)
+    # float32: the ridge keeps the inverse well conditioned, and the down-dates are bound by memory
+    losses, is_sound = _removed_greedily(readers, inverse, torch.float32, steps)
+    if not is_sound:
+        losses, _ = _removed_greedily(readers, inverse, torch.float64, steps)
+    return losses
+
+
+def _removed_greedily(
+    readers: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses of `greedy_losses`, and whether every block could be factored; a device is never waited for."""
+    readers, inverse = readers.to(dtype, copy=True), inverse.to(dtype, copy=True)
+    losses = torch.zeros(len(inverse), dtype=torch.float64, device=inverse.device)
     is_gone = torch.zeros_like(losses, dtype=torch.bool)
-    block, spent, tiny = max(1, len(moments) // steps), 0.0, torch.finfo(inverse.dtype).tiny
-    for start in range(0, len(moments), block):
+    is_sound = torch.ones((), dtype=torch.bool, device=inverse.device)
+    block, spent, tiny = max(1, len(inverse) // steps), 0.0, torch.finfo(inverse.dtype).tiny
+    for start in range(0, len(inverse), block):
         saliency = (readers.square().sum(dim=0) / inverse.diagonal().clamp(min=tiny)).masked_fill_(is_gone, torch.inf)
         ordered, order = saliency.sort(stable=True)
-        gone = order[: min(block, len(moments) - start)]
-        own, rows = inverse[gone[:, None], gone], inverse[gone]
-        theirs = readers[:, gone]
-        loss = (theirs.T * torch.linalg.solve(own, theirs.T)).sum(dtype=torch.float64)
+        gone = order[: min(block, len(inverse) - start)]
+        rows, theirs = inverse[gone], readers[:, gone]
+        root, failed = torch.linalg.cholesky_ex(rows[:, gone])
+        is_sound &= failed == 0
+        # with [C^-1]_gone = L L^T: what goes is (L^-1 readers)^T (L^-1 rows), of C^-1 (L^-1 rows)^T (L^-1 rows)
+        half = torch.linalg.solve_triangular(root, torch.cat((theirs.T, rows), dim=1), upper=False)
+        their_half, half = half[:, : len(readers)], half[:, len(readers) :]
+        loss = their_half.square().sum(dtype=torch.float64)
         shares = ordered[: len(gone)].double().cumsum(dim=0)
         losses[gone] = spent + loss * shares / shares[-1].clamp(min=tiny)
         spent = spent + loss
-        update = torch.linalg.solve(own, rows)  # (block, n)
-        readers.addmm_(theirs, update, alpha=-1)
-        inverse.addmm_(rows.T, update, alpha=-1)
-        is_gone[gone] = True
-    return losses
+        readers.addmm_(their_half.T, half, alpha=-1)
+        inverse.addmm_(half.T, half, alpha=-1)
+        is_gone.index_fill_(0, gone, True)
+    return losses, is_sound & losses.isfinite().all()
 
 
 def cheapest_basis(readers: torch.Tensor, moments: torch.Tensor) -> tuple[ValueBasis, torch.Tensor]:

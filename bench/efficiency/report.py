@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from ..output.figures import STYLES, write_figure
 from ..output.tables import markdown_table, write_table
-from ..records import SPEED_SCHEMA, read_lines
+from ..records import SCALE_SCHEMA, SPEED_SCHEMA, read_lines
 
 COLUMNS = ["model", "mode", "prefix", "decode", "batch", "latency_s", "prefill_s", "decode_s", "decode_tokens_per_s",
            "prefill_roofline_fraction", "decode_roofline_fraction", "weight_mib", "kv_bytes_per_token",
@@ -159,3 +159,72 @@ def write_engines_report(rows: Sequence[dict], note: str, directory: str | os.Pa
     Path(directory).mkdir(parents=True, exist_ok=True)
     files = write_table(Path(directory) / "engines", "Exported checkpoints in other engines", note, frame, list(frame))
     return markdown_table(frame, list(frame)), files
+
+
+SCALE_COLUMNS = ["shape", "parameters", "way", "windows", "how", "calibrate_s", "plan_s", "compensate_s", "total_s",
+                 "weight_gib", "device_gib", "host_gib", "dtype", "device", "status", "error"]  # fmt: skip
+STAGES = {"calibrate and score": "calibrate_s", "plan": "plan_s", "compensate": "compensate_s", "total": "total_s"}
+
+
+def read_scale(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
+    """One row a shape, way, dtype and device, of several records the one of most layers and windows; complaints."""
+
+    def row_of(record: dict) -> tuple[tuple, dict]:
+        case, seconds, mib = record["case"], record.get("seconds", {}), record.get("mib", {})
+        row = {name: case[name] for name in ("shape", "way", "dtype", "device")}
+        row |= {"parameters": record["parameters"], "windows": f"{case['samples']} x {case['seq_len']}"}
+        row |= {"how": record.get("how", ""), "status": record["status"], "error": record.get("error")}
+        row |= {column: seconds.get(stage) for stage, column in STAGES.items()}
+        gib = {"weight_gib": "weights", "device_gib": "device", "host_gib": "host"}
+        row |= {column: mib[name] / 2**10 if name in mib else None for column, name in gib.items()}
+        row |= {"hardware": record["environment"]["device"], "torch": record["environment"]["torch"]}
+        return (record["status"] == "success", row["how"] == "measured", case["samples"]), row
+
+    rows, complaints = read_lines(path, SCALE_SCHEMA, row_of)
+    best: dict[tuple, tuple] = {}
+    for worth, row in rows:
+        key = row["shape"], row["way"], row["dtype"], row["hardware"]
+        if key not in best or worth >= best[key][0]:
+            best[key] = worth, row
+    ordered = sorted((row for _, row in best.values()), key=lambda row: (row["way"], row["parameters"]))
+    return pd.DataFrame(ordered), complaints
+
+
+def write_scale_report(frame: pd.DataFrame, directory: str | os.PathLike) -> tuple[str, list[Path]]:
+    """Tables and a picture of a frame of `read_scale`; returns the table and the files."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    hardware = ", ".join(sorted(frame["hardware"].unique()))
+    note = (
+        f"{hardware}; torch {', '.join(sorted(frame['torch'].unique()))}. `best` at a ratio of 0.2, random weights; "
+        "seconds, and the most GiB held by tensors on the device and by the whole process on the host. `extrapolated`: "
+        "a few layers were measured."
+    )
+    files = write_table(directory / "scale", "What pruning takes by size", note, frame, SCALE_COLUMNS)
+    done = frame[frame["status"] == "success"]
+    if len(done):
+        files += write_figure(directory / "scale", plot_scale(done, hardware))
+    return markdown_table(frame, SCALE_COLUMNS), files
+
+
+def plot_scale(frame: pd.DataFrame, hardware: str) -> Figure:
+    """Bars of seconds by stage, and of memory, of each shape and way."""
+    labels = [f"{row.shape_}, {row.way}" for row in frame.rename(columns={"shape": "shape_"}).itertuples()]
+    figure = Figure(figsize=(9, 1.6 + 0.45 * len(frame)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    start = pd.Series(0.0, index=frame.index)
+    for (stage, column), (colour, *_) in zip([*STAGES.items()][:-1], STYLES, strict=False):
+        seconds = frame[column].fillna(0.0).astype(float)
+        panels[0].barh(labels, seconds, left=start, color=colour, label=stage)
+        start = start + seconds
+    panels[0].set(xlabel="seconds")
+    panels[0].legend(fontsize=8)
+    memory = "device_gib" if frame["device_gib"].notna().any() else "host_gib"
+    bars = panels[1].barh(labels, frame[memory].fillna(0.0).astype(float), color=STYLES[3][0])
+    panels[1].bar_label(bars, fmt="{:,.1f}", padding=3, fontsize=8)
+    panels[1].set(xlabel=f"GiB at most on the {memory.removesuffix('_gib')}")
+    panels[0].invert_yaxis()
+    for axes in panels:
+        axes.grid(alpha=0.25, axis="x")
+    figure.suptitle(f"What pruning takes, {hardware}", fontsize=10)
+    return figure

@@ -23,6 +23,15 @@ SMOLLM2_135M = LlamaConfig(
 )  # fmt: skip
 
 
+def llama3(layers: int, hidden: int, heads: int, mlp: int, *, tied: bool) -> LlamaConfig:
+    """A shape of the Llama 3 family: 8 key-value heads and 128,256 tokens, whatever the size."""
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )  # fmt: skip
+
+
 def narrowed(dense: LlamaConfig, kv_heads: int, head_dim: int, mlp: int) -> PretrainedConfig:
     """The dense shape with these widths in every layer."""
     return narrowed_config(dense, [Widths(kv_heads, head_dim, head_dim, mlp)] * dense.num_hidden_layers)
@@ -39,6 +48,9 @@ SHAPES: Mapping[str, PretrainedConfig] = {
         vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
         max_position_embeddings=4096,
     ),
+    "llama3-1b": llama3(16, 2048, 32, 8192, tied=True),
+    "llama3-3b": llama3(28, 3072, 24, 8192, tied=True),
+    "llama3-8b": llama3(32, 4096, 32, 14336, tied=False),
     "smollm2-135m": SMOLLM2_135M,
     "smollm2-135m-pruned": narrowed(SMOLLM2_135M, 3, 48, 1056),  # 30 % of the decoder's linear parameters removed
     "smollm2-135m-odd": narrowed(SMOLLM2_135M, 3, 46, 1070),  # about the same, aligned to nothing

@@ -35,7 +35,7 @@ from .costs import (
 from .memory import kv_bytes_per_token, peak_memory_mib, release, reset_peak_memory, weight_bytes
 from .shapes import SHAPES, random_model, shape_by_name
 
-MODES = ("eager", "static", "graphs")
+MODES = ("eager", "static", "captured", "graphs")
 # (prefix, decoded) tokens: the paper's figure, and one that two CPU cores finish
 GRIDS = {
     "paper": ((64, 64), (128, 64), (256, 64), (512, 64), (960, 64), (256, 128), (256, 256), (256, 512), (256, 768)),
@@ -45,8 +45,9 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class SpeedCase:
-    """Everything that decides a speed. `mode`: "eager" with a growing cache, "static" with one of fixed size, "graphs"
-    the same compiled (CUDA graphs on a GPU)."""
+    """Everything that decides a speed. `mode`: "eager" with a growing cache, "static" with one of fixed size,
+    "captured" its step recorded once as a CUDA graph (as "static" without a GPU), "graphs" the same compiled (and
+    recorded, on a GPU)."""
 
     model: str
     prefix: int
@@ -81,6 +82,8 @@ def decode_step(model: nn.Module, mode: str):
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
         return output.logits[:, -1:].argmax(dim=-1)
 
+    if mode == "captured" and model.device.type == "cuda":
+        return CapturedStep(step)
     if mode != "graphs":
         return step
     forget_compiled()
@@ -97,6 +100,28 @@ def forget_compiled() -> None:
     """Forget what was compiled: of a second shape torch would compile one for all shapes, of a ninth nothing more."""
     with warnings.catch_warnings(action="ignore"):  # torch's own, about names that it uses itself
         torch.compiler.reset()
+
+
+class CapturedStep:
+    """A decoding step recorded as a CUDA graph at its second call: the same kernels, launched all at once from then on.
+
+    The first call sets up what must not be set up while recording. The cache must be static and always the same.
+    """
+
+    def __init__(self, step):
+        self.step, self.calls, self.graph = step, 0, None
+
+    def __call__(self, token: torch.Tensor, cache) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 1:
+            return self.step(token, cache)
+        if self.graph is None:
+            self.graph, self.given = torch.cuda.CUDAGraph(), token.clone()
+            with torch.cuda.graph(self.graph):
+                self.following = self.step(self.given, cache)
+        self.given.copy_(token)
+        self.graph.replay()
+        return self.following.clone()
 
 
 def measure_speed(model: nn.Module, case: SpeedCase, roofline: Roofline, *, repeats: int = 5, warm_up: int = 1) -> dict:
