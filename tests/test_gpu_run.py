@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+import transact
 from bench import gpu
 from bench.__main__ import main
 from bench.efficiency.costs import Roofline
@@ -246,3 +247,24 @@ def test_the_command_runs_parts_and_writes_the_page(run, monkeypatch, tmp_path, 
     assert main(["gpu", "--device", "cpu", "--only", "card", "--out", str(tmp_path)]) == 0
     assert "card: done in " in capsys.readouterr().out
     assert "| card | done " in (tmp_path / "gpu.md").read_text()
+
+
+def test_the_embedded_model_is_pruned_once_and_measured_beside_its_shape(monkeypatch, tmp_path, tiny_directory):
+    seen, loaded = [], []
+
+    def load(name, **options):
+        loaded.append(name)
+        return transact.load_model(tiny_directory, **options)
+
+    windows = torch.randint(0, 97, (16, 32), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(gpu, "load_model", load)
+    monkeypatch.setattr(gpu, "calibration_windows", lambda *arguments, **options: windows)
+    monkeypatch.setattr(gpu, "measure_cells", lambda models, *rest: seen.append(models) or 0)
+    for _ in range(2):
+        assert gpu.run_inside("smollm2", tmp_path, 60, CPU) == 0
+    assert loaded == ["smollm2-135m"]
+    dense, *pruned = seen[1]
+    assert dense == "smollm2-135m"
+    assert [path.rsplit("/")[-1].rsplit("\\")[-1] for path in pruned] == ["best-0.2", "best-0.3"]
+    sizes = [transact.load_model(path, device="cpu")[0].num_parameters() for path in pruned]
+    assert sizes[0] > sizes[1]
