@@ -20,7 +20,7 @@ from .efficiency.memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
 from .efficiency.quantise import FORMATS, check_format, packed_weight_bytes, quantised
 from .efficiency.scale import SIZES, SIZES_OF_A_CPU, WAYS, run_scale
 from .efficiency.shapes import SHAPES
-from .efficiency.speed import GRIDS, MODES, decode_rate
+from .efficiency.speed import GRIDS, MODES, PREFIX, decode_rate
 from .quality.perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
 from .quality.texts import EVALUATION_TEXTS, load_evaluation_texts, windows_of
 from .records import append_line, finite, sole_writer
@@ -73,7 +73,12 @@ def quantise_command(options: argparse.Namespace) -> None:
     paths, windows = [*filter(None, (options.dense, options.model))], {}
     for path in paths:  # what is wrong with the second is known before the first is measured
         windows[path] = evaluation_windows(text, load_tokenizer(path), length=options.seq_len, count=options.windows)
-        check_vocabulary(read_config(path), windows[path].ids)
+        config, longest = read_config(path), max(windows[path].ids.shape[1] - 1, PREFIX + options.decode)
+        check_vocabulary(config, windows[path].ids)
+        if longest > config.max_position_embeddings:
+            raise ValueError(
+                f"{longest} tokens are longer than the model's context of {config.max_position_embeddings}"
+            )
     print("| model | weights | perplexity | MiB in memory | MiB packed | decoded tokens per second |")
     print("|---|---|---|---|---|---|")
     for path in paths:

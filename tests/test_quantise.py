@@ -163,3 +163,12 @@ def test_the_command_prints_one_row_a_format(tiny_directory, tiny_text, capsys):
     assert main(["quantise", str(tiny_directory), "--dense", str(tiny_directory), *settings, "--dtype", "float32"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [row[1] for row in rows[2:]] == ["float32", *FORMATS] * 2
+
+
+@pytest.mark.parametrize("option", [("--decode", "65"), ("--seq-len", "130")])
+def test_what_is_longer_than_the_context_is_refused_before_work(option, tiny_directory, tiny_text, capsys):
+    options = ["--formats", "int8", "--text", str(tiny_text), "--seq-len", "32", "--device", "cpu", *option]
+    assert main(["quantise", str(tiny_directory), *options]) == 2
+    printed = capsys.readouterr()
+    assert "longer than the model's context of 128" in printed.err
+    assert printed.out == ""

@@ -170,10 +170,18 @@ def test_rolling_losses_agree_with_lm_eval(tiny, tiny_text):
         ([], "no tasks are named"),
     ],
 )
-def test_unknown_tasks_are_named(names, named, tasks_path):
+def test_unknown_tasks_are_named(names, named, tasks_path, monkeypatch):
+    asked = []
+
+    def without_index(include_path, include_defaults=True):  # that of lm-eval's own tasks takes up to a minute
+        asked.append(include_defaults)
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("bench.quality.zero_shot.TaskManager", without_index)
     with pytest.raises(ValueError, match=named) as caught:
         resolve_tasks(names, tasks_path)
     assert "\n" not in str(caught.value)
+    assert (True in asked) == named.startswith("unknown task")  # looked up among lm-eval's own
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from .costs import (
 from .memory import kv_bytes_per_token, peak_memory_mib, release, reset_peak_memory, weight_bytes
 from .shapes import SHAPES, random_model, shape_by_name
 
+PREFIX = 64  # tokens before those whose decoding is timed
 MODES = ("eager", "static", "captured", "graphs")
 # (prefix, decoded) tokens: the paper's figure, and one that two CPU cores finish
 GRIDS = {
@@ -172,7 +173,7 @@ def measure_speed(model: nn.Module, case: SpeedCase, roofline: Roofline, *, repe
     }
 
 
-def decode_rate(model: nn.Module, tokens: int, *, prefix: int = 64, repeats: int = 7) -> tuple[float, float]:
+def decode_rate(model: nn.Module, tokens: int, *, prefix: int = PREFIX, repeats: int = 7) -> tuple[float, float]:
     """Decoded tokens per second, the median of `repeats` after one that warms up, and its standard error.
 
     One sequence with a growing cache, `tokens` after `prefix`. The standard error of a median is 1.25 times that of a
