@@ -8,6 +8,7 @@ import logging
 import socket
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,23 +102,28 @@ def records_from(
         def cell(self, case: Case) -> Record:
             return measure(case)
 
-    options = {"num_cpus": 1, "num_gpus": gpus_per_cell, "max_restarts": -1, "max_task_retries": RETRIES}
-    remote, left = ray.remote(**options)(Worker), list(cases)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus_per_cell)(Worker)
     workers = [remote.remote() for _ in cases]  # as many start as the cluster has room for
     running = {worker.start.remote(): (worker, None) for worker in workers}
+    left, deaths = list(cases), Counter()
     del workers
     while running:
         [finished], _ = ray.wait(list(running), num_returns=1)
-        worker, case = running.pop(finished)
+        (worker, case), record = running.pop(finished), None
+        if case is not None:
+            try:
+                record = ray.get(finished)
+            except ray.exceptions.RayError as error:
+                worker, deaths[case] = remote.remote(), deaths[case] + 1
+                if deaths[case] > RETRIES:
+                    record = failed(case, error, {})
+                else:
+                    left.insert(0, case)
         if left:
             following = left.pop(0)
             running[worker.cell.remote(following)] = worker, following
         else:  # those that have not started are not needed
             running = {cell: (one, its) for cell, (one, its) in running.items() if its is not None}
         worker = None  # a worker that is done lives, and keeps its CPU, as long as anything refers to it
-        if case is None:
-            continue
-        try:
-            yield ray.get(finished)
-        except ray.exceptions.RayError as error:
-            yield failed(case, error, {})
+        if record is not None:
+            yield record
