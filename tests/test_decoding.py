@@ -217,6 +217,7 @@ def test_weights_that_are_views_of_something_else_stay_so():
     assert {p.untyped_storage().data_ptr() for p in narrow.parameters()} == {flat.untyped_storage().data_ptr()}
 
 
+@pytest.mark.slow  # compilation
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_a_step_compiles_as_one_graph(widths):
     narrow = narrowed_to(tiny_llama("gqa"), *WIDTHS[widths])

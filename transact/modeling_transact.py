@@ -259,7 +259,8 @@ class TransActMLP(LlamaMLP):
         if joined is None:
             return super().forward(x)
         gate, up = joined.unsqueeze(1).chunk(2, dim=2)
-        return self.down_proj(self.act_fn(gate) * up)
+        # an activation rounds the ends of rows otherwise than their middles: rows must end where the dense model's do
+        return self.down_proj(self.act_fn(gate.contiguous()) * up)
 
 
 class TransActDecoderLayer(LlamaDecoderLayer):
