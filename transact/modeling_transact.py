@@ -1,13 +1,21 @@
 """Llama with narrowed heads and MLPs; everything that is not narrower is inherited from transformers.
 
 Keeping whole RoPE pairs at their own frequencies and the dense softmax scale makes this model equal the dense one with
-the dropped dimensions set to zero. This file travels beside a saved checkpoint and imports only its configuration.
+the dropped dimensions set to zero. Decoding one token is little more than calls of operators: it takes few, large ones.
+This file travels beside a saved checkpoint and imports only its configuration.
+
+Legend: B batch, L length, D hidden size, K key-value heads, H query heads, Q and V width of query-key and value heads.
 """
+
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -23,6 +31,104 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.mistral.modeling_mistral import MistralModel
 
 from .configuration_transact import TransActConfig
+
+
+def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | None:
+    """What linear modules make of one token (B, 1, D), side by side (B, sum of widths), in one product.
+
+    None where they have to be called one by one: for more tokens, in training, compiled code and autocast, and where
+    one is more than linear (hooks, adapters, quantised or offloaded weights). The weights are looked at in every step,
+    which costs less than a product, so that nothing is out of date whatever was done to the model since the last one.
+    """
+    if token.ndim != 3 or token.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    weights, rows, end, in_a_row = [], 0, None, True
+    for linear in linears:
+        weight = linear._parameters.get("weight")  # `linear.weight` takes longer than all that is asked of it here
+        if type(linear) is not nn.Linear or type(weight) is not nn.Parameter or "forward" in linear.__dict__:
+            return None
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            return None
+        place = weight.data_ptr()
+        in_a_row = in_a_row and (end is None or place == end)
+        end = place + weight.nbytes
+        rows += linear.out_features
+        weights.append(weight)
+    first = weights[0]
+    # weights in blocks of their own may be neighbours too
+    in_a_row = in_a_row and first.untyped_storage().nbytes() >= end - first.data_ptr()
+    if torch.is_autocast_enabled(token.device.type) or not (in_a_row or put_in_a_row(weights)):
+        return None
+    width = token.shape[2]
+    joined = first.as_strided((width, rows), (1, width))
+    if linears[0].bias is None:
+        return torch.mm(token.squeeze(1), joined)
+    return torch.addmm(torch.cat([linear.bias for linear in linears]), token.squeeze(1), joined)
+
+
+def put_in_a_row(weights: Sequence[torch.Tensor]) -> bool:
+    """Move weights into one memory of which they become views, names and values as before; say whether that was done.
+
+    Not to weights that are views already, of whatever keeps them so (sharding, offloading, memory shared elsewhere).
+    """
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        return False
+    if any(weight.is_meta or weight.is_inference() or not weight.is_contiguous() for weight in weights):
+        return False
+    if any(weight.untyped_storage().nbytes() != weight.nbytes for weight in weights):
+        return False
+    with torch.inference_mode(False):  # or nothing could be trained afterwards
+        joined = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+            weight.data = part
+    return True
+
+
+@cache
+def places_of_pairs(kv_heads: int, group: int, pairs: int, device: torch.device) -> torch.Tensor:
+    """Which of a layer's kept pairs, counted through all its key-value heads, turns each dimension of its query heads
+    and then of its key heads: ((H + K) x Q,)."""
+    with torch.inference_mode(False), torch.device(device):
+        of_heads = torch.arange(kv_heads * pairs).view(kv_heads, 1, pairs).repeat(1, 1, 2)
+        return torch.cat((of_heads.repeat(1, group, 1).flatten(), of_heads.flatten()))
+
+
+@cache
+def signs_of_halves(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The sign of the sine in the first and in the second half of a head: (2, 1)."""
+    with torch.inference_mode(False):
+        return torch.tensor([[-1], [1]], dtype=dtype, device=device)
+
+
+def attend_with_one_query(module, query, key, value, attention_mask, scaling, **kwargs):
+    """As transformers' sdpa where nothing is masked, by the same kernel."""
+    grouped = query.shape[1] > key.shape[1]
+    return functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=grouped), None
+
+
+def attend_unequal(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """As transformers' sdpa where keys and values differ in width, which its kernels answer with copies of both.
+
+    One query takes two products. More are padded to the wider, which costs less than all scores at once.
+    """
+    length, kv_heads, width = query.shape[2], key.shape[1], value.shape[3]
+    if length > 1 or dropout or (attention_mask is not None and attention_mask.shape[1] > 1):
+        wider = max(key.shape[3], width)
+        query, key, value = (
+            heads if heads.shape[3] == wider else functional.pad(heads, (0, wider - heads.shape[3]))
+            for heads in (query, key, value)
+        )
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return output[..., :width], None
+    query = query.reshape(len(query), kv_heads, -1, key.shape[3])
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))  # (B, K, query heads for each, length of keys)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    return torch.matmul(weights, value), None
 
 
 class TransActAttention(nn.Module):
@@ -42,6 +148,8 @@ class TransActAttention(nn.Module):
         self.scaling = config.head_dim**-0.5  # of the dense head: dropping dimensions must not flatten the softmax
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.head_dim, self.query_key_norm = config.head_dim, config.query_key_norm
+        self.sliding_window = config.sliding_window
 
         hidden, bias = config.hidden_size, config.attention_bias
         heads = self.kv_heads * self.num_key_value_groups
@@ -60,6 +168,38 @@ class TransActAttention(nn.Module):
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
         batch_and_length = hidden_states.shape[:-1]
+        joined = joined_product(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        if joined is None:
+            query, key, value = self.heads(hidden_states, position_embeddings)
+        else:
+            query, key, value = self.heads_of_token(joined, position_embeddings)
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        # transformers looks for the literal below before it allows `set_attn_implementation`
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if attend is sdpa_attention_forward and kwargs.get("cache") is None:  # that of continuous batching
+            if self.qk_head_dim != self.v_head_dim:
+                attend = attend_unequal
+            elif joined is not None and attention_mask is None:
+                attend = attend_with_one_query
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
+
+    def heads(self, hidden_states, position_embeddings):
+        """Queries (B, H, L, Q), turned as keys are, keys (B, K, L, Q) and values (B, K, L, V)."""
+        batch_and_length = hidden_states.shape[:-1]
 
         def heads(projection: nn.Linear, width: int) -> torch.Tensor:
             return projection(hidden_states).view(*batch_and_length, -1, width).transpose(1, 2)
@@ -67,39 +207,40 @@ class TransActAttention(nn.Module):
         query = heads(self.q_proj, self.qk_head_dim)
         key = heads(self.k_proj, self.qk_head_dim)
         value = heads(self.v_proj, self.v_head_dim)
-        if self.config.query_key_norm:
+        if self.query_key_norm:
             query, key = self.q_norm(query), self.k_norm(key)
 
         # The dense tables (batch, length, head_dim) hold each pair's angle twice, once in either half.
-        if self.qk_head_dim == self.config.head_dim:  # every pair is there, in the dense order
+        if self.qk_head_dim == self.head_dim:  # every pair is there, in the dense order
             cos, sin = (table.unsqueeze(1) for table in position_embeddings)
         else:
-            pairs = self.rope_pairs.repeat(1, 2)
-            cos, sin = (table[..., pairs].transpose(1, 2) for table in position_embeddings)
+            pairs = torch.cat((self.rope_pairs, self.rope_pairs), dim=1).view(-1)
+            shape = (-1, batch_and_length[1], self.kv_heads, self.qk_head_dim)
+            cos, sin = (table.index_select(2, pairs).view(shape).transpose(1, 2) for table in position_embeddings)
         key = key * cos + rotate_half(key) * sin
         query = query.unflatten(1, (self.kv_heads, self.num_key_value_groups))
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         query = (query * cos + rotate_half(query) * sin).flatten(1, 2)
+        return query, key, value
 
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        # transformers looks for the literal below before it allows `set_attn_implementation`
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        window = self.config.sliding_window
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            sliding_window=window,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
+    def heads_of_token(self, joined: torch.Tensor, position_embeddings):
+        """As `heads`, bit for bit, of one token's queries, keys and values side by side, which are turned together."""
+        batch, kv_heads, group, width = joined.shape[0], self.kv_heads, self.num_key_value_groups, self.qk_head_dim
+        query_heads, heads = kv_heads * group, kv_heads * (group + 1)
+        cos, sin = position_embeddings
+        if width < self.head_dim:
+            places = places_of_pairs(kv_heads, group, width // 2, cos.device)
+            pairs = self.rope_pairs.view(-1).index_select(0, places)
+            cos, sin = cos.index_select(2, pairs), sin.index_select(2, pairs)
+        cos, sin = cos.view(cos.shape[0], -1, 2, width // 2), sin.view(sin.shape[0], -1, 2, width // 2)
+        turned = joined[:, : heads * width].view(batch, heads, 2, width // 2)
+        if self.query_key_norm:
+            query, key = turned.flatten(2).split([query_heads, kv_heads], dim=1)
+            turned = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1).view_as(turned)
+        turned = (turned * cos).add_(turned.flip(2).mul_(sin * signs_of_halves(sin.dtype, sin.device)))
+        turned = turned.view(batch, heads, 1, width)
+        value = joined[:, heads * width :].view(batch, kv_heads, 1, -1)
+        return turned[:, :query_heads], turned[:, query_heads:], value
 
 
 class TransActMLP(LlamaMLP):
@@ -112,6 +253,14 @@ class TransActMLP(LlamaMLP):
         self.up_proj = nn.Linear(hidden, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden, bias=config.mlp_output_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x):
+        joined = joined_product(x, self.gate_proj, self.up_proj)
+        if joined is None:
+            return super().forward(x)
+        gate, up = joined.unsqueeze(1).chunk(2, dim=2)
+        # an activation rounds the ends of rows otherwise than their middles: rows must end where the dense model's do
+        return self.down_proj(self.act_fn(gate.contiguous()) * up)
 
 
 class TransActDecoderLayer(LlamaDecoderLayer):

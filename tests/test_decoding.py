@@ -1,0 +1,237 @@
+"""One decoded token: few operators, the same numbers, and nothing out of date whatever is done to a model meanwhile."""
+
+import copy
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, StaticCache
+
+import transact
+from tests.tiny import FAMILIES, VARIANTS, random_plan, scores_of, tiny_llama, tiny_relative, zeroed
+from transact import Widths, dense_widths, select
+
+IDS = torch.randint(1, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+WIDTHS = {"whole": (16, 16, 40), "equal": (8, 8, 24), "keys wider": (12, 7, 24), "values wider": (6, 13, 24)}
+
+
+def narrowed_to(dense, qk: int, v: int, mlp: int):
+    widths = [Widths(dense.config.num_key_value_heads, qk, v, mlp)] * 2
+    return transact.apply_plan(dense, select(scores_of(dense, "random"), widths))
+
+
+def cache_of(model, kind: str):
+    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=20)
+
+
+@torch.no_grad()
+def decoded(model, kind: str = "dynamic", *, after: int = 8, **inputs) -> torch.Tensor:
+    """Logits (batch, tokens, vocabulary) of the tokens that come one by one after a prompt."""
+    cache = cache_of(model, kind)
+    model(input_ids=IDS[:, :after], past_key_values=cache, **{name: x[:, :after] for name, x in inputs.items()})
+    return torch.cat([
+        model(
+            input_ids=IDS[:, place : place + 1], past_key_values=cache,
+            **{name: x[:, : place + 1] for name, x in inputs.items()},
+        ).logits
+        for place in range(after, IDS.shape[1])
+    ], dim=1)  # fmt: skip
+
+
+@torch.no_grad()
+def read_at_once(model, *, after: int = 8, **inputs) -> torch.Tensor:
+    return model(input_ids=IDS, use_cache=False, **inputs).logits[:, after:]
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor):
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(actual / scale, expected / scale, rtol=1e-5, atol=1e-5)
+
+
+def calls_of_a_step(model, length: int = 1) -> dict[str, int]:
+    """How often each operator is called, those that operators call included."""
+    cache = cache_of(model, "dynamic")
+    with torch.no_grad():
+        for ids in (IDS, IDS[:, :1]):
+            model(input_ids=ids, past_key_values=cache)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            model(input_ids=IDS[:, :length], past_key_values=cache)
+    return {event.key: event.count for event in seen.key_averages()}
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_a_step_calls_fewer_operators_than_the_dense_model(widths):
+    dense = tiny_llama("gqa")
+    narrow, whole = calls_of_a_step(narrowed_to(dense, *WIDTHS[widths])), calls_of_a_step(dense)
+    assert sum(narrow.values()) < sum(whole.values())
+    assert narrow["aten::mm"] == 4 * 2 + 1
+
+
+@pytest.mark.parametrize("widths", ["keys wider", "values wider"])
+def test_no_scores_of_all_queries_and_no_copies_of_keys(widths):
+    narrow = narrowed_to(tiny_llama("gqa"), *WIDTHS[widths])
+    for length in (1, 4):
+        assert "aten::_scaled_dot_product_attention_math" not in calls_of_a_step(narrow, length)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_that_keeps_everything_is_bit_equal(variant, kind):
+    dense = tiny_llama(variant)
+    narrowed = transact.apply_plan(dense, select(scores_of(dense, "random"), dense_widths(dense.config)))
+    assert torch.equal(decoded(narrowed, kind), decoded(dense, kind))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("variant", [*VARIANTS, *FAMILIES])
+def test_steps_equal_those_of_the_zeroed_dense_model(variant, kind, attention):
+    dense = tiny_relative(variant) if variant in FAMILIES else tiny_llama(variant)
+    dense.set_attn_implementation(attention)
+    plan = random_plan(dense.config, seed=3, drop_heads=True)
+    narrowed, oracle = transact.apply_plan(dense, plan), zeroed(dense, plan)
+    assert_same(decoded(narrowed, kind), decoded(oracle, kind))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_padded_prompts(widths, kind):
+    narrow = narrowed_to(tiny_llama("gqa"), *WIDTHS[widths])
+    mask = torch.ones_like(IDS)
+    mask[1, :5] = 0
+    assert_same(decoded(narrow, kind, attention_mask=mask), read_at_once(narrow, attention_mask=mask))
+
+
+def halve_in_place(model):
+    model.load_state_dict({name: x / 2 if x.is_floating_point() else x for name, x in model.state_dict().items()})
+
+
+def assign_halves(model):
+    halves = {name: x / 2 if x.is_floating_point() else x for name, x in model.state_dict().items()}
+    model.load_state_dict(halves, assign=True)
+
+
+def give_new_memory(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.7
+
+
+def to_float64_and_back(model):
+    model.to(torch.float64).to(torch.float32)
+
+
+def replace_one_projection(model):
+    attention = model.model.layers[1].self_attn
+    attention.k_proj.weight = torch.nn.Parameter(attention.k_proj.weight.flip(1).contiguous())
+
+
+def hook_one_projection(model):
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def hook_its_input(model):
+    model.model.layers[0].self_attn.v_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+
+
+def wrap_its_forward(model):
+    projection = model.model.layers[0].mlp.gate_proj
+    forward = projection.forward
+    projection.forward = lambda inputs: forward(inputs) + 1
+
+
+def keep_other_pairs(model):
+    model.model.layers[1].self_attn.rope_pairs += 1
+
+
+def add_adapters(model):
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+
+
+def train_one_step(model):
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    model.eval()
+
+
+CHANGES = [
+    halve_in_place, assign_halves, give_new_memory, to_float64_and_back, replace_one_projection, hook_one_projection,
+    hook_its_input, wrap_its_forward, keep_other_pairs, add_adapters, train_one_step,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("variant", ["gqa", "biases"])
+def test_what_is_done_between_two_steps_is_noticed(variant, change):
+    narrow = narrowed_to(tiny_llama(variant), 12, 7, 24)
+    before = decoded(narrow)
+    change(narrow)
+    assert_same(decoded(narrow), read_at_once(narrow))
+    if change is not to_float64_and_back:
+        assert not torch.allclose(decoded(narrow), before)
+
+
+def test_saved_after_decoding_is_what_was_loaded(tmp_path):
+    narrow = narrowed_to(tiny_llama("biases"), 12, 7, 24)
+    narrow.save_pretrained(tmp_path / "before")
+    before = {name: tensor.clone() for name, tensor in narrow.state_dict().items()}
+    expected = decoded(narrow)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in narrow.state_dict().items())
+    narrow.save_pretrained(tmp_path / "after")
+    files = [(tmp_path / side / "model.safetensors").read_bytes() for side in ("before", "after")]
+    assert files[0] == files[1]
+    loaded = transact.TransActForCausalLM.from_pretrained(tmp_path / "after")
+    assert torch.equal(decoded(loaded), expected)
+    assert calls_of_a_step(loaded)["aten::addmm"] == 2 * 4
+
+
+def test_weights_take_no_more_memory_and_copies_are_their_own():
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 7, 24)
+    expected = decoded(narrow)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in narrow.parameters()}
+    assert sum(storages.values()) == sum(p.nbytes for p in narrow.parameters())
+    twin = copy.deepcopy(narrow)
+    with torch.no_grad():
+        for parameter in narrow.parameters():
+            parameter.zero_()
+    assert torch.equal(decoded(twin), expected)
+
+
+def test_decoding_in_inference_mode_leaves_a_model_that_trains():
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 7, 24)
+    with torch.inference_mode():
+        decoded(narrow)
+    assert not any(parameter.is_inference() for parameter in narrow.parameters())
+    train_one_step(narrow)
+    assert all(parameter.grad is not None for parameter in narrow.parameters())
+
+
+def test_weights_that_are_views_of_something_else_stay_so():
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 7, 24)
+    flat = torch.nn.utils.parameters_to_vector(narrow.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(flat, narrow.parameters())
+    expected = read_at_once(narrow)
+    assert_same(decoded(narrow), expected)
+    assert {p.untyped_storage().data_ptr() for p in narrow.parameters()} == {flat.untyped_storage().data_ptr()}
+
+
+@pytest.mark.slow  # compilation
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_a_step_compiles_as_one_graph(widths):
+    narrow = narrowed_to(tiny_llama("gqa"), *WIDTHS[widths])
+    expected = decoded(narrow, "static")
+    step = torch.compile(narrow, backend="aot_eager", fullgraph=True)
+    cache = cache_of(narrow, "static")
+    with torch.no_grad():
+        narrow(input_ids=IDS[:, :8], past_key_values=cache)
+        actual = step(input_ids=IDS[:, 8:9], past_key_values=cache).logits
+    assert_same(actual[:, 0], expected[:, 0])
+
+
+def test_autocast_takes_the_modules_one_by_one():
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 7, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = decoded(narrow)
+    torch.testing.assert_close(steps.float(), decoded(narrow), rtol=0.2, atol=8)
