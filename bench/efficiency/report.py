@@ -15,6 +15,7 @@ from ..records import SCALE_SCHEMA, SPEED_SCHEMA, read_lines
 COLUMNS = ["model", "mode", "prefix", "decode", "batch", "latency_s", "prefill_s", "decode_s", "decode_tokens_per_s",
            "prefill_roofline_fraction", "decode_roofline_fraction", "weight_mib", "kv_bytes_per_token",
            "peak_memory_mib", "warm_up_s", "dtype", "device", "status", "error"]  # fmt: skip
+HATCHES = ("", "///", "...")
 
 
 def read_speed(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
@@ -54,10 +55,13 @@ def write_speed_report(frame: pd.DataFrame, directory: str | os.PathLike) -> tup
 
 
 def _lines(frame: pd.DataFrame):
-    """Each model and mode with its label and style."""
-    groups = frame.groupby(["model", "mode"], sort=False)
-    for number, ((model, mode), group) in enumerate(groups):
-        yield f"{model}, {mode}", group, STYLES[number % len(STYLES)]
+    """Each model and mode with its label, a style whose colour is the model's and marker and dashes are the mode's, and
+    the mode's hatches."""
+    models, modes = [*frame["model"].unique()], [*frame["mode"].unique()]
+    for (model, mode), group in frame.groupby(["model", "mode"], sort=False):
+        _, marker, dashes = STYLES[modes.index(mode) % len(STYLES)]
+        colour = STYLES[models.index(model) % len(STYLES)][0]
+        yield f"{model}, {mode}", group, (colour, marker, dashes), HATCHES[modes.index(mode) % len(HATCHES)]
 
 
 def plot_latency(frame: pd.DataFrame, hardware: str) -> Figure:
@@ -66,14 +70,14 @@ def plot_latency(frame: pd.DataFrame, hardware: str) -> Figure:
     lines = list(_lines(frame))
     figure = Figure(figsize=(max(7, 1.1 * len(lengths) + 2), 4.5), layout="constrained")
     axes, width = figure.subplots(), 0.8 / len(lines)
-    for number, (label, group, (colour, *_)) in enumerate(lines):
+    for number, (label, group, (colour, *_), hatch) in enumerate(lines):
         by_length = group.set_index(["prefix", "decode"])
         known = [pair for pair in lengths if pair in by_length.index]
         places = [lengths.index(pair) + (number - (len(lines) - 1) / 2) * width for pair in known]
         prefill = [by_length.loc[pair, "prefill_s"] for pair in known]
         decode = [by_length.loc[pair, "decode_s"] for pair in known]
         axes.bar(places, prefill, width, color=colour, alpha=0.45, edgecolor=colour)
-        axes.bar(places, decode, width, bottom=prefill, color=colour, label=label)
+        axes.bar(places, decode, width, bottom=prefill, color=colour, label=label, hatch=hatch, edgecolor="white")
     axes.set_xticks(range(len(lengths)), [f"{prefix}+{decode}" for prefix, decode in lengths])
     axes.set(xlabel="tokens read + tokens generated", ylabel="seconds (light: prefill, solid: decode)")
     axes.set_title(f"Latency, batch {frame['batch'].iloc[0]}, {frame['dtype'].iloc[0]}, {hardware}", fontsize=10)
@@ -89,7 +93,7 @@ def plot_throughput(frame: pd.DataFrame, hardware: str) -> Figure:
     longest = longest[longest["total"] == cells[cells == cells.max()].index.max()]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for label, group, (colour, marker, dashes) in _lines(longest):
+    for label, group, (colour, marker, dashes), _ in _lines(longest):
         group = group.sort_values("batch")
         axes.plot(group["batch"], group["decode_tokens_per_s"], label=label, color=colour, marker=marker,
                   linestyle=dashes)  # fmt: skip
@@ -119,7 +123,7 @@ def plot_memory(frame: pd.DataFrame, hardware: str) -> Figure:
     ):  # fmt: skip
         bars = axes.barh(models["model"], values, color=colour)
         axes.bar_label(bars, fmt="{:,.1f}", padding=3, fontsize=8)
-        axes.margins(x=0.2)
+        axes.margins(x=0.25)
         axes.set(xlabel=title)
         axes.grid(alpha=0.25, axis="x")
     panels[0].invert_yaxis()
@@ -133,7 +137,7 @@ def plot_roofline(frame: pd.DataFrame, hardware: str) -> Figure:
     axes = figure.subplots()
     bandwidth, rate = frame["copy_bytes_per_s"].median(), frame["matrix_operations_per_s"].median()
     intensities = []
-    for label, group, (colour, marker, _) in _lines(frame):
+    for label, group, (colour, marker, _), _ in _lines(frame):
         prefill = group["prefill_operations"] / group["prefill_bytes"]
         decode = group["decode_operations_per_token"] / group["decode_bytes_per_token"]
         intensities += [*prefill, *decode]
@@ -144,8 +148,8 @@ def plot_roofline(frame: pd.DataFrame, hardware: str) -> Figure:
     span = [min(intensities) / 2, max([*intensities, rate / bandwidth]) * 2]
     points = [span[0], rate / bandwidth, span[1]]
     axes.plot(points, [min(rate, bandwidth * point) / 1e9 for point in points], color="0.4", linewidth=1.5)
-    axes.annotate("measured roof", (points[1], rate / 1e9), xytext=(-4, 4), textcoords="offset points", ha="right",
-                  color="0.4", fontsize=9)  # fmt: skip
+    axes.annotate("measured roof", (points[1], rate / 1e9), xytext=(0, -12), textcoords="offset points", color="0.4",
+                  fontsize=9)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="billion operations per second")
     axes.set_title(f"Roofline, {frame['dtype'].iloc[0]}, {hardware} (open: prefill, filled: decode)", fontsize=10)
     axes.grid(alpha=0.25, which="both")
