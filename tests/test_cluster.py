@@ -105,8 +105,8 @@ template, path = map(Path, sys.argv[1:])
 [record], _ = read_records(template)
 
 def measure(case):
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return replace(record, case=case, environment={"process": os.getpid(), "gpu": seen})
+    where = f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']}"
+    return replace(record, case=case, environment={**record.environment, "device": where})
 
 ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 cases = [replace(record.case, ratio=ratio / 10) for ratio in range(1, 9)]
@@ -123,10 +123,10 @@ def test_cells_of_a_gpu_share_a_process_that_keeps_it(tmp_path):
     files = [str(tmp_path / name) for name in ("template.jsonl", "records.jsonl")]
     done = subprocess.run([sys.executable, "-c", GPUS, *files], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    where = [one.environment for one in read_records(tmp_path / "records.jsonl")[0]]
-    assert len(where) == 8
-    assert len({one["process"] for one in where}) <= 2
-    assert len({(one["process"], one["gpu"]) for one in where}) == len({one["process"] for one in where})
+    records = read_records(tmp_path / "records.jsonl")[0]
+    assert sorted(one.case.ratio for one in records) == [ratio / 10 for ratio in range(1, 9)]
+    where = {tuple(one.environment["device"].split()) for one in records}
+    assert len({gpu for _, gpu in where}) == len({process for process, _ in where}) == len(where) <= 2
 
 
 def test_a_worker_with_other_code_measures_nothing(tiny_directory, tiny_text):

@@ -84,7 +84,6 @@ def prune(
     device = None if device is None else resolve_device(str(device))
     widths = None if widths is None else tuple(widths)
     check_task(dense, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths)
-    check_in_one_place(dense, device)
     if recipe.needs_text() and windows is None:
         raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
     if widths is None and not ratio and not kv_ratio:
@@ -115,6 +114,7 @@ def check_task(
     recipe.check()
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
+    check_in_one_place(dense, device)
     check_prunable(dense)
     check_modules(dense.config, recipe.modules, recipe.granularity)
     if recipe.gradients():
