@@ -125,6 +125,16 @@ def replace_one_projection(model):
     attention.k_proj.weight = torch.nn.Parameter(attention.k_proj.weight.flip(1).contiguous())
 
 
+def give_one_projection_a_bias(model):
+    projection = model.model.layers[1].mlp.up_proj
+    projection.bias = torch.nn.Parameter(torch.ones(projection.out_features))
+
+
+def take_one_projection_s_bias(model):
+    model.model.layers[1].mlp.up_proj.bias = None
+    model.model.layers[0].mlp.gate_proj.weight.data += 0.1
+
+
 def hook_one_projection(model):
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: output * 2)
 
@@ -157,8 +167,9 @@ def train_one_step(model):
 
 
 CHANGES = [
-    halve_in_place, assign_halves, give_new_memory, to_float64_and_back, replace_one_projection, hook_one_projection,
-    hook_its_input, wrap_its_forward, keep_other_pairs, add_adapters, train_one_step,
+    halve_in_place, assign_halves, give_new_memory, to_float64_and_back, replace_one_projection,
+    give_one_projection_a_bias, take_one_projection_s_bias, hook_one_projection, hook_its_input, wrap_its_forward,
+    keep_other_pairs, add_adapters, train_one_step,
 ]  # fmt: skip
 
 

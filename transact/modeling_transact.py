@@ -50,7 +50,7 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
         if linear._forward_hooks or linear._forward_pre_hooks:
             return None
         place = weight.data_ptr()
-        in_a_row = in_a_row and (end is None or place == end)
+        in_a_row = in_a_row and (end is None or place == end) and weight.is_contiguous()
         end = place + weight.nbytes
         rows += linear.out_features
         weights.append(weight)
@@ -61,9 +61,12 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
         return None
     width = token.shape[2]
     joined = first.as_strided((width, rows), (1, width))
-    if linears[0].bias is None:
+    biases = [bias for linear in linears if (bias := linear._parameters["bias"]) is not None]
+    if not biases:
         return torch.mm(token.squeeze(1), joined)
-    return torch.addmm(torch.cat([linear.bias for linear in linears]), token.squeeze(1), joined)
+    if len(biases) < len(linears):
+        return None
+    return torch.addmm(torch.cat(biases), token.squeeze(1), joined)
 
 
 def put_in_a_row(weights: Sequence[torch.Tensor]) -> bool:
