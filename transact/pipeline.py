@@ -83,6 +83,7 @@ def prune(
     check_seed(seed)
     device = None if device is None else resolve_device(str(device))
     widths = None if widths is None else tuple(widths)
+    check_in_one_place(dense, device)
     check_task(dense, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths)
     if recipe.needs_text() and windows is None:
         raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
@@ -114,7 +115,6 @@ def check_task(
     recipe.check()
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
-    check_in_one_place(dense, device)
     check_prunable(dense)
     check_modules(dense.config, recipe.modules, recipe.granularity)
     if recipe.gradients():
