@@ -175,9 +175,9 @@ def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: di
 
 
 def highest_rise(nats: pd.Series) -> float:
-    """The rise above which lines leave the picture, as `highest_shown` has it for the perplexities."""
+    """The rise above which lines leave the picture, as `highest_shown` has it; texts differ, so gaps are narrower."""
     nats = nats.dropna().astype(float)
-    return nats[np.exp(nats) <= highest_shown(np.exp(nats))].max()
+    return nats[np.exp(nats) <= highest_shown(np.exp(nats), gap=2)].max()
 
 
 def draw_methods(axes: Axes, frame: pd.DataFrame, y: str, dense: float) -> None:

@@ -9,7 +9,8 @@ from .answers import Question
 from .rises import ON, text_named
 from .sets import is_timed
 
-RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots")
+RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots",
+          "measurements")  # fmt: skip
 PAPER = {"granularity": ("dims",), "allocation": ("uniform",), "compensation": ("none",), "rope": ("pairs",),
          "shots": (1,)}  # fmt: skip
 TRAINED = ("full", "lora", "distillation", "lora-distillation")

@@ -12,7 +12,7 @@ from reports.questions import RECIPE
 
 CRITERIA = ("activation", "magnitude", "random", "taylor", "wanda", "fluctuation", "leverage", "obs")
 PRESETS = {
-    "best": {"criterion": "predicted-loss", "allocation": "searched", "compensation": "pruned"},
+    "best": {"criterion": "predicted-loss", "allocation": "searched", "compensation": "pruned", "measurements": 3},
     "transact": {},
     "transact-released": {"rope": "released"},
     "wanda-sp": {"criterion": "wanda", "granularity": "heads"},
@@ -144,7 +144,7 @@ class Maker:
             if compensation in ("dense", "pruned"):
                 yield self.record(replace(best, compensation=compensation, ratio=ratio, ridge=0.01))
         for allocation, ratio, kv_ratio in product(("uniform", "searched", "plain"), (0.1, 0.3, 0.5), (None, 0.5)):
-            allocated = replace(best, allocation=allocation, compensation="dense")
+            allocated = replace(best, allocation=allocation, compensation="dense", measurements=0)
             yield self.record(replace(allocated, ratio=ratio, kv_ratio=kv_ratio))
         for rounds, ratio in product((0, 1, 3), (0.1, 0.3)):
             yield self.record(replace(best, measurements=rounds, ratio=ratio))
