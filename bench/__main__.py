@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -148,13 +148,9 @@ def speed_command(options: argparse.Namespace) -> None:
             print_json(row)
         return
     path = options.results / "speed.jsonl"
-    try:
-        options.results.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"results {str(options.results)!r} cannot be made: {error.strerror}") from error
     if resolve_device(options.device).type != "cuda":
         print("no GPU is used: the CPU's own figures follow, CUDA graphs are plain compilation", file=sys.stderr)
-    try:
+    with results_written(options.results):
         for record in run_grid(
             options.models, lengths=GRIDS[options.grid], batches=options.batches, modes=options.modes,
             dtype=options.dtype, device=options.device, repeats=options.repeats,
@@ -164,8 +160,6 @@ def speed_command(options: argparse.Namespace) -> None:
                 case = record["case"]
                 print(f"{case['model']}, {case['prefix']}+{case['decode']} tokens, batch {case['batch']}, "
                       f"{case['mode']}: {record['status']}: {record['error']}", file=sys.stderr)  # fmt: skip
-    except OSError as error:
-        raise ValueError(f"results {str(options.results)!r} cannot be written: {error.strerror}") from error
     frame, complaints = read_speed(path)
     for complaint in complaints:
         print(complaint, file=sys.stderr)
@@ -208,7 +202,9 @@ def gpu_command(options: argparse.Namespace) -> int:
     if device.type != "cuda" and options.device == "auto":
         raise ValueError("bench gpu needs a CUDA device, there is none; --device cpu tries its parts out, small")
     with results_written(out), sole_writer(out / "gpu.jsonl"):
-        for record in gpu.run_parts(options.only, out, minutes=options.minutes, device=options.device):
+        for record in gpu.run_parts(
+            [part for part in gpu.PARTS if part in options.only], out, minutes=options.minutes, device=options.device
+        ):
             append_line(out / "gpu.jsonl", record)
             error = f": {record['error']}" if record.get("error") else ""
             print(f"{record['part']}: {record['status']} in {record['seconds']:.0f} s{error}", flush=True)
@@ -222,9 +218,12 @@ def gpu_command(options: argparse.Namespace) -> int:
 
 @contextmanager
 def results_written(directory: Path) -> Iterator[None]:
-    """Make the directory; what cannot be written there is the user's to know, in one line."""
+    """Make the directory; what cannot be made or written there is the user's to know, in one line."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"results {str(directory)!r} cannot be made: {error.strerror}") from error
+    try:
         yield
     except OSError as error:
         raise ValueError(f"results {str(directory)!r} cannot be written: {error.strerror}") from error
@@ -266,25 +265,16 @@ def minutes(text: str) -> float:
     return value
 
 
-def ways(text: str) -> list[str]:
-    chosen = text.split(",")
-    if unknown := [way for way in chosen if way not in WAYS]:
-        raise argparse.ArgumentTypeError(f"unknown way {unknown[0]!r}, allowed: {', '.join(WAYS)}")
-    return chosen
+def some_of(what: str, allowed: Collection[str]) -> Callable[[str], list[str]]:
+    """A reader of names separated by commas, each of which must be one of those allowed."""
 
+    def read(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := [name for name in chosen if name not in allowed]:
+            raise argparse.ArgumentTypeError(f"unknown {what} {unknown[0]!r}, allowed: {', '.join(allowed)}")
+        return chosen
 
-def parts(text: str) -> list[str]:
-    chosen = text.split(",")
-    if unknown := [part for part in chosen if part not in gpu.PARTS]:
-        raise argparse.ArgumentTypeError(f"unknown part {unknown[0]!r}, allowed: {', '.join(gpu.PARTS)}")
-    return [part for part in gpu.PARTS if part in chosen]
-
-
-def modes(text: str) -> list[str]:
-    chosen = text.split(",")
-    if unknown := [mode for mode in chosen if mode not in MODES]:
-        raise argparse.ArgumentTypeError(f"unknown mode {unknown[0]!r}, allowed: {', '.join(MODES)}")
-    return chosen
+    return read
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -327,7 +317,9 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("models", nargs="+", help=f"shapes ({', '.join(SHAPES)}) or checkpoint directories")
     speed.add_argument("--grid", default="quick", choices=GRIDS, help="lengths: the paper's, or a few (quick)")
     speed.add_argument("--batches", type=numbers, default=[1], help="with commas (1)")
-    speed.add_argument("--modes", type=modes, default=["eager"], help=f"of {', '.join(MODES)}, with commas (eager)")
+    speed.add_argument(
+        "--modes", type=some_of("mode", MODES), default=["eager"], help=f"of {', '.join(MODES)}, with commas (eager)"
+    )
     speed.add_argument("--repeats", type=int, default=5, help="runs of a cell, of which the median counts (5)")
     speed.add_argument("--memory-gib", type=float, help="measure nothing: say what fits in so much memory, in 16 bits")
     speed.add_argument("--context", type=int, default=4096, help="tokens, for the largest batch that fits (4096)")
@@ -335,7 +327,9 @@ def build_parser() -> argparse.ArgumentParser:
     scale = commands.add_parser("scale", help="seconds and peak memory of pruning by size, on random weights")
     scale.set_defaults(run=scale_command)
     scale.add_argument("shapes", nargs="*", help=f"shapes ({', '.join(SIZES)}; on a CPU {', '.join(SIZES_OF_A_CPU)})")
-    scale.add_argument("--ways", type=ways, default=[*WAYS], help=f"of {', '.join(WAYS)}, with commas (all)")
+    scale.add_argument(
+        "--ways", type=some_of("way", WAYS), default=[*WAYS], help=f"of {', '.join(WAYS)}, with commas (all)"
+    )
     scale.add_argument("--samples", type=number, help="calibration windows (128; on a CPU 8)")
     scale.add_argument("--seq-len", type=number, help="tokens of a window (2048; on a CPU 512)")
     scale.add_argument("--minutes", type=minutes, help="in all: fewer windows, then fewer layers, where time is short")
@@ -346,9 +340,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--minutes", type=minutes, default=gpu.MINUTES, help="in all; what there is no time for is skipped (25)"
     )
     on_gpu.add_argument("--out", type=Path, default=Path("results/gpu"), help="directory to write (results/gpu)")
-    on_gpu.add_argument(
-        "--only", type=parts, default=[*gpu.PARTS], help=f"of {', '.join(gpu.PARTS)}, with commas (all)"
-    )
+    on_gpu.add_argument("--only", type=some_of("part", gpu.PARTS), default=[*gpu.PARTS],
+                        help=f"of {', '.join(gpu.PARTS)}, with commas (all)")  # fmt: skip
     on_gpu.add_argument("--list", action="store_true", help="run nothing: what the parts are and how long they take")
     on_gpu.add_argument("--requirements", action="store_true", help="run nothing: what to install, for pip")
     on_gpu.add_argument("--inside", help=argparse.SUPPRESS)

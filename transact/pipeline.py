@@ -45,7 +45,8 @@ class Pruned:
 
 
 @contextmanager
-def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add what passes meanwhile to the seconds of that name."""
     start = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
@@ -157,14 +158,14 @@ def _in_shots(
     keeps_all = widths is not None and tuple(widths) == dense_widths(dense.config)
     for shots_left in range(recipe.shots, 0, -1):
         before = result.model.eval()
-        with _stage(result.seconds, "calibrate and score"):
+        with stage(result.seconds, "calibrate and score"):
             if keeps_all:
                 scores, layers = _placeholder_scores(before), []
             else:
                 scores, layers = _scores(before, windows, recipe, criterion, statistics, device, progress)
             if recipe.allocation == "plain":
                 scores = shared_pairs(scores)
-        with _stage(result.seconds, "plan"):
+        with stage(result.seconds, "plan"):
 
             def widths_by(scores: Sequence[LayerScores], model: nn.Module = before) -> tuple[Widths, ...]:
                 return _target_widths(recipe, model, dense, scores, ratio, kv_ratio)
@@ -178,13 +179,13 @@ def _in_shots(
             current = widths_of(before.config)
             wanted = [widths_after_shot(*pair, shots_left) for pair in zip(current, target, strict=True)]
             plan = select(scores, wanted, rope=recipe.rope)
-        with _stage(result.seconds, "prune"):
+        with stage(result.seconds, "prune"):
             result.model = apply_plan(before, plan, rope=recipe.rope)
-        with _stage(result.seconds, "compensate"):
+        with stage(result.seconds, "compensate"):
             if not keeps_all:
                 result.ridges = _compensate(recipe, result.model, before, plan, layers, windows, device, progress)
         if train is not None:
-            with _stage(result.seconds, "train"):
+            with stage(result.seconds, "train"):
                 result.model = train(result.model, recipe.shots - shots_left + 1)
         result.plan = plan.after(result.plan, head_dim_of(dense.config)) if result.plan else plan
         statistics = None

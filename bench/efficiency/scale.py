@@ -15,7 +15,9 @@ import torch
 from transformers import PretrainedConfig
 
 from transact import prune
-from transact.models import DTYPES, in_one_line, resolve_device
+from transact.devices import resolve_device
+from transact.entry import in_one_line
+from transact.models import DTYPES
 from transact.widths import dense_widths, linear_parameters
 
 from ..environment import code_hash, environment, fast_dtype

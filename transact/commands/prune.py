@@ -3,8 +3,6 @@
 import argparse
 import shutil
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import torch
@@ -17,7 +15,7 @@ from ..devices import resolve_device
 from ..entry import check_seed
 from ..export import check_exportable
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
-from ..pipeline import Pruned, check_task, prune
+from ..pipeline import Pruned, check_task, prune, stage
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
 from ..widths import (
@@ -148,20 +146,13 @@ def _ratio(options: argparse.Namespace) -> float:
 
 def run(options: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(name: str):
-        start = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - start
-
     check_prune_options(options)
     recipe = chosen_recipe(options)
     out = check_destination(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)
     if recipe.allocation == "plain":  # what it is for comes after it
         check_exportable(read_config(options.model))
-    with stage("load"):
+    with stage(seconds, "load"):
         home = "cpu" if options.layerwise else options.device
         dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)
     widths = windows = train = None
@@ -171,12 +162,12 @@ def run(options: argparse.Namespace) -> None:
             dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
         )
     check_task(dense, recipe, ratio=_ratio(options), kv_ratio=options.kv_ratio, widths=widths)
-    if options.layerwise and recipe.measurements and recipe.allocation == "searched":
+    if options.layerwise and recipe.measures(None):
         tell("--layerwise: the pruned model never runs as a whole, so no measurements correct the searched widths")
     if options.tokens is not None:
         train = ShotTraining(options, recipe.shots, dense, tokenizer, checkpoints_of(out))
     if recipe.needs_text():
-        with stage("text"):
+        with stage(seconds, "text"):
             seq_len = options.seq_len or min(DEFAULT_SEQ_LEN, dense.config.max_position_embeddings)
             sources = calibration_sources(
                 options.calibration, dense, tokenizer, count=options.samples, length=seq_len, seed=options.seed,
