@@ -31,11 +31,9 @@ from ..texts import (
     TEXTS,
     Source,
     calibration_sources,
-    cut_windows,
-    load_text,
     mixed,
     source_names,
-    tokenise,
+    text_source,
 )
 from .parser import tell
 
@@ -108,8 +106,7 @@ def training_windows(
             options.text, dense, tokenizer, count=count, length=length, seed=options.seed, progress=True
         )
     else:
-        text = load_text(names[0])
-        sources = [Source(text.name, text.sha256, cut_windows(tokenise(text, tokenizer), length=length))]
+        sources = [text_source(names[0], tokenizer, length=length)]
     windows = mixed(sources, seed=options.seed)
     check_vocabulary(dense.config, windows)
     windows, held_out = hold_out(windows)

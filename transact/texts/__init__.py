@@ -10,6 +10,7 @@ from .sources import (
     calibration_windows,
     mixed,
     source_names,
+    text_source,
 )
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "mixed",
     "own_samples",
     "source_names",
+    "text_source",
     "tokenise",
 ]

@@ -83,6 +83,13 @@ def _source(
             progress=progress,
         )  # fmt: skip
         return Source(SELF, hashlib.sha256(windows.numpy().tobytes()).hexdigest(), windows)
+    return text_source(name, tokenizer, count=count, length=length, seed=seed)
+
+
+def text_source(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, length: int, count: int | None = None, seed: int = 0
+) -> Source:
+    """Windows of `length` tokens of a text, `count` of them chosen by the seed, or all. Raises as `load_text` does."""
     text = load_text(name)
     return Source(text.name, text.sha256, cut_windows(tokenise(text, tokenizer), length=length, count=count, seed=seed))
 
