@@ -2,7 +2,7 @@
 
 from transact import CRITERIA, Recipe
 
-QUICK = {"criterion": tuple(CRITERIA), "ratio": (0.1, 0.3)}
+QUICK = {"criterion": tuple(CRITERIA), "ratio": (0.3,)}
 FULL = {"criterion": tuple(CRITERIA), "ratio": (0.1, 0.2, 0.3, 0.5)}
 
 

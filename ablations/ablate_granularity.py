@@ -2,7 +2,7 @@
 
 from transact import Recipe
 
-QUICK = {"granularity": ("dims", "heads", "both"), "ratio": (0.1, 0.3)}
+QUICK = {"granularity": ("dims", "heads", "both"), "ratio": (0.3,)}
 FULL = {"granularity": ("dims", "heads", "both"), "ratio": (0.1, 0.2, 0.3, 0.5)}
 
 

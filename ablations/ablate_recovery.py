@@ -1,6 +1,6 @@
 """Which way of training recovers most of what pruning lost? Perplexity against the tokens trained on."""
 
-QUICK = {"preset": ("best",), "ratio": (0.3,), "recovery": ("", "distillation", "full", "lora"), "tokens": (8_192,)}
+QUICK = {"preset": ("best",), "ratio": (0.3,), "recovery": ("", "distillation", "lora"), "tokens": (2_048,)}
 FULL = {"preset": ("best", "transact"), "ratio": (0.3, 0.5),
         "recovery": ("", "distillation", "full", "lora", "lora-distillation"), "tokens": (2_000_000,)}  # fmt: skip
 

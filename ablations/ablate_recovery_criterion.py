@@ -2,7 +2,7 @@
 
 from transact import Recipe
 
-QUICK = {"criterion": ("activation", "taylor"), "ratio": (0.3,), "tokens": (8_192,)}
+QUICK = {"criterion": ("activation", "taylor"), "ratio": (0.3,), "tokens": (2_048,)}
 FULL = {"criterion": ("activation", "taylor", "wanda", "magnitude"), "ratio": (0.3, 0.5), "tokens": (2_000_000,)}
 
 

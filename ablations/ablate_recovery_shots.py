@@ -2,7 +2,7 @@
 
 from transact import Recipe
 
-QUICK = {"shots": (1, 4), "ratio": (0.3,), "tokens": (8_192,)}
+QUICK = {"shots": (1, 2), "ratio": (0.3,), "tokens": (2_048,)}
 FULL = {"shots": (1, 2, 4, 8), "ratio": (0.3, 0.5), "tokens": (2_000_000,)}
 
 

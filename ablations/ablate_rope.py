@@ -2,7 +2,7 @@
 
 from transact import Recipe
 
-QUICK = {"rope": ("pairs", "released"), "ratio": (0.1, 0.3)}
+QUICK = {"rope": ("pairs", "released"), "ratio": (0.3,)}
 FULL = {"rope": ("pairs", "released"), "ratio": (0.1, 0.2, 0.3, 0.5)}
 
 

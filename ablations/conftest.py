@@ -9,6 +9,7 @@ ordered, split into shards, handed to a cluster, or counted.
 import functools
 import inspect
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from .profiles import PROFILES
 HERE = Path(__file__).parent
 RUN, CASE = pytest.StashKey[Run](), pytest.StashKey[Case]()
 REFUSED = 2  # the exit code
+FIRST_QUESTION = "ablate_preset"  # that its table and pictures are there soon
 
 
 def pytest_addoption(parser: pytest.Parser):
@@ -102,6 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Note the case of every item, put them in the order of `in_order`, and leave those of other shards out."""
     run = config.stash[RUN]
     mine = [item for item in items if item.path.parent == HERE]
+    mine.sort(key=lambda item: item.path.stem != FIRST_QUESTION)
     if "presets" in run.settings:
         dropped = [item for item in mine if "preset" not in item.fixturenames and item.originalname != "test_dense"]
         leave_out(config, items, dropped)
@@ -208,7 +211,7 @@ def measure_here(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[C
             return
         with capture.global_and_fixture_disabled():  # progress bars reach the terminal
             record = cluster.measured(run.workbench, case)
-        append(run, record)
+            append(run, record)
         if record.status == "failed":  # not the error itself: pytest would keep it, and it all tensors of the cell
             pytest.fail(record.error, pytrace=False)
         kept[case] = record
@@ -251,6 +254,20 @@ def append(run: Run, record: Record) -> None:
             f"{str(run.file)!r} cannot be written: {error.strerror}; all records before this cell are kept: make room "
             "and run again"
         )
+    report_on_the_way(run)
+
+
+def report_on_the_way(run: Run) -> None:
+    """Write the report and say where, when it is due: after minutes, then each time that the run is twice as old."""
+    if time.monotonic() - run.started < run.report_due:
+        return
+    run.report_due = 2 * (time.monotonic() - run.started)
+    try:
+        _, files = write_report(results_of(run)[0], run.results)
+    except OSError:  # told at the end, where it is tried again
+        return
+    if files:
+        print(f"so far: {written(files)}", flush=True)
 
 
 def results_of(run: Run) -> tuple[list[Record], list[str]]:

@@ -1,6 +1,7 @@
 """The options of a run: profiles give defaults, and what is not allowed or contradicts itself is refused."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ class Run:
     cases: tuple[Case, ...] = ()
     commands: dict[Case, str] = field(default_factory=dict)  # that measure each case alone
     notes: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    report_due: float = 200.0  # seconds after the start
 
 
 def run_of(option: Callable) -> Run:

@@ -14,11 +14,11 @@ from transact.texts import DEFAULT_CALIBRATION
 EMBEDDED_TEXTS = ("self", "embedded", "sources")  # to calibrate on, from nothing but the model and its installation
 
 PROFILES: Mapping[str, Mapping] = {
-    # embedded model and text, minutes on two CPU cores
+    # embedded model and texts, a quarter of an hour on two CPU cores
     "quick": {
         "model": "smollm2-135m", "texts": ("embedded",), "calibration": DEFAULT_CALIBRATION,
-        "domains": EMBEDDED_TEXTS, "samples": 32, "windows": 20,
-        "others": ("sources", "probes"), "other_windows": 8, "everywhere": False, "compared": 8,
+        "domains": EMBEDDED_TEXTS, "samples": 16, "windows": 12,
+        "others": ("sources", "probes"), "other_windows": 6, "everywhere": False, "compared": 6,
         "seq_len": 256, "tasks": "probes", "limit": 40, "grid": "QUICK",
     },
     # embedded model on a GPU: whole texts, WikiText-2 where the hub can be reached, all items

@@ -10,9 +10,12 @@ import time
 
 import pytest
 
-from bench.records import read_records, read_results, sole_writer
+from ablations.conftest import report_on_the_way
+from ablations.options import Run
+from bench.records import append_record, read_records, read_results, sole_writer
+from tests.synthetic import BASE, DENSE, Maker
 
-CHOSEN = "test_granularity or test_layer or test_dense and criterion"  # nine cells
+CHOSEN = "test_granularity or test_layer or test_dense and criterion"  # six cells
 
 
 @pytest.fixture
@@ -47,16 +50,16 @@ def test_shards_measure_the_grid_once_and_a_later_run_measures_nothing(ablations
     assert code == 0, printed
     records, complaints = read_records(whole / "records.jsonl")
     assert complaints == []
-    assert len({one.case for one in records}) == len(records) == 9
+    assert len({one.case for one in records}) == len(records) == 6
     for index in ("1/2", "2/2"):
         code, printed = ablations(split, "--shard", index)
         assert code == 0, printed
     parts = [read_records(split / f"records-{index}of2.jsonl")[0] for index in (1, 2)]
-    assert sorted(map(len, parts)) == [4, 5]
+    assert sorted(map(len, parts)) == [3, 3]
     assert figures(split) == figures(whole)
     before = {path: path.read_bytes() for path in split.glob("*.jsonl")}
     code, printed = ablations(split, "--collect-only")
-    assert "9 cells, all measured already" in printed
+    assert "6 cells, all measured already" in printed
     code, printed = ablations(split)  # not sharded: the shards' records count
     assert code == 0, printed
     assert (split / "records.jsonl").read_bytes() == b""
@@ -104,11 +107,11 @@ def test_a_run_killed_in_mid_grid_goes_on_where_it_was(ablations, arguments, tmp
             time.sleep(0.005)
         process.kill()
     kept, _ = read_records(path)
-    assert 2 <= len(kept) < 9
+    assert 2 <= len(kept) < 6
     assert ablations(tmp_path)[0] == 0
     records, _ = read_records(path)
     assert records[: len(kept)] == kept
-    assert len({one.case for one in records}) == len(records) == 9
+    assert len({one.case for one in records}) == len(records) == 6
 
 
 def test_a_second_writer_is_sent_away_in_one_line(ablations, tmp_path):
@@ -132,10 +135,10 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_next_goes_on(ablations, argu
     assert "Traceback" not in full.stdout + full.stderr
     kept, complaints = read_records(tmp_path / "records.jsonl")
     assert complaints == []
-    assert 0 < len(kept) < 9
+    assert 0 < len(kept) < 6
     assert ablations(tmp_path)[0] == 0
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
-    assert len(lines) == len({json.dumps(json.loads(line)["case"]) for line in lines}) == 9
+    assert len(lines) == len({json.dumps(json.loads(line)["case"]) for line in lines}) == 6
 
 
 def test_a_model_that_cannot_be_read_is_told_once(ablations, tmp_path):
@@ -144,3 +147,18 @@ def test_a_model_that_cannot_be_read_is_told_once(ablations, tmp_path):
     assert printed.count("ablations: error: no model") == 1
     assert "ERROR" not in printed
     assert not (tmp_path / "results").exists()
+
+
+def test_the_first_report_comes_on_the_way_and_the_next_when_the_run_is_twice_as_old(tmp_path, capsys):
+    maker, file = Maker(), tmp_path / "records.jsonl"
+    for case in (DENSE, BASE):
+        append_record(file, maker.record(case))
+    run = Run({}, tmp_path, file, None, started=time.monotonic() - 199)
+    report_on_the_way(run)
+    assert not (tmp_path / "report.html").exists()
+    run.started -= 1
+    report_on_the_way(run)
+    assert capsys.readouterr().out.strip().endswith(f"open {tmp_path / 'report.html'}")
+    assert 400 <= run.report_due < 410
+    report_on_the_way(run)
+    assert capsys.readouterr().out == ""

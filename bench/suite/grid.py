@@ -15,6 +15,7 @@ PASSES = {"first moments": 1.0, "second moments": 1.5, "outputs": 0.5, "weights"
 SCORING_PASSES = {"obs": 2.0, "predicted-loss": 0.7, "leverage": 0.4}
 TRAINING_PASSES = 6.0  # over the text trained on: forward, backward, the teacher's, and their vocabularies
 COMPENSATING_PASSES = {"dense": 0.4, "pruned": 3.5}
+MEASURING_PASSES = 0.8  # of each round
 COMPARING_PASSES = 0.3  # over windows that are compared with the dense model: its head, two softmaxes
 WINDOWS_WITHOUT_A_LIMIT = 1000
 GREEDY_TOKENS = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS)
@@ -34,7 +35,7 @@ def calibration_of(case: Case) -> tuple | None:
 def in_order(cases: Iterable[Case]) -> list[Case]:
     """Distinct cases in the order that calibrates each text once and prunes each model once.
 
-    Cases of the same windows follow each other, first those that need second moments, which serve all others; so do
+    Cases of the same windows follow each other, first one that needs second moments, which serve all others; so do
     cases of the same pruning, and of the same weights. Beyond that, and for the texts, first come, first served.
     """
     cases = list(dict.fromkeys(cases))
@@ -42,10 +43,15 @@ def in_order(cases: Iterable[Case]) -> list[Case]:
     prunings = {made: rank for rank, made in enumerate(dict.fromkeys(map(pruning_of, cases)))}
     weights = {made: rank for rank, made in enumerate(dict.fromkeys(map(weights_of, cases)))}
 
+    serve_others = {}  # of each windows the pruning that makes their second moments
+    for case in cases:
+        if case.criterion != "dense" and recipe_of(case).needs_moments():
+            serve_others.setdefault(calibration_of(case), pruning_of(case))
+
     def rank(case: Case) -> tuple[int, bool, int, int]:
-        wants_less = case.criterion == "dense" or not recipe_of(case).needs_moments()
-        first = calibrations.index(calibration_of(case))
-        return first, wants_less, prunings[pruning_of(case)], weights[weights_of(case)]
+        calibration, pruning = calibration_of(case), pruning_of(case)
+        comes_later = serve_others.get(calibration, pruning) != pruning
+        return calibrations.index(calibration), comes_later, prunings[pruning], weights[weights_of(case)]
 
     return sorted(cases, key=rank)
 
@@ -121,7 +127,8 @@ def _evaluation_tokens(case: Case) -> float:
     others = len(case.other_texts.split("+")) if case.other_texts else 0
     windows = case.evaluation_windows + others * (case.other_windows or WINDOWS_WITHOUT_A_LIMIT)
     compared = (1 + others) * case.compared_windows or windows
-    return (windows + COMPARING_PASSES * min(compared, windows)) * case.evaluation_seq_len + GREEDY_TOKENS
+    greedy = GREEDY_TOKENS if others else 0
+    return (windows + COMPARING_PASSES * min(compared, windows)) * case.evaluation_seq_len + greedy
 
 
 def _forward_tokens(case: Case, made: set) -> float:
@@ -149,4 +156,5 @@ def _forward_tokens(case: Case, made: set) -> float:
             passes.append(PASSES[step])
             made.add((calibration_of(case), step))
     passes += [SCORING_PASSES.get(case.criterion, 0) * case.shots, COMPENSATING_PASSES.get(case.compensation, 0)]
+    passes.append(MEASURING_PASSES * case.measurements * (case.allocation == "searched"))
     return beside + evaluation + training + sum(passes) * case.calibration_samples * case.calibration_seq_len
