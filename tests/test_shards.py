@@ -67,7 +67,7 @@ def test_shards_measure_the_grid_once_and_a_later_run_measures_nothing(ablations
 
 
 def test_each_record_names_the_command_that_measures_it_alone(ablations, tmp_path, capsys):
-    code, printed = ablations(tmp_path / "first", "--ratios", "0.25", "-k", "test_layer or test_recovery and full")
+    code, printed = ablations(tmp_path / "first", "--ratios", "0.25", "-k", "test_layer or test_recovery and lora")
     assert code == 0, printed
     records = read_results(tmp_path / "first")[0]
     assert len(records) == 3
