@@ -25,8 +25,9 @@ HIGHEST_LOSS = math.log(sys.float_info.max)  # in nats: no float holds the perpl
 class Case:
     """Everything that decides a result and nothing else. `criterion` is "dense" for the unpruned model.
 
-    From `granularity` to `shots` these are the fields of a recipe, `modules` joined by "+"; so are `tasks`, each with
-    its shots where they are not the task's own (`name@shots`), and measured on the first `task_limit` items.
+    From `granularity` to `shots` these are the fields of a recipe, `modules` joined by "+", as are `ridge`,
+    `measurements` and `engine`. So are `tasks` joined, each with its shots where they are not the task's own
+    (`name@shots`), and measured on the first `task_limit` items.
 
     `mha_dim` and `mlp_dim` name widths where there is no ratio. `only_layer` is the one layer that is narrowed, by
     `ratio` of its own parameters; the multiples are what widths are rounded to (None: what fits the model), `ridge`
@@ -88,6 +89,7 @@ class Case:
     other_sha256: str = ""
     other_windows: int = 0
     compared_windows: int = 0
+    engine: str = "transformers"
 
 
 @dataclass(frozen=True)

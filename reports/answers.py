@@ -27,7 +27,7 @@ from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference, 
 ABLATIONS = Path(__file__).resolve().parent.parent / "ablations"
 # what every other question leaves alone
 PLAIN = {"mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None, "mlp_multiple": None,
-         "ridge": None, "recovery": "", "quantisation": ""}  # fmt: skip
+         "ridge": None, "recovery": "", "quantisation": "", "engine": "transformers"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def test_every_way_trains_on_the_device(way, device):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
 @pytest.mark.parametrize("recipe", [*transact.PRESETS, transact.Recipe("obs", compensation="dense"),
-                                    transact.Recipe("predicted-loss", allocation="plain")], ids=str)  # fmt: skip
+                                    replace(transact.PRESETS["best"], engine="plain")], ids=str)  # fmt: skip
 def test_statistics_of_a_gpu_prune_a_model_on_the_host(recipe):
     recipe = transact.PRESETS.get(recipe, recipe)
     options = {"second_moments": True, "gradients": recipe.gradients()}

@@ -15,13 +15,13 @@ from tests.test_recipes import WINDOWS, logits
 from tests.tiny import ROPES, llama_with, plain_plan, random_plan, tiny_llama, tiny_relative
 from transact import PRESETS, Recipe, Widths, fraction_removed, kv_fraction_removed
 from transact.__main__ import main
-from transact.allocate import plain_widths, removal_losses, shared_pairs
+from transact.allocate import removal_losses, searched_widths, shared_pairs
 from transact.export import check_exportable, plain_llama, write_gguf
 from transact.export.whitelist import EXPRESSED, LACKING
 from transact.scores import LayerScores
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
-PLAIN = replace(PRESETS["best"], allocation="plain")
+PLAIN = replace(PRESETS["best"], engine="plain")
 
 
 def assert_the_same(plain, narrowed):
@@ -75,7 +75,7 @@ def test_heads_are_padded_to_a_number_that_llama_takes():
 def test_what_padding_would_undo_is_refused():
     dense = tiny_llama("gqa")
     pruned = transact.prune(dense, WINDOWS, recipe="transact", ratio=0.4)
-    with pytest.raises(ValueError, match=r"of the 39\.\d% of the linear parameters .* prune with --plain"):
+    with pytest.raises(ValueError, match=r"of the 39\.\d% of the linear parameters .* prune with --for plain"):
         plain_llama(pruned.model)
     with pytest.raises(ValueError, match="a pruned checkpoint is exported, this one is of type 'llama'"):
         plain_llama(dense)
@@ -100,17 +100,17 @@ def test_plain_widths_are_the_cheapest_pair():
             for layer in scores
         )  # fmt: skip
 
-    (widths, other) = plain_widths(config, scores, 0.3)
+    (widths, other) = searched_widths(config, scores, 0.3, engine="plain")
     assert widths == other
     assert fraction_removed(config, [widths] * 2) == pytest.approx(0.3, abs=0.0065)
     for head in range(2, 17, 2):  # the cheapest of all head widths, each with the MLP nearest to the budget
         off = {mlp: abs(fraction_removed(config, [Widths(2, head, head, mlp)] * 2) - 0.3) for mlp in range(1, 41)}
         mlp = min(off, key=off.__getitem__)
         assert off[mlp] > 0.0065 or loss(widths.v_head_dim, widths.mlp) <= loss(head, mlp) + 1e-9
-    half = plain_widths(config, scores, 0.4, kv_ratio=0.5)
+    half = searched_widths(config, scores, 0.4, kv_ratio=0.5, engine="plain")
     assert kv_fraction_removed(config, half) >= 0.5
-    with pytest.raises(ValueError, match=r"out of reach together with kv-ratio 0\.9"):
-        plain_widths(config, scores, 0.1, kv_ratio=0.9)
+    with pytest.raises(ValueError, match=r"kv-ratio 0\.9 is out of reach: .* that plain holds remove 0\.875"):
+        searched_widths(config, scores, 0.1, kv_ratio=0.9, engine="plain")
 
 
 def test_shared_pairs_are_those_that_cost_least_together():
@@ -245,7 +245,7 @@ def test_what_no_export_states_is_refused(format, name):
         (llama_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}).config, "'dynamic'"),
         (GPT2Config(), "a 'gpt2' model cannot be exported, allowed: llama, mistral, qwen2, qwen3"),
         (MistralConfig(hidden_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=16), "in groups of 3"),
-        (MistralConfig(hidden_size=64, num_attention_heads=6, num_key_value_heads=3, head_dim=16), "without --plain"),
+        (MistralConfig(hidden_size=64, num_attention_heads=6, num_key_value_heads=3, head_dim=16), "without --for "),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -325,7 +325,7 @@ def test_gguf_holds_the_model(tmp_path):
 def test_export_command(tiny_directory, tiny_text, tmp_path, capsys):
     options = ["--calibration", str(tiny_text), "--samples", "16", "--seq-len", "32", "--device", "cpu"]
     source, out = str(tmp_path / "pruned"), str(tmp_path / "plain")
-    assert main(["prune", str(tiny_directory), source, "--plain", "--ratio", "0.3", *options]) == 0
+    assert main(["prune", str(tiny_directory), source, "--for", "plain", "--ratio", "0.3", *options]) == 0
     assert main(["export", source, out]) == 0
     assert "zeros added" not in capsys.readouterr().out
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
@@ -340,17 +340,16 @@ def test_export_command(tiny_directory, tiny_text, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "pruned"]
     assert main(["export", str(tiny_directory), str(tmp_path / "new")]) == 2
     assert "type 'llama'" in capsys.readouterr().err
-    assert main(["prune", str(tiny_directory), out + "2", "--plain", "--allocation", "searched", *options]) == 2
-    assert "give one of them" in capsys.readouterr().err
-    assert main(["prune", str(tiny_directory), out + "2", "--plain", "--preset", "transact", *options]) == 2
-    assert "needs a criterion that predicts losses" in capsys.readouterr().err
+    assert main(["prune", str(tiny_directory), out + "2", "--for", "plain", "--allocation", "uniform", *options]) == 2
+    assert "engine 'plain' is planned for by allocation 'searched'" in capsys.readouterr().err
+    assert main(["prune", str(tiny_directory), out + "2", "--for", "plain", "--preset", "transact", *options]) == 2
+    assert "(preset best), not 'uniform'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"modules": ("mlp",)}, "all modules, in one shot"),
-        ({"shots": 2}, "in one shot"),
+        ({"allocation": "global"}, "planned for by allocation 'searched'"),
         ({"rope": "released"}, "rope"),
     ],
 )

@@ -324,18 +324,18 @@ def test_plain_pruning_is_refused_before_work_where_no_export_follows(
     directory = saved_with_tokenizer(model, tmp_path / "model", tiny_directory)
     monkeypatch.setattr("transact.commands.prune.load_model", None)  # nothing is loaded yet
     capsys.readouterr()
-    assert prune_command(directory, tmp_path / "out", tiny_text, "--plain") == 2
+    assert prune_command(directory, tmp_path / "out", tiny_text, "--for", "plain") == 2
     assert re.match(f"transact: error: .*({named})", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_plain_pruning_accepts_is_exported(tiny_directory, tiny_text, tmp_path):
-    assert prune_command(tiny_directory, tmp_path / "out", tiny_text, "--plain", "--ratio", "0.4") == 0
+    assert prune_command(tiny_directory, tmp_path / "out", tiny_text, "--for", "plain", "--ratio", "0.4") == 0
     assert main(["export", str(tmp_path / "out"), str(tmp_path / "plain")]) == 0
     # an export of ours has RoPE of type longrope
-    assert prune_command(tmp_path / "plain", tmp_path / "again", tiny_text, "--plain") == 0
+    assert prune_command(tmp_path / "plain", tmp_path / "again", tiny_text, "--for", "plain") == 0
     assert main(["export", str(tmp_path / "again"), str(tmp_path / "twice")]) == 0
-    plain = transact.Recipe(criterion="predicted-loss", allocation="plain", compensation="pruned")
+    plain = transact.Recipe(criterion="predicted-loss", allocation="searched", engine="plain", compensation="pruned")
     for family, settings in (
         ("qwen2", WINDOW), ("llama", WINDOW), ("llama", {"rope_parameters": YARN}),
         ("qwen2", {"rope_parameters": LONGROPE}),
@@ -354,7 +354,7 @@ def chat_settings(model) -> dict:
 
 def test_generation_settings_are_saved_as_they_were_loaded(checkpoint, tiny_text, tmp_path):
     (checkpoint / "generation_config.json").write_text(json.dumps(CHAT))
-    assert prune_command(checkpoint, tmp_path / "out", tiny_text, "--plain", "--ratio", "0.3") == 0
+    assert prune_command(checkpoint, tmp_path / "out", tiny_text, "--for", "plain", "--ratio", "0.3") == 0
     options = ["--text", str(tiny_text), "--tokens", "512", "--train-seq-len", "32", "--device", "cpu"]
     assert main(["recover", str(tmp_path / "out"), str(tmp_path / "trained"), *options]) == 0
     assert main(["export", str(tmp_path / "trained"), str(tmp_path / "plain")]) == 0

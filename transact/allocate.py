@@ -1,11 +1,13 @@
 """Allocation: which layer and module gives up how much, under a parameter budget and a KV-cache budget at once."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
+from .engines import Engine, engine_by_name
 from .scores import LayerScores, accumulate, standardised
 from .widths import (
     MODULES,
@@ -15,7 +17,6 @@ from .widths import (
     check_ratio,
     dense_widths,
     fraction_removed,
-    has_query_key_norm,
     kv_elements_per_token,
     kv_fraction_removed,
     linear_parameters,
@@ -35,18 +36,46 @@ def removal_losses(scores: torch.Tensor) -> torch.Tensor:
     return torch.cat((ordered.new_zeros(1), ordered)).flip(0).cpu()
 
 
+Prices = Callable[[Widths], tuple[float, float]]  # of a layer's attention and of its MLP at these widths
+
+
+def parameter_prices(config: PretrainedConfig) -> Prices:
+    """A layer's linear parameters, of which `ratio` is a fraction, as the price of its widths."""
+
+    def prices(widths: Widths) -> tuple[float, float]:
+        attention = linear_parameters(config, [replace(widths, mlp=0)])
+        return attention, linear_parameters(config, [widths]) - attention
+
+    return prices
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parts of a layer (fields of `Widths`) whose widths are chosen together, and the same in all of `layers`.
+
+    `options`: for the widths that the parts may have, narrower ones first, what they cost: loss, price, KV elements.
+    """
+
+    layers: tuple[int, ...]
+    parts: tuple[str, ...]
+    options: dict[tuple[int, ...], tuple[float, float, float]]
+
+
 @dataclass(frozen=True)
 class _Choices:
-    """Every module of every layer as a row: the widths to choose from, their losses, parameters and KV elements."""
+    """The options of groups, a row each: their losses, prices and KV elements."""
 
-    widths: torch.Tensor
     losses: torch.Tensor  # infinite where a row has fewer choices than others
-    parameters: torch.Tensor
+    prices: torch.Tensor
     kv_elements: torch.Tensor
 
     def pick(self, price: float, kv_price: float) -> torch.Tensor:
-        """Of each row the choice that costs least at these prices of a parameter and of a KV element."""
-        return (self.losses + price * self.parameters + kv_price * self.kv_elements).argmin(dim=1, keepdim=True)
+        """Of each row the choice that costs least at these weights of the price and of a KV element."""
+        return (self.losses + price * self.prices + kv_price * self.kv_elements).argmin(dim=1, keepdim=True)
+
+    def spent(self, picked: torch.Tensor) -> tuple[float, float]:
+        """Price and KV elements of one choice for each row."""
+        return self.prices.gather(1, picked).sum().item(), self.kv_elements.gather(1, picked).sum().item()
 
 
 def searched_widths(
@@ -56,6 +85,7 @@ def searched_widths(
     *,
     kv_ratio: float | None = None,
     modules: Sequence[str] = MODULES,
+    engine: str = "transformers",
 ) -> tuple[Widths, ...]:
     """Widths of each layer's QK, VO and MLP that lose least, by cumulative scores that all layers and modules share.
 
@@ -63,58 +93,163 @@ def searched_widths(
     token. Lagrangian relaxation: at a price for a parameter and one for a KV element every module chooses by itself;
     bisection finds the prices that meet the budgets, and MLP widths use up what is left over. Widths are aligned.
 
+    The `engine` holds them: what has to be alike is chosen together, and of one head width for all layers each is
+    tried. Where it has one set of RoPE pairs, scores must say the same of all heads (`shared_pairs`).
+
     Raises ValueError where the budgets cannot be met, saying which one gives and what is reachable.
     """
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
     check_modules(config, modules, "dims")
-    choices = _choices(config, scores, prunable_modules(config, modules))
+    held, current = engine_by_name(engine), widths_of(config)
     total, kv_total = linear_parameters(config, dense_widths(config)), kv_elements_per_token(dense_widths(config))
-    budget, kv_budget = (1 - ratio) * total, (1 - (kv_ratio or 0.0)) * kv_total
+    multiple = _mlp_multiple(config, held)
+    # of large steps the nearest to the budget is taken, not the nearest below it
+    slack = 0 if held.mlp_by_layer else multiple * 3 * config.hidden_size * config.num_hidden_layers / 2
+    budget, kv_budget = (1 - ratio) * total + slack, (1 - (kv_ratio or 0.0)) * kv_total
+    found = []
+    for groups in _alternatives(config, scores, modules, engine, multiple, parameter_prices(config)):
+        choices = _choices(groups)
+        picked = _use_up(choices, _cheapest(choices, budget, kv_budget), budget)
+        loss = choices.losses.gather(1, picked).sum().item()
+        found.append((loss, _as_widths(groups, picked.flatten().tolist(), current), groups))
+    tolerance = max(TOLERANCE, slack / total) + 1e-9
 
-    def spent(picked: torch.Tensor) -> tuple[float, float]:
-        return choices.parameters.gather(1, picked).sum().item(), choices.kv_elements.gather(1, picked).sum().item()
+    def is_enough(widths: tuple[Widths, ...]) -> bool:
+        kv_removed = kv_fraction_removed(config, held.cached(widths))
+        return fraction_removed(config, widths) >= ratio - tolerance and kv_removed >= (kv_ratio or 0.0) - 1e-9
 
-    def cheapest(kv_price: float) -> torch.Tensor:
-        """The choice within the parameter budget at this price of a KV element, or the narrowest."""
-        return _bisect(lambda price: choices.pick(price, kv_price), lambda picked: spent(picked)[0] <= budget)
-
-    picked = cheapest(0.0)
-    if spent(picked)[1] > kv_budget:
-        picked = _bisect(cheapest, lambda picked: spent(picked)[1] <= kv_budget)
-    widths = _as_widths(config, choices.widths.gather(1, picked).flatten().tolist(), widths_of(config))
-    _check_budgets(config, widths, ratio, kv_ratio or 0.0, choices, modules)
-    return _use_up(config, choices, picked, budget)
-
-
-def _choices(config: PretrainedConfig, scores: Sequence[LayerScores], modules: Sequence[str]) -> _Choices:
-    head_multiple, mlp_multiple = alignment(config)
-    group = config.num_attention_heads // config.num_key_value_heads
-    rows = []
-    for layer, current in zip(scores, widths_of(config), strict=True):
-        per_head = config.hidden_size * current.kv_heads * (group + 1)
-        pairs = removal_losses(layer.rope_pairs).repeat_interleave(2)  # at width w and w + 1: a pair is two wide
-        for module, losses, most, multiple, parameters, kv in (
-            ("qk", pairs, current.qk_head_dim, max(2, head_multiple), per_head, current.kv_heads),
-            ("vo", removal_losses(layer.value_dims), current.v_head_dim, head_multiple, per_head, current.kv_heads),
-            ("mlp", removal_losses(layer.mlp_dims), current.mlp, mlp_multiple, 3 * config.hidden_size, 0),
-        ):
-            allowed = [*range(multiple, most, multiple), most] if module in modules else [most]
-            rows.append((torch.tensor(allowed), losses[allowed], parameters, kv))
-    longest = max(len(allowed) for allowed, *_ in rows)
-
-    def padded(values: list[torch.Tensor], with_value: float) -> torch.Tensor:
-        return torch.stack(
-            [torch.nn.functional.pad(v.double(), (0, longest - len(v)), value=with_value) for v in values]
-        )
-
-    widths = padded([allowed for allowed, *_ in rows], 0)
-    return _Choices(
-        widths=widths.long(),
-        losses=padded([losses for _, losses, *_ in rows], torch.inf),
-        parameters=widths * torch.tensor([[row[2]] for row in rows]),
-        kv_elements=widths * torch.tensor([[row[3]] for row in rows]),
+    _, widths, groups = min(
+        (one for one in found if is_enough(one[1])),
+        key=lambda one: (fraction_removed(config, one[1]) > ratio + tolerance, one[0]),
+        default=found[0],  # the narrowest heads
     )
+    narrowest = _as_widths(groups, [0] * len(groups), current)
+    _check_budgets(config, widths, ratio, kv_ratio or 0.0, narrowest, modules, engine, tolerance)
+    return widths
+
+
+def _mlp_multiple(config: PretrainedConfig, held: Engine) -> int:
+    """What MLP widths are multiples of: as the engine wants it, or part of that where steps are too large to budget."""
+    multiple = held.mlp_multiple or alignment(config)[1]
+    if held.mlp_by_layer and held.mlp_multiple is None:
+        return multiple
+    each = 3 * config.hidden_size * (1 if held.mlp_by_layer else config.num_hidden_layers)
+    total = linear_parameters(config, dense_widths(config))
+    while multiple > 1 and multiple * each > 2 * TOLERANCE * total:
+        multiple //= 2
+    return multiple
+
+
+def _alternatives(
+    config: PretrainedConfig,
+    scores: Sequence[LayerScores],
+    modules: Sequence[str],
+    engine: str,
+    mlp_multiple: int,
+    prices: Prices,
+) -> Iterator[list[_Group]]:
+    """What is to be chosen by group; again for each head width, from the narrowest, where all layers have the same.
+
+    Raises ValueError where the engine runs no heads that the modules could have.
+    """
+    held, current = engine_by_name(engine), widths_of(config)
+    heads, mlps = [], []
+    for index, layer in enumerate(scores):
+        allowed = allowed_widths(config, current[index], modules, mlp_multiple)
+        heads.append(_heads_of(index, layer, current[index], allowed, held, prices))
+        mlps.append(_mlp_of(index, layer, current[index], allowed, prices))
+    mlps = mlps if held.mlp_by_layer else [_alike(mlps)]
+    if not held.heads_by_layer:
+        heads = [_alike(heads)]
+    if not all(group.options for group in heads):
+        raise ValueError(
+            f"engine {engine!r} {held.heads_in_words()}: {'+'.join(modules)} of a model with heads of "
+            f"{current[0].qk_head_dim} can be narrowed to none of these"
+        )
+    if held.heads_by_layer:
+        yield [*heads, *mlps]
+    else:
+        for option, costs in heads[0].options.items():
+            yield [replace(heads[0], options={option: costs}), *mlps]
+
+
+def allowed_widths(
+    config: PretrainedConfig, current: Widths, modules: Sequence[str], mlp_multiple: int
+) -> tuple[list[int], list[int], list[int]]:
+    """The aligned widths up to a layer's own, of query-key heads, value heads and MLP; of other modules its own."""
+    head_multiple, _ = alignment(config)
+    modules = prunable_modules(config, modules)
+    return tuple(
+        [*range(multiple, most, multiple), most] if module in modules else [most]
+        for module, most, multiple in (
+            ("qk", current.qk_head_dim, max(2, head_multiple)),
+            ("vo", current.v_head_dim, head_multiple),
+            ("mlp", current.mlp, mlp_multiple),
+        )
+    )
+
+
+def _heads_of(
+    index: int,
+    scores: LayerScores,
+    current: Widths,
+    allowed: tuple[list[int], list[int], list[int]],
+    held: Engine,
+    prices: Prices,
+) -> _Group:
+    """Widths of a layer's query-key and value heads, all that the engine takes."""
+    pairs = removal_losses(scores.rope_pairs).repeat_interleave(2).tolist()  # at w and w + 1: a pair is two wide
+    values = removal_losses(scores.value_dims).tolist()
+    options = {}
+    for qk, v in itertools.product(allowed[0], allowed[1]):
+        if held.takes_head(qk, v):
+            widths = replace(current, qk_head_dim=qk, v_head_dim=v)
+            options[qk, v] = pairs[qk] + values[v], prices(widths)[0], kv_elements_per_token(held.cached([widths]))
+    return _Group((index,), ("qk_head_dim", "v_head_dim"), options)
+
+
+def _mlp_of(
+    index: int,
+    scores: LayerScores,
+    current: Widths,
+    allowed: tuple[list[int], list[int], list[int]],
+    prices: Prices,
+) -> _Group:
+    """Widths of a layer's MLP."""
+    losses = removal_losses(scores.mlp_dims).tolist()
+    options = {(width,): (losses[width], prices(replace(current, mlp=width))[1], 0) for width in allowed[2]}
+    return _Group((index,), ("mlp",), options)
+
+
+def _alike(groups: Sequence[_Group]) -> _Group:
+    """One group of the same parts of several layers: the options that all of them have."""
+    common = [widths for widths in groups[0].options if all(widths in group.options for group in groups)]
+    options = {
+        widths: tuple(map(sum, zip(*(group.options[widths] for group in groups), strict=True))) for widths in common
+    }
+    return _Group(tuple(layer for group in groups for layer in group.layers), groups[0].parts, options)
+
+
+def _choices(groups: Sequence[_Group]) -> _Choices:
+    longest = max(len(group.options) for group in groups)
+    table = [
+        [*group.options.values(), *[(torch.inf, 0, 0)] * (longest - len(group.options))] for group in groups
+    ]  # fmt: skip
+    return _Choices(*torch.tensor(table, dtype=torch.float64).unbind(dim=-1))
+
+
+def _cheapest(choices: _Choices, budget: float, kv_budget: float) -> torch.Tensor:
+    """The choices that lose least within both budgets; narrow ones where these cannot be met."""
+
+    def within_budget(kv_price: float) -> torch.Tensor:
+        return _bisect(lambda price: choices.pick(price, kv_price), lambda picked: choices.spent(picked)[0] <= budget)
+
+    picked = within_budget(0.0)
+    least = choices.kv_elements[:, 0].sum().item()
+    if choices.spent(picked)[1] > kv_budget >= least:
+        picked = _bisect(within_budget, lambda picked: choices.spent(picked)[1] <= kv_budget)
+    return picked
 
 
 def _bisect(pick, is_met, steps: int = 60) -> torch.Tensor:
@@ -128,9 +263,14 @@ def _bisect(pick, is_met, steps: int = 60) -> torch.Tensor:
     return pick(10.0**high)
 
 
-def _as_widths(config: PretrainedConfig, flat: list[int], current: Sequence[Widths]) -> tuple[Widths, ...]:
-    parts = zip(flat[0::3], flat[1::3], flat[2::3], current, strict=True)
-    return tuple(Widths(layer.kv_heads, qk, v, mlp) for qk, v, mlp, layer in parts)
+def _as_widths(groups: Sequence[_Group], picked: Sequence[int], current: Sequence[Widths]) -> tuple[Widths, ...]:
+    """The current widths with the picked option of each group."""
+    widths = list(current)
+    for group, choice in zip(groups, picked, strict=True):
+        changes = dict(zip(group.parts, list(group.options)[choice], strict=True))
+        for layer in group.layers:
+            widths[layer] = replace(widths[layer], **changes)
+    return tuple(widths)
 
 
 def _check_budgets(
@@ -138,53 +278,54 @@ def _check_budgets(
     widths: tuple[Widths, ...],
     ratio: float,
     kv_ratio: float,
-    choices: _Choices,
+    narrowest: tuple[Widths, ...],
     modules: Sequence[str],
+    engine: str,
+    tolerance: float,
 ) -> None:
-    removed, kv_removed = fraction_removed(config, widths), kv_fraction_removed(config, widths)
-    narrowest = _as_widths(config, choices.widths.masked_fill(choices.losses.isinf(), 2**40).amin(1).tolist(),
-                           widths_of(config))  # fmt: skip
+    cached = engine_by_name(engine).cached
+    removed, kv_removed = fraction_removed(config, widths), kv_fraction_removed(config, cached(widths))
+    of = "+".join(modules) + ("" if engine == "transformers" else f" that {engine} holds")
     if kv_removed < kv_ratio - 1e-9:
         raise ValueError(
-            f"kv-ratio {kv_ratio} is out of reach: the narrowest {'+'.join(modules)} remove "
-            f"{kv_fraction_removed(config, narrowest):.3f} of the KV bytes"
+            f"kv-ratio {kv_ratio} is out of reach: the narrowest {of} remove "
+            f"{kv_fraction_removed(config, cached(narrowest)):.3f} of the KV bytes"
         )
-    if removed < ratio - TOLERANCE:
+    if removed < ratio - tolerance:
         raise ValueError(
-            f"ratio {ratio} is out of reach: the narrowest {'+'.join(modules)} remove "
+            f"ratio {ratio} is out of reach: the narrowest {of} remove "
             f"{fraction_removed(config, narrowest):.3f} of the linear parameters"
         )
-    if removed > ratio + TOLERANCE and kv_ratio and "mlp" in modules:
+    if removed > ratio + tolerance and kv_ratio and "mlp" in modules:
         full = tuple(Widths(w.kv_heads, w.qk_head_dim, w.v_head_dim, layer.mlp)
                      for w, layer in zip(widths, widths_of(config), strict=True))  # fmt: skip
         least = fraction_removed(config, full)
-        if least > ratio + TOLERANCE:
+        if least > ratio + tolerance:
             raise ValueError(
                 f"kv-ratio {kv_ratio} and ratio {ratio} cannot be met together: that much KV cache takes at least "
                 f"{least:.3f} of the linear parameters with it; raise ratio to {least:.2f} or lower kv-ratio"
             )
 
 
-def _use_up(config: PretrainedConfig, choices: _Choices, picked: torch.Tensor, budget: float) -> tuple[Widths, ...]:
-    """Widen modules, the best gain for a parameter first, while the budget allows; KV-free ones only (MLPs)."""
-    picked = picked.flatten().tolist()
-    spent = sum(choices.parameters[row, choice].item() for row, choice in enumerate(picked))
+def _use_up(choices: _Choices, picked: torch.Tensor, budget: float) -> torch.Tensor:
+    """Widen groups, the best gain for its price first, while the budget allows; KV-free ones only (MLPs)."""
+    picked, spent = picked.clone(), choices.spent(picked)[0]
+    kv_free = [row for row, elements in enumerate(choices.kv_elements) if not elements.any()]
     while True:
         best = None
-        for row in range(2, len(picked), 3):
-            wider = picked[row] + 1
+        for row in kv_free:
+            choice = picked[row].item()
+            wider = choice + 1
             if wider == choices.losses.shape[1] or choices.losses[row, wider].isinf():
                 continue
-            extra = (choices.parameters[row, wider] - choices.parameters[row, picked[row]]).item()
-            gain = (choices.losses[row, picked[row]] - choices.losses[row, wider]).item() / extra
+            extra = (choices.prices[row, wider] - choices.prices[row, choice]).item()
+            gain = (choices.losses[row, choice] - choices.losses[row, wider]).item() / extra
             if spent + extra <= budget and (best is None or gain > best[0]):
                 best = gain, row, extra
         if best is None:
-            break
+            return picked
         picked[best[1]] += 1
         spent += best[2]
-    flat = [int(choices.widths[row, choice]) for row, choice in enumerate(picked)]
-    return _as_widths(config, flat, widths_of(config))
 
 
 def shared_pairs(scores: Sequence[LayerScores]) -> list[LayerScores]:
@@ -197,56 +338,6 @@ def shared_pairs(scores: Sequence[LayerScores]) -> list[LayerScores]:
     own = torch.empty_like(rows).scatter_(-1, order, ordered.diff(dim=-1, prepend=torch.zeros_like(ordered[:, :1])))
     shared = accumulate(own.mean(dim=0, keepdim=True))
     return [replace(layer, rope_pairs=shared.expand(len(layer.rope_pairs), -1)) for layer in scores]
-
-
-def plain_widths(
-    config: PretrainedConfig, scores: Sequence[LayerScores], ratio: float, *, kv_ratio: float | None = None
-) -> tuple[Widths, ...]:
-    """One head width and one MLP width for all layers, so that a plain Llama can hold them; the cheapest such two.
-
-    Scores are cumulative, as for `searched_widths`, with pairs that are shared (`shared_pairs`). Head widths are
-    aligned; the MLP width is the nearest to the budget, a multiple that is fine enough for it.
-
-    Raises ValueError where no two widths meet the budgets.
-    """
-    check_ratio("ratio", ratio)
-    check_ratio("kv-ratio", kv_ratio)
-    check_modules(config, MODULES, "dims")
-    dense, (head_multiple, mlp_multiple) = dense_widths(config)[0], alignment(config)
-    total = linear_parameters(config, dense_widths(config))
-    per_mlp_dim = 3 * config.hidden_size * config.num_hidden_layers
-    while mlp_multiple > 1 and mlp_multiple * per_mlp_dim > 2 * TOLERANCE * total:
-        mlp_multiple //= 2
-    tolerance = max(TOLERANCE, mlp_multiple * per_mlp_dim / total / 2)  # the most that rounding moves it by
-    head_losses = sum(removal_losses(layer.value_dims) for layer in scores)
-    head_losses = head_losses + sum(removal_losses(layer.rope_pairs).repeat_interleave(2)[:-1] for layer in scores)
-    mlp_losses = sum(removal_losses(layer.mlp_dims) for layer in scores)
-    best, reached = None, []
-    step = max(2, head_multiple)
-    narrower_heads = [] if has_query_key_norm(config) else range(step, dense.v_head_dim, step)
-    for head in [*narrower_heads, dense.v_head_dim]:
-        attention = linear_parameters(config, [Widths(dense.kv_heads, head, head, 0)] * config.num_hidden_layers)
-        mlp = round(((1 - ratio) * total - attention) / per_mlp_dim / mlp_multiple) * mlp_multiple
-        widths = Widths(dense.kv_heads, head, head, min(dense.mlp, max(mlp, mlp_multiple)))
-        every = (widths,) * config.num_hidden_layers
-        removed, kv_removed = fraction_removed(config, every), kv_fraction_removed(config, every)
-        reached.append((removed, kv_removed))
-        if abs(removed - ratio) > tolerance + 1e-9 or kv_removed < (kv_ratio or 0) - 1e-9:
-            continue
-        loss = (head_losses[head] + mlp_losses[widths.mlp]).item()
-        if best is None or loss < best[0]:
-            best = loss, every
-    if best is None:
-        also = f" together with kv-ratio {kv_ratio}" if kv_ratio else ""
-        enough = [pair for pair in reached if pair[1] >= (kv_ratio or 0) - 1e-9]
-        nearest = (
-            min(enough, key=lambda pair: abs(pair[0] - ratio)) if enough else max(reached, key=lambda pair: pair[1])
-        )
-        raise ValueError(
-            f"ratio {ratio} is out of reach{also} with one head width and one MLP width for all layers: the nearest "
-            f"remove {nearest[0]:.3f} (KV {nearest[1]:.3f})"
-        )
-    return best[1]
 
 
 def global_widths(

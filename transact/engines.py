@@ -1,6 +1,6 @@
 """Engines by name: what each can hold of a narrowed Llama. Planner, exports and `transact inspect` go by this table."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ class Engine:
     export that it reads (None: the checkpoint).
     """
 
-    head_widths: Container[int] | None = None
+    head_widths: Sequence[int] | None = None
     values: str = "any"
     kv_heads_by_layer: bool = True
     heads_by_layer: bool = True
@@ -37,10 +37,21 @@ class Engine:
         return {"any": True, "narrower": v_head_dim <= qk_head_dim, "equal": v_head_dim == qk_head_dim}[self.values]
 
     def cached(self, widths: Sequence[Widths]) -> tuple[Widths, ...]:
-        """The widths that its KV cache has for these."""
-        if self.values != "narrower":
-            return tuple(widths)
-        return tuple(replace(one, v_head_dim=one.qk_head_dim) for one in widths)
+        """The widths that its KV cache has for these: narrower values are padded there."""
+        return tuple(replace(one, v_head_dim=one.qk_head_dim) if self.values == "narrower" else one for one in widths)
+
+    def heads_in_words(self) -> str:
+        """What it has or runs, as a message goes on after its name."""
+        values = {"any": "value heads of any width", "narrower": "value heads no wider than its query-key heads",
+                  "equal": "value heads as wide as its query-key heads"}[self.values]  # fmt: skip
+        if self.head_widths is None:
+            return f"has {values}"
+        widths = self.head_widths
+        if isinstance(widths, range):
+            known = f"{widths[0]} to {widths[-1]} in steps of {widths.step}"
+        else:
+            known = ", ".join(map(str, widths))
+        return f"runs query-key heads of {known} dimensions and {values}"
 
 
 # sources: the engines' own code (vLLM 0.32, llama.cpp as in llama-cpp-python 0.3.36, ExecuTorch 1.5)
@@ -73,8 +84,8 @@ def check_held(name: str, widths: Sequence[Widths], pairs: Sequence[torch.Tensor
     for layer, one in enumerate(widths):
         if not engine.takes_head(one.qk_head_dim, one.v_head_dim):
             raise ValueError(
-                f"engine {name!r} {_heads_of(engine)}: layer {layer} has query-key heads of {one.qk_head_dim} and "
-                f"value heads of {one.v_head_dim} dimensions"
+                f"engine {name!r} {engine.heads_in_words()}: layer {layer} has query-key heads of {one.qk_head_dim} "
+                f"and value heads of {one.v_head_dim} dimensions"
             )
     for part, what, by_layer in (
         ("kv_heads", "number of key-value heads", engine.kv_heads_by_layer),
@@ -87,19 +98,3 @@ def check_held(name: str, widths: Sequence[Widths], pairs: Sequence[torch.Tensor
             raise ValueError(f"engine {name!r} has one {what} for all layers, not {found[0]} to {found[-1]}")
     if not engine.own_pairs and len({tuple(row) for layer in pairs for row in layer.tolist()}) > 1:
         raise ValueError(f"engine {name!r} has the same RoPE pairs in all heads and layers, these keep others")
-
-
-def _heads_of(engine: Engine) -> str:
-    """What heads an engine takes, in words."""
-    values = {"any": "", "narrower": "value heads no wider than its query-key heads",
-              "equal": "value heads as wide as its query-key heads"}[engine.values]  # fmt: skip
-    if engine.head_widths is None:
-        return f"has {values}"
-    return f"runs query-key heads of {described(engine.head_widths)} dimensions" + (f" and {values}" if values else "")
-
-
-def described(head_widths: Container[int]) -> str:
-    """Widths in words: a range by its ends and step."""
-    if isinstance(head_widths, range):
-        return f"{head_widths[0]} to {head_widths[-1]} in steps of {head_widths.step}"
-    return ", ".join(map(str, head_widths))

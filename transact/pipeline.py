@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .allocate import global_widths, plain_widths, searched_widths, shared_pairs
+from .allocate import global_widths, searched_widths, shared_pairs
 from .calibration import Statistics, iterate_statistics
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
 from .devices import resolve_device
+from .engines import check_held, engine_by_name
 from .entry import check_in_one_place, check_seed, check_trainable, checked_windows, undisturbed
 from .gradients import loss_gradients
 from .measured import measured_widths
@@ -123,9 +124,12 @@ def check_task(
     if widths is not None:
         check_widths(dense.config, widths)
         narrowed_config(dense.config, widths, rope=recipe.rope)
+        check_held(recipe.engine, widths)
     elif ratio or kv_ratio:  # whether widths can be found does not hang on scores
         with undisturbed(dense):
             _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio, kv_ratio)
+    else:
+        check_held(recipe.engine, dense_widths(dense.config))
     check_computed(dense)
 
 
@@ -163,7 +167,7 @@ def _in_shots(
                 scores, layers = _placeholder_scores(before), []
             else:
                 scores, layers = _scores(before, windows, recipe, criterion, statistics, device, progress)
-            if recipe.allocation == "plain":
+            if not engine_by_name(recipe.engine).own_pairs:
                 scores = shared_pairs(scores)
         with stage(result.seconds, "plan"):
 
@@ -245,9 +249,9 @@ def _target_widths(
     kv_ratio: float | None,
 ) -> tuple[Widths, ...]:
     if recipe.allocation == "searched":
-        return searched_widths(model.config, scores, ratio, kv_ratio=kv_ratio, modules=recipe.modules)
-    if recipe.allocation == "plain":
-        return plain_widths(model.config, scores, ratio, kv_ratio=kv_ratio)
+        return searched_widths(
+            model.config, scores, ratio, kv_ratio=kv_ratio, modules=recipe.modules, engine=recipe.engine
+        )
     if recipe.allocation == "global":
         return global_widths(model.config, scores, ratio, kv_ratio=kv_ratio)
     return uniform_widths(

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from .criteria import CRITERIA, lookup
+from .engines import engine_by_name
 from .obs import ObsPruning
 from .scores import MOMENTS, OUTPUT_GRADIENTS, WEIGHT_GRADIENTS
 from .widths import GRANULARITIES, MODULES
 
-ALLOCATIONS = ("uniform", "searched", "plain", "global")
+ALLOCATIONS = ("uniform", "searched", "global")
 COMPENSATIONS = ("none", "bias", "dense", "pruned")
 ROPES = ("pairs", "released")
 
@@ -21,9 +22,9 @@ class Recipe:
 
     `criterion` is a name of `CRITERIA`. `granularity`: what attention loses, "dims" inside heads, whole key-value
     "heads", or "both". `modules`: what may be narrowed. `allocation`: "uniform" widths, "searched" (each layer's QK,
-    VO and MLP lose where it costs least; wants a criterion that predicts losses), "plain" (the same with one head
-    width, one MLP width and one set of RoPE pairs for all layers, which a plain Llama can hold) or "global" (FLAP's:
-    heads and MLP dimensions of all layers compete). `compensation`: "none", "bias" (the mean of what was dropped),
+    VO and MLP lose where it costs least; wants a criterion that predicts losses) or "global" (FLAP's: heads and MLP
+    dimensions of all layers compete). `engine`: a name of `ENGINES`, which can hold what is found; another than
+    transformers wants an allocation "searched". `compensation`: "none", "bias" (the mean of what was dropped),
     least squares on the "dense" model's inputs, or on the "pruned" ones, layer by layer; `output_bias` adds an
     intercept to these.
     `rope`: whole "pairs" at their own frequencies, or "released", what the paper's authors do. `shots`: prunings,
@@ -43,6 +44,7 @@ class Recipe:
     shots: int = 1
     ridge: float | None = None
     measurements: int = 0
+    engine: str = "transformers"
 
     def check(self) -> None:
         """Raise ValueError for a value that is not known or settings that exclude each other."""
@@ -62,15 +64,18 @@ class Recipe:
         if self.ridge is not None and self.compensation not in ("dense", "pruned"):
             raise ValueError(f"a ridge is for compensation by least squares: dense or pruned, not {self.compensation}")
         predicts = [name for name, one in CRITERIA.items() if isinstance(one, ObsPruning) and one.weighted]
-        by_loss = self.allocation in ("searched", "plain")
+        by_loss = self.allocation == "searched"
         if by_loss and not (isinstance(criterion, ObsPruning) and criterion.weighted):
             raise ValueError(
                 f"allocation {self.allocation!r} needs a criterion that predicts losses: {', '.join(predicts)}"
             )
         if by_loss and self.granularity != "dims":
             raise ValueError(f"allocation {self.allocation!r} narrows heads: granularity must be dims")
-        if self.allocation == "plain" and (set(self.modules) != set(MODULES) or self.shots > 1):
-            raise ValueError("allocation 'plain' weighs qk, vo and mlp against each other: all modules, in one shot")
+        engine_by_name(self.engine)
+        if self.engine != "transformers" and not by_loss:
+            raise ValueError(
+                f"engine {self.engine!r} is planned for by allocation 'searched' (preset best), not {self.allocation!r}"
+            )
         if self.allocation == "global" and (self.granularity != "heads" or set(self.modules) != set(MODULES)):
             raise ValueError("allocation 'global' drops whole heads and MLP dimensions: granularity must be heads")
         if self.allocation == "global" and self.criterion != "fluctuation":

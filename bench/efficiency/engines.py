@@ -78,7 +78,7 @@ def compare_engines(
     import_llama_cpp()
     dense, tokenizer = load_model(model, dtype="float32", device="cpu")
     windows = cut_windows(tokenise(load_text("embedded"), tokenizer), length=256, count=samples, seed=0)
-    recipe = replace(PRESETS["best"], allocation="plain")
+    recipe = replace(PRESETS["best"], engine="plain")
     pruned = transact.prune(dense, windows, recipe=recipe, ratio=ratio, progress=True)
     text = tokenise(load_text("embedded", split="evaluation"), tokenizer)
     prompts = cut_windows(text, length=PROMPT_TOKENS, count=PROMPTS, seed=0).tolist()

@@ -12,6 +12,7 @@ from .. import __version__
 from ..checkpoint import check_destination, save_checkpoint
 from ..criteria import CRITERIA
 from ..devices import resolve_device
+from ..engines import ENGINES
 from ..entry import check_seed
 from ..export import check_exportable
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
@@ -32,8 +33,8 @@ from ..widths import (
 from .parser import add_model_options, add_output_options, add_subcommand, tell
 from .training import ShotTraining, add_training_options, checkpoints_of, print_recovery, training_of
 
-RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "compensation", "rope", "shots", "ridge",
-                  "measurements")  # fmt: skip
+RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "engine", "compensation", "rope", "shots",
+                  "ridge", "measurements")  # fmt: skip
 DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 0.2, 128, 512
 
 
@@ -68,7 +69,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     what.add_argument("--allocation", metavar="NAME", help=f"how widths are found: {', '.join(ALLOCATIONS)}")
     what.add_argument("--measurements", metavar="N", type=int, help="rounds that correct searched widths (best: 3)")
     what.add_argument(
-        "--plain", action="store_true", help="one head and MLP width and one set of RoPE pairs, for `transact export`"
+        "--for", dest="engine", metavar="ENGINE", help=f"what is to hold the model: {', '.join(ENGINES)} (transformers)"
     )
     what.add_argument("--compensation", metavar="NAME", help=f"what makes up for the loss: {', '.join(COMPENSATIONS)}")
     what.add_argument("--ridge", type=float, help="the one ridge of all least squares (the best on held-out tokens)")
@@ -103,12 +104,8 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
         changes["modules"] = tuple(changes["modules"].split(","))
     if options.output_bias:
         changes["output_bias"] = True
-    if options.plain:
-        if options.allocation not in (None, "plain"):
-            raise ValueError(f"--plain is --allocation plain, not {options.allocation}: give one of them")
-        changes["allocation"] = "plain"
-    plain = {"criterion", "rope", "granularity"} & changes.keys()
-    recipe = replace(recipe_by_name(options.preset or ("transact" if plain else "best")), **changes)
+    papers = {"criterion", "rope", "granularity"} & changes.keys()
+    recipe = replace(recipe_by_name(options.preset or ("transact" if papers else "best")), **changes)
     recipe.check()
     return recipe
 
@@ -150,8 +147,8 @@ def run(options: argparse.Namespace) -> None:
     recipe = chosen_recipe(options)
     out = check_destination(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)
-    if recipe.allocation == "plain":  # what it is for comes after it
-        check_exportable(read_config(options.model))
+    if (format := ENGINES[recipe.engine].format) is not None:  # what it is for comes after it
+        check_exportable(read_config(options.model), format)
     with stage(seconds, "load"):
         home = "cpu" if options.layerwise else options.device
         dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)

@@ -57,7 +57,7 @@ def _check_model(model: nn.Module, pad: bool) -> None:
     if narrow - plain > MOST_PADDING and not pad:
         raise ValueError(
             f"a plain Llama has the same widths and RoPE pairs in all layers and heads: of the {narrow:.1%} of the "
-            f"linear parameters that were removed only {plain:.1%} would stay removed; prune with --plain "
+            f"linear parameters that were removed only {plain:.1%} would stay removed; prune with --for plain "
             "or pass --pad"
         )
 

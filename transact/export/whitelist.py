@@ -26,7 +26,7 @@ GGUF_ACTIVATIONS = ("silu", "swish")  # llama.cpp's Llama computes this one, wha
 def check_exportable(config: PretrainedConfig, format: str = "llama") -> None:
     """Raise ValueError, in one line, where the configuration says what an export in this format cannot state.
 
-    It may be a pruned model's, or a dense one's, which is judged by what `--plain` pruning makes of it. `format` is
+    It may be a pruned model's, or a dense one's, which is judged by what pruning `--for` it makes of it. `format` is
     "llama" or "gguf".
     """
     if format not in FORMATS:
@@ -62,7 +62,7 @@ def _check_heads(config: PretrainedConfig, is_pruned: bool) -> None:
         )
     if not is_pruned and hidden % heads:
         raise ValueError(
-            f"a plain Llama's heads divide its hidden size, and {heads} do not divide {hidden}: prune without --plain "
+            f"a plain Llama's heads divide its hidden size, and {heads} do not divide {hidden}: prune without --for "
             "and pass --pad to the export"
         )
 
