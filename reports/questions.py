@@ -30,6 +30,11 @@ def is_allocated(record: Record) -> bool:
     )
 
 
+def allocation_label(record: Record) -> str:
+    case = record.case
+    return case.allocation if case.engine == "transformers" else f"{case.allocation} for {case.engine}"
+
+
 def method(record: Record) -> str:
     return record.method
 
@@ -88,9 +93,9 @@ QUESTIONS = (
              belongs=lambda record: record.case.calibration_sha256 is not None and len(record.texts) > 1),
     Question("rope", ("rope",), plots.plot_lines, findings.alternatives),
     Question("compensation", ("compensation", "ridge"), plots.plot_lines, findings.alternatives, label=ridge_label),
-    Question("allocation", ("allocation", "criterion", "granularity", "compensation"), plots.plot_trade_off,
+    Question("allocation", ("allocation", "engine", "criterion", "granularity", "compensation"), plots.plot_trade_off,
              findings.trade_off, along=("ratio", "kv_ratio"), belongs=is_allocated,
-             label=lambda record: record.case.allocation, columns=("parameters", "kv_bytes_per_token")),
+             label=allocation_label, columns=("parameters", "kv_bytes_per_token")),
     Question("measurements", ("measurements",), plots.plot_lines, findings.alternatives,
              belongs=lambda record: record.case.allocation == "searched",
              label=lambda record: "{} round{}".format(record.case.measurements, "s" * (record.case.measurements != 1))),

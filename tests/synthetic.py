@@ -143,8 +143,9 @@ class Maker:
             yield self.record(replace(best, compensation=compensation, ratio=ratio))
             if compensation in ("dense", "pruned"):
                 yield self.record(replace(best, compensation=compensation, ratio=ratio, ridge=0.01))
-        for allocation, ratio, kv_ratio in product(("uniform", "searched", "plain"), (0.1, 0.3, 0.5), (None, 0.5)):
-            allocated = replace(best, allocation=allocation, compensation="dense", measurements=0)
+        ways = ("uniform", "transformers"), ("searched", "transformers"), ("searched", "plain")
+        for (allocation, engine), ratio, kv_ratio in product(ways, (0.1, 0.3, 0.5), (None, 0.5)):
+            allocated = replace(best, allocation=allocation, engine=engine, compensation="dense", measurements=0)
             yield self.record(replace(allocated, ratio=ratio, kv_ratio=kv_ratio))
         for rounds, ratio in product((0, 1, 3), (0.1, 0.3)):
             yield self.record(replace(best, measurements=rounds, ratio=ratio))

@@ -125,7 +125,8 @@ def searched_widths(
         default=found[0],  # the narrowest heads
     )
     narrowest = _as_widths(groups, [0] * len(groups), current)
-    _check_budgets(config, widths, ratio, kv_ratio or 0.0, narrowest, modules, engine, tolerance)
+    widest = _as_widths(found[-1][2], [len(group.options) - 1 for group in found[-1][2]], current)
+    _check_budgets(config, widths, ratio, kv_ratio or 0.0, narrowest, widest, modules, engine, tolerance)
     return widths
 
 
@@ -279,6 +280,7 @@ def _check_budgets(
     ratio: float,
     kv_ratio: float,
     narrowest: tuple[Widths, ...],
+    widest: tuple[Widths, ...],
     modules: Sequence[str],
     engine: str,
     tolerance: float,
@@ -295,6 +297,10 @@ def _check_budgets(
         raise ValueError(
             f"ratio {ratio} is out of reach: the narrowest {of} remove "
             f"{fraction_removed(config, narrowest):.3f} of the linear parameters"
+        )
+    if (least := fraction_removed(config, widest)) > ratio + tolerance:  # the engine does not run the dense heads
+        raise ValueError(
+            f"ratio {ratio} is out of reach: the widest {of} remove {least:.3f} of the linear parameters already"
         )
     if removed > ratio + tolerance and kv_ratio and "mlp" in modules:
         full = tuple(Widths(w.kv_heads, w.qk_head_dim, w.v_head_dim, layer.mlp)

@@ -1,25 +1,30 @@
-"""`transact inspect`: print widths, parameters and KV bytes per token of a checkpoint."""
+"""`transact inspect`: print widths, parameters and KV bytes per token of a checkpoint, and which engines hold it."""
 
 import argparse
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from ..checkpoint import read_pruning
+from ..engines import ENGINES, check_held
+from ..entry import in_one_line
+from ..export import check_exportable
 from ..models import read_config
 from ..widths import fraction_removed, kv_elements_per_token, widths_of
 from .parser import add_subcommand
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    description = "print widths, parameters and KV bytes per token of a checkpoint"
+    description = "print widths, parameters and KV bytes per token of a checkpoint, and which engines hold it"
     parser = add_subcommand(commands, "inspect", run, description, "DIRECTORY")
     parser.add_argument("directory", help="a checkpoint directory, pruned or dense")
 
 
 def run(options: argparse.Namespace) -> None:
     config = read_config(options.directory)
+    pairs = _rope_pairs(options.directory)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     widths = widths_of(config)
@@ -37,6 +42,35 @@ def run(options: argparse.Namespace) -> None:
         f"{_fraction_removed(options.directory, config):.1%} of the linear parameters of {len(widths)} decoder layers "
         f"removed; 'all' counts embeddings and norms too; bytes at {str(config.dtype).removeprefix('torch.')}"
     )
+    against = {name: _against(name, config, pairs) for name in ENGINES}
+    print(f"held by {', '.join(name for name, reason in against.items() if reason is None)}")
+    for name, reason in against.items():
+        if reason is not None:
+            print(f"not by {name}: {reason}")
+
+
+def _rope_pairs(directory: str) -> list[torch.Tensor]:
+    """The RoPE pairs that each layer of a pruned checkpoint keeps; none of a dense one, which keeps all."""
+    pairs = []
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as weights:
+                names = [name for name in weights.keys() if name.endswith("self_attn.rope_pairs")]  # noqa: SIM118
+                pairs += [weights.get_tensor(name) for name in names]
+        except Exception as error:  # safetensors has an error of its own
+            raise ValueError(f"{str(path)!r} cannot be read: {in_one_line(error)}") from error
+    return pairs
+
+
+def _against(engine: str, config: transformers.PretrainedConfig, pairs: list[torch.Tensor]) -> str | None:
+    """Why an engine cannot hold a checkpoint, in one line; None where it can."""
+    try:
+        if (format := ENGINES[engine].format) is not None:
+            check_exportable(config, format)
+        check_held(engine, widths_of(config), pairs)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _fraction_removed(directory: str, config: transformers.PretrainedConfig) -> float:
