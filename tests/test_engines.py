@@ -111,7 +111,7 @@ WIDE = LlamaConfig(hidden_size=128, num_attention_heads=4, num_key_value_heads=2
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(ratio=st.floats(0.05, 0.7), kv_ratio=st.sampled_from([None, 0.05, 0.3]), seed=st.integers(0, 9))
 def test_plans_obey_their_engine_and_both_budgets(engine, ratio, kv_ratio, seed):
     scores = for_engine(random_scores(WIDE, seed=seed), engine)
@@ -193,12 +193,12 @@ def test_what_an_engine_holds_costs_more_the_less_that_is(dense):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_pruned_models_are_held_by_their_engine(engine, dense):
-    for recipe, options in (
-        (PRESETS["best"], {"ratio": 0.3}), (replace(PRESETS["best"], modules=("mlp",)), {"ratio": 0.02}),
-        (replace(PRESETS["best"], shots=2, measurements=0), {"ratio": 0.3}),
-        (PRESETS["best"], {"widths": [Widths(2, 32, 32, 24)] * 3}),
+    recipe = replace(PRESETS["best"], engine=engine, measurements=0)
+    for changes, options in (
+        ({"shots": 2}, {"ratio": 0.3}), ({"modules": ("mlp",)}, {"ratio": 0.02}),
+        ({}, {"widths": [Widths(2, 32, 32, 24)] * 3}),
     ):  # fmt: skip
-        pruned = transact.prune(dense, WINDOWS, recipe=replace(recipe, engine=engine), **options)
+        pruned = transact.prune(dense, WINDOWS, recipe=replace(recipe, **changes), **options)
         pairs = [layer.self_attn.rope_pairs for layer in pruned.model.model.layers]
         check_held(engine, transact.widths_of(pruned.model.config), pairs)
         if "ratio" in options:
@@ -212,11 +212,12 @@ def test_nothing_removed_is_the_dense_model_for_every_engine(engine, dense):
     assert all(torch.equal(weights[name], tensor) for name, tensor in dense.state_dict().items())
 
 
-def test_what_the_pruned_model_says_corrects_plans_for_engines(dense):
-    recipe = replace(PRESETS["best"], engine="llama.cpp")
+def test_what_the_pruned_model_says_corrects_plans_for_engines():
+    recipe, dense = replace(PRESETS["best"], engine="llama.cpp"), tiny_llama("gqa", layers=3)
     measured = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3)
     predicted_only = transact.prune(dense, WINDOWS, recipe=replace(recipe, measurements=0), ratio=0.3)
     assert measured.plan.widths != predicted_only.plan.widths
+    check_held("llama.cpp", measured.plan.widths, [layer.rope_pairs for layer in measured.plan.layers])
 
 
 REFUSED = {
@@ -229,7 +230,7 @@ REFUSED = {
     "widths that it does not hold": (
         {"engine": "llama.cpp"}, {"widths": [Widths(2, 32, 16, 40)] * 3}, "'llama.cpp' has value heads as wide as",
     ),
-    "MLPs alone": ({"engine": "plain", "modules": ("mlp",)}, {"ratio": 0.5}, r"ratio 0\.5 is out of reach: .* mlp that"),
+    "MLPs alone": ({"engine": "plain", "modules": ("mlp",)}, {"ratio": 0.5}, r"0\.5 is out of reach: .* mlp that"),
 }  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from transact import PRESETS, Recipe, Widths, fraction_removed, kv_fraction_remo
 from transact.__main__ import main
 from transact.allocate import removal_losses, searched_widths, shared_pairs
 from transact.export import check_exportable, plain_llama, write_gguf
-from transact.export.whitelist import EXPRESSED, LACKING
 from transact.scores import LayerScores
+from transact.whitelist import EXPRESSED, LACKING
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
 PLAIN = replace(PRESETS["best"], engine="plain")

@@ -1,6 +1,7 @@
 """Allocation: which layer and module gives up how much, under a parameter budget and a KV-cache budget at once."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -103,12 +104,11 @@ def searched_widths(
     check_modules(config, modules, "dims")
     held, current = engine_by_name(engine), widths_of(config)
     total, kv_total = linear_parameters(config, dense_widths(config)), kv_elements_per_token(dense_widths(config))
-    multiple = _mlp_multiple(config, held)
-    # of large steps the nearest to the budget is taken, not the nearest below it
-    slack = 0 if held.mlp_by_layer else multiple * 3 * config.hidden_size * config.num_hidden_layers / 2
+    step = _mlp_multiple(config, held) * 3 * config.hidden_size * config.num_hidden_layers
+    slack = 0 if held.mlp_by_layer else step / 2  # of large steps the nearest to the budget, not the nearest below it
     budget, kv_budget = (1 - ratio) * total + slack, (1 - (kv_ratio or 0.0)) * kv_total
     found = []
-    for groups in _alternatives(config, scores, modules, engine, multiple, parameter_prices(config)):
+    for groups in _alternatives(config, scores, modules, engine, parameter_prices(config)):
         choices = _choices(groups)
         picked = _use_up(choices, _cheapest(choices, budget, kv_budget), budget)
         loss = choices.losses.gather(1, picked).sum().item()
@@ -147,7 +147,6 @@ def _alternatives(
     scores: Sequence[LayerScores],
     modules: Sequence[str],
     engine: str,
-    mlp_multiple: int,
     prices: Prices,
 ) -> Iterator[list[_Group]]:
     """What is to be chosen by group; again for each head width, from the narrowest, where all layers have the same.
@@ -157,7 +156,7 @@ def _alternatives(
     held, current = engine_by_name(engine), widths_of(config)
     heads, mlps = [], []
     for index, layer in enumerate(scores):
-        allowed = allowed_widths(config, current[index], modules, mlp_multiple)
+        allowed = allowed_widths(config, current[index], modules, held)
         heads.append(_heads_of(index, layer, current[index], allowed, held, prices))
         mlps.append(_mlp_of(index, layer, current[index], allowed, prices))
     mlps = mlps if held.mlp_by_layer else [_alike(mlps)]
@@ -176,17 +175,18 @@ def _alternatives(
 
 
 def allowed_widths(
-    config: PretrainedConfig, current: Widths, modules: Sequence[str], mlp_multiple: int
+    config: PretrainedConfig, current: Widths, modules: Sequence[str], held: Engine
 ) -> tuple[list[int], list[int], list[int]]:
     """The aligned widths up to a layer's own, of query-key heads, value heads and MLP; of other modules its own."""
-    head_multiple, _ = alignment(config)
+    head_multiple, mlp_multiple = alignment(config)[0], _mlp_multiple(config, held)
+    pairs_multiple = math.lcm(2, head_multiple)
     modules = prunable_modules(config, modules)
     return tuple(
-        [*range(multiple, most, multiple), most] if module in modules else [most]
-        for module, most, multiple in (
-            ("qk", current.qk_head_dim, max(2, head_multiple)),
-            ("vo", current.v_head_dim, head_multiple),
-            ("mlp", current.mlp, mlp_multiple),
+        sorted({*(width for width in narrower if width < most), most}) if module in modules else [most]
+        for module, most, narrower in (
+            ("qk", current.qk_head_dim, held.head_widths or range(pairs_multiple, current.qk_head_dim, pairs_multiple)),
+            ("vo", current.v_head_dim, range(head_multiple, current.v_head_dim, head_multiple)),
+            ("mlp", current.mlp, range(mlp_multiple, current.mlp, mlp_multiple)),
         )
     )
 

@@ -22,6 +22,7 @@ from .plan import Plan, select
 from .prune import apply_plan, check_computed, check_prunable, narrowed_config
 from .recipe import PRESETS, Recipe, recipe_by_name
 from .scores import LayerScores
+from .whitelist import check_exportable
 from .widths import (
     Widths,
     check_modules,
@@ -118,6 +119,8 @@ def check_task(
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
     check_prunable(dense)
+    if (format := engine_by_name(recipe.engine).format) is not None:  # what it is for comes after it
+        check_exportable(dense.config, format)
     check_modules(dense.config, recipe.modules, recipe.granularity)
     if recipe.gradients():
         check_trainable(dense)

@@ -147,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
     recipe = chosen_recipe(options)
     out = check_destination(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)
-    if (format := ENGINES[recipe.engine].format) is not None:  # what it is for comes after it
+    if (format := ENGINES[recipe.engine].format) is not None:  # before it is loaded
         check_exportable(read_config(options.model), format)
     with stage(seconds, "load"):
         home = "cpu" if options.layerwise else options.device

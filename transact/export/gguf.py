@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..entry import has_own_head
+from ..whitelist import check_gguf, check_weights
 from .gguf_tokenizer import add_tokenizer, check_tokenizer
 from .llama import rope_frequencies
-from .whitelist import check_gguf, check_weights
 
 GGUF_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # by llama.cpp's numbers of file types
 Q8_BLOCK = 32

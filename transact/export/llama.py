@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..entry import check_same_function, has_own_head
 from ..modeling_transact import TransActForCausalLM
+from ..whitelist import ROPE_TYPES, check_exportable, check_rope, check_weights
 from ..widths import Widths, fraction_removed, widths_of
-from .whitelist import ROPE_TYPES, check_exportable, check_rope, check_weights
 
 MOST_PADDING = 0.01  # of the dense linear parameters that padding may bring back without being asked for
 

@@ -1,13 +1,13 @@
-"""What an export can state: it is refused by name, before anything is done, where it cannot."""
+"""What an export can state: what it cannot is refused by name, before anything is done."""
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, PretrainedConfig
 
-from ..configuration_transact import TransActConfig
-from ..entry import odd_weight, shapes_of
-from ..prune import FAMILIES, narrowed_config
-from ..widths import dense_widths
+from .configuration_transact import TransActConfig
+from .entry import odd_weight, shapes_of
+from .prune import FAMILIES, narrowed_config
+from .widths import dense_widths
 
 FORMATS = ("llama", "gguf")
 
