@@ -195,25 +195,28 @@ def write_engines_report(frame: pd.DataFrame, directory: str | os.PathLike) -> t
 
 def plot_engines(frame: pd.DataFrame, hardware: str) -> Figure:
     """Bars of speed and of bytes over the dense model's in the same engine, and how many tokens are the same."""
+    apart = [name for name in ("base", "hardware") if frame[name].nunique() > 1]
+    frame = frame.assign(engine=frame[["engine", *apart]].agg(", ".join, axis=1))
     engines, models = [*frame["engine"].unique()], [*frame["model"].unique()]
     figure = Figure(figsize=(9, 1.6 + 0.3 * len(engines) * len(models)), layout="constrained")
     panels, width = figure.subplots(1, 2, sharey=True), 0.8 / len(models)
     for number, model in enumerate(models):
         group = frame[frame["model"] == model]
         places = [engines.index(engine) + (number - (len(models) - 1) / 2) * width for engine in group["engine"]]
-        colour, said = STYLES[number][0], [f"{same:.0%} the same" for same in group["same_tokens"]]
+        colour, said = STYLES[number % len(STYLES)][0], [f"{same:.0%}" for same in group["same_tokens"]]
         for axes, name, words in zip(panels, ("tokens_per_s", "mib"), (said, None), strict=True):
             bars = axes.barh(places, group[f"{name}_over_dense"].fillna(0.0), width, color=colour, label=model)
             axes.bar_label(bars, labels=words, fmt="{:.2f}", padding=3, fontsize=8)
-    for axes, label in zip(panels, ("tokens a second over dense", "bytes over dense"), strict=True):
+    speed = "tokens a second over dense (beside: same greedy tokens)"
+    for axes, label in zip(panels, (speed, "bytes over dense"), strict=True):
         axes.axvline(1, color=INK, linewidth=0.8)
         axes.margins(x=0.2)
-        axes.set(xlabel=label)
-        axes.grid(axis="x")
+        axes.set(xlabel=label, axisbelow=True)
+        axes.grid(alpha=0.25, axis="x")
     panels[0].set_yticks(range(len(engines)), engines)
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(models))
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=min(3, len(models)))
     figure.suptitle(f"Pruned models in other engines, {hardware}", fontsize=10)
     return figure
 
