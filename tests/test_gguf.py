@@ -249,6 +249,14 @@ def test_output_biases_alone_are_stated(mlps, tmp_path):
     assert_file_is_the_model(path, narrowed)
 
 
+def test_biases_of_queries_keys_and_values_alone_are_stated(tmp_path):
+    narrowed = narrowed_by_layer(tiny_relative("qwen2"), mlps=(24, 40), lost_heads=(1, 0))
+    path = written(tmp_path, llama_by_layer(narrowed))
+    names = {name.split(".", 2)[2] for name in AsLlamaCppReadsIt(path, context=8).tensors if name.endswith(".bias")}
+    assert names == {"attn_q.bias", "attn_k.bias", "attn_v.bias"}
+    assert_file_is_the_model(path, narrowed)
+
+
 def test_head_widths_by_layer_and_pairs_by_head_are_padded_or_refused(tmp_path):
     dense = tiny_llama("gqa", layers=3)
     narrowed = transact.apply_plan(dense, random_plan(dense.config, seed=4, drop_heads=True))

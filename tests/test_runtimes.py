@@ -105,9 +105,10 @@ def test_speed_and_bytes_go_over_the_dense_models_in_the_same_engine(tmp_path):
         record_of("dense", "transformers", 5.0, 110.0), record_of("plain", "transformers", 6.0, 55.0),
         record_of("searched", "transformers", 6.0, 55.0, case={"base": "other"}),  # no dense one to compare with
     ]  # fmt: skip
+    records += [record_of("plain", "halting", None, 5.0), record_of("plain", "halting", "fast", 5.0)]
     path.write_text("\n".join(map(json.dumps, records)) + '\n{"case": {"torn', encoding="utf-8")
     frame, complaints = read_engines(path)
-    assert len(complaints) == 1
+    assert len(complaints) == 3
     assert frame["model"].tolist() == ["dense", "searched, 20% removed", "dense", "plain, 20% removed",
                                        "searched, 20% removed"]  # fmt: skip
     assert frame["tokens_per_s_over_dense"].tolist()[:4] == [1.0, 1.5, 1.0, 1.2]

@@ -161,9 +161,11 @@ def read_engines(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
     """One row a model and engine, the newest record of it, beside what it is of the dense model's; complaints."""
 
     def row_of(record: dict) -> tuple[tuple, dict]:
-        case, row, where = record["case"], record["row"], record["environment"]
+        case, where = record["case"], record["environment"]
+        row = {name: case[name] for name in ENGINE_COLUMNS[:2]}
+        row |= {name: float(record["row"][name]) for name in ENGINE_COLUMNS[2:]}
         if case["ratio"]:
-            row = row | {"model": f"{row['model']}, {case['ratio']:.0%} removed"}
+            row["model"] = f"{case['model']}, {case['ratio']:.0%} removed"
         row |= {"base": case["base"], "hardware": f"{where['device']}, {where['threads']} threads"}
         return tuple(case.values()), row
 
