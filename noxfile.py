@@ -64,10 +64,11 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def engines(session: nox.Session) -> None:
-    """Export a pruned model and run it in llama.cpp (built from source: minutes) beside transformers."""
+    """Export pruned models and run them in llama.cpp (built from source: minutes) beside transformers."""
     install(session)
     if session.virtualenv.venv_backend != "none":
         session.install("llama-cpp-python==0.3.36")
+    session.run("python", "-m", "pytest", "tests/test_gguf.py", "-k", "llama_cpp_itself")
     session.run("python", "-m", "bench", "engines", *session.posargs)
 
 

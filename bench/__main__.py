@@ -16,6 +16,7 @@ from transact.models import load_model, load_tokenizer, read_config
 from transact.texts import TEXTS, load_text
 
 from . import gpu
+from .efficiency.engines import ENGINES, compare_engines
 from .efficiency.memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
 from .efficiency.quantise import FORMATS, check_format, packed_weight_bytes, quantised
 from .efficiency.scale import SIZES, SIZES_OF_A_CPU, WAYS, run_scale
@@ -230,18 +231,16 @@ def results_written(directory: Path) -> Iterator[None]:
 
 
 def engines_command(options: argparse.Namespace) -> None:
-    from .efficiency.engines import compare_engines
-    from .efficiency.report import write_engines_report
-    from .environment import environment
+    from .efficiency.report import read_engines, write_engines_report
 
-    rows = compare_engines(ratio=options.ratio)
-    where = environment(resolve_device("cpu"))
-    note = (
-        f"{where['device']}, {where['threads']} threads; float32 in transformers {where['transformers']}; greedy "
-        "continuations of the embedded evaluation text; `same_tokens`: as the pruned model's in transformers, each "
-        "continuation counted up to its first difference."
-    )
-    print_report(*write_engines_report(rows, note, options.results))
+    path = options.results / "engines.jsonl"
+    with results_written(options.results):
+        for record in compare_engines(engines=options.engines, ratio=options.ratio):
+            append_line(path, record)
+    frame, complaints = read_engines(path)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    print_report(*write_engines_report(frame, options.results))
 
 
 def numbers(text: str) -> list[int]:
@@ -346,9 +345,11 @@ def build_parser() -> argparse.ArgumentParser:
     on_gpu.add_argument("--requirements", action="store_true", help="run nothing: what to install, for pip")
     on_gpu.add_argument("--inside", help=argparse.SUPPRESS)
     on_gpu.add_argument("--device", default="auto", help="auto, cuda, cuda:1 ... (auto)")
-    engines = commands.add_parser("engines", help="the exported model in llama.cpp beside transformers")
+    engines = commands.add_parser("engines", help="pruned models in other engines beside transformers")
     engines.set_defaults(run=engines_command)
-    engines.add_argument("--ratio", type=float, default=0.3, help="fraction removed of the pruned one (0.3)")
+    engines.add_argument("--ratio", type=float, default=0.3, help="fraction removed of the pruned ones (0.3)")
+    engines.add_argument("--engines", type=some_of("engine", ENGINES), default=[*ENGINES],
+                         help=f"of {', '.join(ENGINES)}, with commas (all)")  # fmt: skip
     for command in (speed, scale, engines):
         command.add_argument("--results", type=Path, default=Path("results"), help="directory to write (results)")
     check = commands.add_parser("regression", help="compare with the baseline; exit code 1 where something moved")

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 T = TypeVar("T")
 SCHEMA, SPEED_SCHEMA, SCALE_SCHEMA, GPU_SCHEMA = 4, 1, 1, 1  # of records of quality, speed, scale, a GPU run
+ENGINES_SCHEMA = 1  # and of models in other engines
 HIGHEST_LOSS = math.log(sys.float_info.max)  # in nats: no float holds the perplexity of a higher one
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import transact
-from bench.efficiency.engines import agreement, transformers_stream
+from bench.efficiency.continuations import agreement, transformers_stream
 from bench.quality.fidelity import Comparison, DenseReference, GreedyReference, divergence, greedy_continuations
 from bench.quality.flips import Flips, flips
 from bench.quality.perplexity import Windows, evaluation_windows, measure_perplexity

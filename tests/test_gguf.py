@@ -1,20 +1,22 @@
 """GGUF files: read as llama.cpp reads them, they give the model's logits; what llama.cpp would do otherwise is refused.
 
-The reader below is llama.cpp's graph of a "llama" (src/models/llama.cpp, src/llama-model.cpp of version 0.3.36 of
-llama-cpp-python) in float64: it knows what the file says and nothing else.
+The reader below is llama.cpp's graph of a "llama" and of a "deci" (src/models/llama.cpp, src/models/deci.cpp,
+src/llama-model.cpp of version 0.3.36 of llama-cpp-python) in float64: it knows what the file says and nothing else.
 """
+
+from dataclasses import replace
 
 import gguf
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch.nn.functional import rms_norm, silu
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import transact
 from tests.tiny import LONGROPE, ROPES, llama_with, plain_plan, random_plan, tiny_llama, tiny_relative
 from transact.__main__ import main
-from transact.export import check_exportable, check_tokenizer, plain_llama, write_gguf
+from transact.export import check_exportable, check_tokenizer, llama_by_layer, plain_llama, write_gguf
 from transact.export.gguf_tokenizer import pre_tokenizer_of
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -28,10 +30,16 @@ class AsLlamaCppReadsIt:
             tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).double()
             for tensor in reader.tensors
         }
+        self.architecture = self.values["general.architecture"]
         self.context = context
 
     def get(self, name: str, default=None):
-        return self.values.get(f"llama.{name}", default)
+        return self.values.get(f"{self.architecture}.{name}", default)
+
+    def of_layer(self, name: str, layer: int) -> int:
+        """Only a "deci" has widths by layer: a "llama" takes the shapes of all its tensors from one."""
+        value = self.get(name)
+        return value[layer] if self.architecture == "deci" else value
 
     def linear(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         outputs = inputs @ self.tensors[f"{name}.weight"].mT
@@ -60,17 +68,20 @@ class AsLlamaCppReadsIt:
         return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        assert self.values["general.architecture"] == "llama"
+        assert self.architecture in ("llama", "deci")
         hidden, length = self.tensors["token_embd.weight"][ids], len(ids)
-        width, heads, kv_heads = (
-            self.get(f"attention.{name}") for name in ("key_length", "head_count", "head_count_kv")
-        )
+        width = self.get("attention.key_length")
         assert width == self.get("attention.value_length") == self.get("rope.dimension_count")
         mask = torch.full((length, length), -torch.inf).triu(1)
         for layer in range(self.get("block_count")):
+            heads, kv_heads, mlp = (
+                self.of_layer(name, layer)
+                for name in ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+            )
             inputs = self.norm(f"blk.{layer}.attn_norm", hidden)
             query, key, value = (
-                self.linear(f"blk.{layer}.attn_{name}", inputs).view(length, -1, width) for name in "qkv"
+                self.linear(f"blk.{layer}.attn_{name}", inputs).view(length, count, width)
+                for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
             )
             query, key = self.rope(query), self.rope(key)
             key, value = (of.repeat_interleave(heads // kv_heads, 1) for of in (key, value))
@@ -78,7 +89,7 @@ class AsLlamaCppReadsIt:
             mixed = torch.einsum("hqk,khw->qhw", scores.softmax(-1), value).flatten(1)
             hidden = hidden + self.linear(f"blk.{layer}.attn_output", mixed)
             inputs = self.norm(f"blk.{layer}.ffn_norm", hidden)
-            gate, up = (self.linear(f"blk.{layer}.ffn_{name}", inputs) for name in ("gate", "up"))
+            gate, up = (self.linear(f"blk.{layer}.ffn_{name}", inputs).view(length, mlp) for name in ("gate", "up"))
             hidden = hidden + self.linear(f"blk.{layer}.ffn_down", silu(gate) * up)
         head = self.tensors.get("output.weight", self.tensors["token_embd.weight"])
         return self.norm("output_norm", hidden) @ head.mT
@@ -151,6 +162,135 @@ def test_padded_models_and_their_biases_are_stated(variant, tmp_path):
     narrowed = transact.apply_plan(dense, random_plan(dense.config, seed=4, drop_heads=True))
     path = written(tmp_path, plain_llama(narrowed, pad=True))
     assert_file_is_the_model(path, narrowed, length=24)
+
+
+def plan_by_layer(config, *, head_dim=10, mlps=(24, 40, 9), lost_heads=(1, 0, 1)):
+    """One head width and one set of RoPE pairs; every layer has its own MLP and loses its own key-value heads."""
+    layers = plain_plan(config, head_dim=head_dim).layers
+    return transact.Plan(
+        tuple(
+            replace(
+                layer, mlp_dims=torch.arange(config.intermediate_size)[-mlp:], kv_heads=layer.kv_heads[lost:],
+                rope_pairs=layer.rope_pairs[lost:], value_dims=layer.value_dims[lost:],
+            )
+            for layer, mlp, lost in zip(layers, mlps, lost_heads, strict=True)
+        )
+    )  # fmt: skip
+
+
+def three_layers(**settings):
+    """A Llama of three layers; weights as large as `tiny_llama` has them."""
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(**{**tiny_llama("gqa", layers=3).config.to_dict(), **settings})).eval()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    return dense
+
+
+def narrowed_by_layer(dense=None, **widths):
+    dense = dense or tiny_llama("gqa", layers=3)
+    return transact.apply_plan(dense, plan_by_layer(dense.config, **widths))
+
+
+@pytest.mark.parametrize("head_dim", [10, 16])
+@pytest.mark.parametrize("variant", ["mha", "gqa", "tied", "biases", "llama3-rope"])
+def test_every_layer_keeps_its_own_mlp_and_heads(variant, head_dim, tmp_path):
+    narrowed = narrowed_by_layer(tiny_llama(variant, layers=3), head_dim=head_dim)
+    path = written(tmp_path, llama_by_layer(narrowed))
+    file = AsLlamaCppReadsIt(path, context=8)
+    group, kv_heads = narrowed.model.layers[0].self_attn.num_key_value_groups, narrowed.config.kv_head_counts
+    assert file.architecture == "deci"
+    assert kv_heads[0] + 1 == kv_heads[1] == kv_heads[2] + 1
+    assert file.get("feed_forward_length") == narrowed.config.intermediate_sizes == [24, 40, 9]
+    assert file.get("attention.head_count_kv") == kv_heads
+    assert file.get("attention.head_count") == [group * count for count in kv_heads]
+    assert file.get("attention.key_length") == head_dim
+    own = {name: tensor for name, tensor in file.tensors.items() if not name.startswith("rope_")}
+    assert sum(tensor.numel() for tensor in own.values()) == narrowed.num_parameters()  # no zeros were added
+    assert torch.equal(own["blk.2.ffn_down.weight"].float(), narrowed.model.layers[2].mlp.down_proj.weight)
+    assert_file_is_the_model(path, narrowed)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.filterwarnings("ignore:llama.cpp takes RoPE's long factors:UserWarning")
+def test_every_rope_is_stated_by_layer(rope, tmp_path):
+    narrowed = narrowed_by_layer(three_layers(rope_parameters=ROPES[rope]))
+    path = written(tmp_path, llama_by_layer(narrowed))
+    assert_file_is_the_model(path, narrowed, length=12)
+    assert_file_is_the_model(path, narrowed, length=48)
+
+
+@pytest.mark.parametrize(("widths", "architecture"), [
+    ({"mlps": (24,) * 3, "lost_heads": (0,) * 3}, "llama"),
+    ({"mlps": (24,) * 3, "lost_heads": (1,) * 3}, "llama"),
+    ({"mlps": (24, 24, 23), "lost_heads": (0,) * 3}, "deci"),
+    ({"mlps": (24,) * 3, "lost_heads": (0, 0, 1)}, "deci"),
+])  # fmt: skip
+def test_the_architecture_is_llama_where_one_width_fits_all(widths, architecture, tmp_path):
+    narrowed = narrowed_by_layer(**widths)
+    path = written(tmp_path, llama_by_layer(narrowed))
+    assert AsLlamaCppReadsIt(path, context=8).architecture == architecture
+    assert_file_is_the_model(path, narrowed)
+
+
+@pytest.mark.parametrize("mlps", [(24, 40, 9), (24, 24, 24)])
+def test_output_biases_alone_are_stated(mlps, tmp_path):
+    dense = tiny_llama("gqa", layers=3)
+    plan = plan_by_layer(dense.config, mlps=mlps)
+    narrowed = transact.apply_plan(dense, plan)
+    for layer in narrowed.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.bias = torch.nn.Parameter(torch.randn(48))
+    narrowed.config.attention_output_bias = narrowed.config.mlp_output_bias = True
+    path = written(tmp_path, llama_by_layer(narrowed))
+    names = {name.split(".", 2)[2] for name in AsLlamaCppReadsIt(path, context=8).tensors if name.endswith(".bias")}
+    assert names == {"attn_output.bias", "ffn_down.bias"}
+    assert_file_is_the_model(path, narrowed)
+
+
+def test_biases_of_queries_keys_and_values_alone_are_stated(tmp_path):
+    narrowed = narrowed_by_layer(tiny_relative("qwen2"), mlps=(24, 40), lost_heads=(1, 0))
+    path = written(tmp_path, llama_by_layer(narrowed))
+    names = {name.split(".", 2)[2] for name in AsLlamaCppReadsIt(path, context=8).tensors if name.endswith(".bias")}
+    assert names == {"attn_q.bias", "attn_k.bias", "attn_v.bias"}
+    assert_file_is_the_model(path, narrowed)
+
+
+def test_head_widths_by_layer_and_pairs_by_head_are_padded_or_refused(tmp_path):
+    dense = tiny_llama("gqa", layers=3)
+    narrowed = transact.apply_plan(dense, random_plan(dense.config, seed=4, drop_heads=True))
+    with pytest.raises(ValueError, match=r"a GGUF file has one head width and one set of RoPE pairs .* pass --pad"):
+        llama_by_layer(narrowed)
+    padded = llama_by_layer(narrowed, pad=True)
+    assert padded.config.intermediate_sizes == narrowed.config.intermediate_sizes
+    assert padded.config.kv_head_counts == narrowed.config.kv_head_counts
+    assert_file_is_the_model(written(tmp_path, padded), narrowed)
+
+
+def test_heads_need_not_divide_the_hidden_size(tmp_path):
+    dense = three_layers(num_attention_heads=6, num_key_value_heads=6)
+    narrowed = narrowed_by_layer(dense, lost_heads=(1, 1, 1))
+    path = written(tmp_path, llama_by_layer(narrowed))
+    assert AsLlamaCppReadsIt(path, context=8).get("attention.head_count") == [5, 5, 5]  # five do not divide 48
+    assert_file_is_the_model(path, narrowed)
+
+
+def test_a_narrowed_model_is_written_only_when_its_heads_are_alike(tmp_path):
+    narrowed = narrowed_by_layer()
+    with pytest.raises(ValueError, match=r"heads of 10 and 10 dimensions in layer 0, .* llama_by_layer"):
+        written(tmp_path, narrowed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_without_whole_blocks_stay_f16_by_layer(tmp_path):
+    dense = three_layers(hidden_size=96, intermediate_size=64)
+    narrowed = narrowed_by_layer(dense, head_dim=16, mlps=(64, 32, 33))
+    path = written(tmp_path, llama_by_layer(narrowed), kind="q8_0")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert [types[f"blk.{layer}.ffn_down.weight"] for layer in range(3)] == ["Q8_0", "Q8_0", "F16"]
+    assert [types[f"blk.{layer}.ffn_up.weight"] for layer in range(3)] == ["Q8_0"] * 3
+    assert_file_is_the_model(path, narrowed, tolerance=0.1)  # 8-bit weights
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
@@ -377,3 +517,55 @@ def test_the_command_refuses_before_it_writes(tmp_path, capsys):
     assert "hidden_act 'relu' cannot be stated" in captured
     assert captured.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
+
+
+@pytest.mark.parametrize(("widths", "said"), [
+    ({}, "3 to 6 heads of 10, MLP 9 to 40, architecture 'deci'"),
+    ({"mlps": (24,) * 3, "lost_heads": (0,) * 3}, "6 heads of 10, MLP 24, architecture 'llama'"),
+])  # fmt: skip
+def test_the_command_says_the_architecture(widths, said, tmp_path, capsys):
+    dense = tiny_llama("gqa", layers=3)
+    plan = plan_by_layer(dense.config, **widths)
+    narrowed = transact.apply_plan(dense, plan)
+    transact.save_checkpoint(tmp_path / "pruned", narrowed, plan, {})
+    tokenizer_of(GPT2).save_pretrained(tmp_path / "pruned")
+    out = tmp_path / "model.gguf"
+    assert main(["export", str(tmp_path / "pruned"), str(out), "--format", "gguf", "--type", "f32"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith(f" removed), {said}\n")
+    assert "zeros added" not in printed
+    assert_file_is_the_model(out, narrowed)
+
+
+def test_the_command_pads_heads_only_where_it_is_asked_to(tmp_path, capsys):
+    dense = tiny_llama("gqa", layers=3)
+    plan = random_plan(dense.config, seed=4, drop_heads=True)
+    narrowed = transact.apply_plan(dense, plan)
+    transact.save_checkpoint(tmp_path / "pruned", narrowed, plan, {})
+    tokenizer_of(GPT2).save_pretrained(tmp_path / "pruned")
+    command = ["export", str(tmp_path / "pruned"), str(tmp_path / "model.gguf"), "--format", "gguf", "--type", "f32"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "one head width and one set of RoPE pairs for all layers" in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
+    assert main([*command, "--pad"]) == 0
+    assert "zeros added), " in capsys.readouterr().out
+    assert_file_is_the_model(tmp_path / "model.gguf", narrowed)
+
+
+@pytest.mark.parametrize("mlps", [(24, 40, 9), (24,) * 3])
+@pytest.mark.parametrize("variant", ["mha", "gqa", "tied", "biases", "llama3-rope"])
+def test_llama_cpp_itself_computes_the_same(variant, mlps, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    narrowed = narrowed_by_layer(tiny_llama(variant, layers=3), mlps=mlps)
+    path = written(tmp_path, llama_by_layer(narrowed))
+    engine = llama_cpp.Llama(
+        str(path), n_ctx=64, n_gpu_layers=0, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0
+    )
+    ids = torch.randint(1, 97, (48,), generator=torch.Generator().manual_seed(1))
+    engine.eval(ids.tolist())
+    with torch.no_grad():
+        expected = narrowed(input_ids=ids[None]).logits[0]
+    actual = torch.from_numpy(engine.scores[: len(ids)])
+    assert (actual - expected).norm() / expected.norm() < 1e-4

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from bench.efficiency.costs import (
     weight_elements,
 )
 from bench.efficiency.memory import kv_bytes_per_token
-from bench.efficiency.report import read_speed, write_engines_report, write_speed_report
+from bench.efficiency.report import read_speed, write_speed_report
 from bench.efficiency.shapes import SHAPES, random_model, shape_by_name
 from bench.efficiency.speed import SpeedCase, decode_step, fitting, generate_timed, run_grid
 from tests.tiny import random_plan, tiny_llama
@@ -236,14 +235,6 @@ def test_mistakes_are_one_line(arguments, named, capsys):
     error = capsys.readouterr().err.splitlines()
     assert code == 2
     assert named in error[-1]
-
-
-def test_engines_report(tmp_path):
-    rows = [{"model": "dense", "engine": "llama.cpp f32", "tokens_per_s": 10.0, "file_mib": 5.0, "same_tokens": 1.0}]
-    table, files = write_engines_report(rows, "note", tmp_path)
-    assert "| 1.000 " in table.splitlines()[2] or "1.000" in table
-    assert [file.name for file in files] == ["engines.md", "engines.csv", "engines.tex"]
-    assert replace(SpeedCase("m", 1, 1, 1, "eager", "float32", "cpu"), batch=2).batch == 2
 
 
 @pytest.mark.parametrize("gib", ["nan", "inf", "1e300", "0", "-1"])

@@ -36,7 +36,8 @@ def check_exportable(config: PretrainedConfig, format: str = "llama") -> None:
     is_pruned = config.model_type == TransActConfig.model_type
     if not is_pruned and config.model_type not in FAMILIES:
         raise ValueError(f"a {config.model_type!r} model cannot be exported, allowed: {', '.join(FAMILIES)}")
-    _check_heads(config, is_pruned)
+    if format == "llama":
+        _check_heads(config, is_pruned)
     if not is_pruned:
         config = narrowed_config(config, dense_widths(config))
     for name, feature in LACKING.items():

@@ -1,106 +1,86 @@
-"""Does an exported checkpoint run in llama.cpp as it does in transformers, and how fast beside the dense model?"""
+"""Does a pruned model say the same in other engines as in transformers, and how fast and large is it beside the dense?
 
-import itertools
-import statistics
-import tempfile
-import time
+Every engine runs the dense model, the one pruned by `best` with a plain plan, and the one pruned by `best` with the
+cheapest plan that this engine holds.
+"""
+
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
-import torch
+import transformers
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 import transact
-from transact.export import plain_llama, write_gguf
+from transact.criteria import lookup
+from transact.devices import resolve_device
 from transact.models import load_model
 from transact.recipe import PRESETS
 from transact.texts import cut_windows, load_text, tokenise
+from transact.widths import check_ratio
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 32, 48
-
-
-def import_llama_cpp():
-    """The package llama_cpp. Raises ValueError, with what to do, where it is not installed."""
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise ValueError("llama.cpp is not installed: `nox -s engines` builds llama-cpp-python (minutes)") from error
-    return llama_cpp
+from ..environment import environment
+from ..records import ENGINES_SCHEMA
+from .continuations import Run, agreement, greedy, prompts_of, transformers_stream
+from .llama_cpp_runtime import llama_cpp_version, runs_in_llama_cpp
+from .memory import weight_bytes
 
 
-def greedy(stream: Callable[[list[int]], Iterator[int]], prompts: Sequence[list[int]]) -> tuple[list[list[int]], float]:
-    """What `stream` says after each prompt, one by one, and the median of tokens a second after the first token."""
-    continuations, speeds = [], []
-    for prompt in prompts:
-        tokens = stream(prompt)
-        said = [next(tokens)]
-        start = time.perf_counter()
-        said += itertools.islice(tokens, NEW_TOKENS - 1)
-        speeds.append((NEW_TOKENS - 1) / (time.perf_counter() - start))
-        continuations.append(said)
-    return continuations, statistics.median(speeds)
+@dataclass(frozen=True)
+class Engine:
+    """An engine: its version (ValueError where it is not installed), and its runs of a model."""
+
+    version: Callable[[], str]
+    runs: Callable[[nn.Module, PreTrainedTokenizerBase, Sequence[list[int]]], Iterator[Run]]
 
 
-@torch.no_grad()
-def transformers_stream(model: nn.Module, prompt: list[int]) -> Iterator[int]:
-    """The greedy continuation of token ids, token by token, without end."""
-    ids, cache = torch.tensor([prompt]), None
-    while True:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ids, cache = output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values
-        yield ids.item()
+def runs_in_transformers(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
+) -> Iterator[Run]:
+    yield Run("transformers", *greedy(partial(transformers_stream, model), prompts), weight_bytes(model) / 2**20)
 
 
-def llama_cpp_stream(path: Path) -> Callable[[list[int]], Iterator[int]]:
-    """The same in llama.cpp, by a GGUF file, from the same token ids."""
-    exact = {"type_k": 0, "type_v": 0} if path.stem == "f32" else {}  # a cache in float32 too, not in its usual float16
-    engine = import_llama_cpp().Llama(
-        str(path), n_ctx=512, n_threads=torch.get_num_threads(), n_gpu_layers=0, verbose=False, seed=0, **exact
-    )
-    return partial(engine.generate, top_k=1, temp=0.0, repeat_penalty=1.0, reset=True)
-
-
-def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
-    """Fraction of tokens that are the same, each continuation counted up to its first difference."""
-    same = 0
-    for mine, other in zip(ours, theirs, strict=True):
-        differing = [mine_one != other_one for mine_one, other_one in zip(mine, other, strict=True)]
-        same += differing.index(True) if any(differing) else len(mine)
-    return same / sum(map(len, ours))
+ENGINES = {
+    "transformers": Engine(lambda: transformers.__version__, runs_in_transformers),
+    "llama.cpp": Engine(llama_cpp_version, runs_in_llama_cpp),
+}
 
 
 def compare_engines(
-    model: str = "smollm2-135m", *, ratio: float = 0.3, samples: int = 32, kinds: Sequence[str] = ("f32", "f16", "q8_0")
-) -> list[dict]:
-    """Rows for the dense model and the one pruned by `best` with a plain plan, in transformers and by GGUF files."""
-    import_llama_cpp()
-    dense, tokenizer = load_model(model, dtype="float32", device="cpu")
-    windows = cut_windows(tokenise(load_text("embedded"), tokenizer), length=256, count=samples, seed=0)
-    recipe = replace(PRESETS["best"], engine="plain")
-    pruned = transact.prune(dense, windows, recipe=recipe, ratio=ratio, progress=True)
-    text = tokenise(load_text("embedded", split="evaluation"), tokenizer)
-    prompts = cut_windows(text, length=PROMPT_TOKENS, count=PROMPTS, seed=0).tolist()
-    rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        for name, narrow, plain in (
-            ("dense", dense, dense), (f"best, plain, {ratio:.0%} removed", pruned.model, plain_llama(pruned.model)),
-        ):  # fmt: skip
-            measured = {
-                "transformers": greedy(partial(transformers_stream, narrow), prompts),
-                "transformers, exported": greedy(partial(transformers_stream, plain), prompts),
-            }
-            sizes = {}
-            for kind in kinds:
-                path, engine = Path(directory) / f"{kind}.gguf", f"llama.cpp {kind}"
-                write_gguf(path, plain, tokenizer, kind=kind)
-                sizes[engine] = path.stat().st_size / 2**20
-                measured[engine] = greedy(llama_cpp_stream(path), prompts)
-            expected, _ = measured["transformers"]
-            for engine, (tokens, rate) in measured.items():
-                rows.append({
-                    "model": name, "parameters": plain.num_parameters(), "engine": engine, "tokens_per_s": rate,
-                    "file_mib": sizes.get(engine), "same_tokens": agreement(expected, tokens),
-                })  # fmt: skip
-    return rows
+    base: str = "smollm2-135m",
+    *,
+    engines: Sequence[str] = tuple(ENGINES),
+    ratio: float = 0.3,
+    samples: int = 32,
+    length: int = 256,
+) -> Iterator[dict]:
+    """Records of the dense model and of those pruned for every engine, in that engine, all in float32 before it.
+
+    Their rows are `model` ("dense", "plain" or "searched"), `engine`, `tokens_per_s`, `mib` and `same_tokens`, the
+    agreement with the same model in transformers. Raises ValueError, before anything is measured, for an engine that
+    is not known or not installed.
+    """
+    check_ratio("ratio", ratio)
+    versions = {name: lookup(ENGINES, name, "engine").version() for name in engines}
+    dense, tokenizer = load_model(base, dtype="float32", device="cpu")
+    prompts = prompts_of(tokenizer)
+    windows = cut_windows(tokenise(load_text("embedded"), tokenizer), length=length, count=samples, seed=0)
+    where = environment(resolve_device("cpu"))
+    best, models = PRESETS["best"], {None: dense}
+    expected = {}
+    for name in engines:
+        planned = {"dense": None, "plain": replace(best, engine="plain"), "searched": replace(best, engine=name)}
+        for model, recipe in planned.items():
+            if recipe not in models:
+                models[recipe] = transact.prune(dense, windows, recipe=recipe, ratio=ratio, progress=True).model
+            if recipe not in expected:
+                expected[recipe], _ = greedy(partial(transformers_stream, models[recipe]), prompts)
+            for run in ENGINES[name].runs(models[recipe], tokenizer, prompts):
+                row = {
+                    "model": model, "engine": run.engine, "tokens_per_s": run.tokens_per_s, "mib": run.mib,
+                    "same_tokens": agreement(expected[recipe], run.continuations),
+                }  # fmt: skip
+                case = {"base": base, "model": model, "engine": run.engine, "ratio": ratio if recipe else 0.0}
+                stated = where | {name: versions[name]}
+                yield {"case": case, "row": row, "environment": stated, "schema": ENGINES_SCHEMA}

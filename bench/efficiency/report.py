@@ -1,20 +1,20 @@
-"""Records of speed in; tables and pictures of latency, throughput, memory and roofline out. torch is never imported."""
+"""Records of speed in; tables and pictures of latency, throughput, memory, roofline, engines out. Without torch."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from ..output.figures import STYLES, write_figure
+from ..output.figures import INK, STYLES, write_figure
 from ..output.tables import markdown_table, write_table
-from ..records import SCALE_SCHEMA, SPEED_SCHEMA, read_lines
+from ..records import ENGINES_SCHEMA, SCALE_SCHEMA, SPEED_SCHEMA, read_lines
 
 COLUMNS = ["model", "mode", "prefix", "decode", "batch", "latency_s", "prefill_s", "decode_s", "decode_tokens_per_s",
            "prefill_roofline_fraction", "decode_roofline_fraction", "weight_mib", "kv_bytes_per_token",
            "peak_memory_mib", "warm_up_s", "dtype", "device", "status", "error"]  # fmt: skip
+ENGINE_COLUMNS = ["model", "engine", "tokens_per_s", "mib", "same_tokens"]
 HATCHES = ("", "///", "...")
 
 
@@ -157,12 +157,70 @@ def plot_roofline(frame: pd.DataFrame, hardware: str) -> Figure:
     return figure
 
 
-def write_engines_report(rows: Sequence[dict], note: str, directory: str | os.PathLike) -> tuple[str, list[Path]]:
-    """The table of `bench.efficiency.engines.compare_engines`."""
-    frame = pd.DataFrame(list(rows))
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    files = write_table(Path(directory) / "engines", "Exported checkpoints in other engines", note, frame, list(frame))
-    return markdown_table(frame, list(frame)), files
+def read_engines(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
+    """One row a model and engine, the newest record of it, beside what it is of the dense model's; complaints."""
+
+    def row_of(record: dict) -> tuple[tuple, dict]:
+        case, where = record["case"], record["environment"]
+        row = {name: case[name] for name in ENGINE_COLUMNS[:2]}
+        row |= {name: float(record["row"][name]) for name in ENGINE_COLUMNS[2:]}
+        if case["ratio"]:
+            row["model"] = f"{case['model']}, {case['ratio']:.0%} removed"
+        row |= {"base": case["base"], "hardware": f"{where['device']}, {where['threads']} threads"}
+        return tuple(case.values()), row
+
+    rows, complaints = read_lines(path, ENGINES_SCHEMA, row_of)
+    frame = pd.DataFrame(list(dict(rows).values()))
+    if len(frame):
+        same = ["base", "engine", "hardware"]  # speeds elsewhere are none to compare with
+        dense = frame[frame["model"] == "dense"].set_index(same)
+        for name in ("tokens_per_s", "mib"):
+            own = pd.MultiIndex.from_frame(frame[same])
+            frame[f"{name}_over_dense"] = frame[name] / dense[name].reindex(own).to_numpy()
+    return frame, complaints
+
+
+def write_engines_report(frame: pd.DataFrame, directory: str | os.PathLike) -> tuple[str, list[Path]]:
+    """Table and picture of a frame of `read_engines`; returns the table and the files."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    hardware = "; ".join(sorted(frame["hardware"].unique()))
+    note = (
+        f"{', '.join(frame['base'].unique())}; {hardware}. Greedy continuations of the embedded evaluation text; "
+        "`same_tokens`: as the same model's in transformers in float32, each continuation counted up to its first "
+        "difference; `mib`: of the weights, or of the file that holds them."
+    )
+    files = write_table(directory / "engines", "Pruned models in other engines", note, frame, ENGINE_COLUMNS)
+    files += write_figure(directory / "engines", plot_engines(frame, hardware))
+    return markdown_table(frame, ENGINE_COLUMNS), files
+
+
+def plot_engines(frame: pd.DataFrame, hardware: str) -> Figure:
+    """Bars of speed and of bytes over the dense model's in the same engine, and how many tokens are the same."""
+    apart = [name for name in ("base", "hardware") if frame[name].nunique() > 1]
+    frame = frame.assign(engine=frame[["engine", *apart]].agg(", ".join, axis=1))
+    engines, models = [*frame["engine"].unique()], [*frame["model"].unique()]
+    figure = Figure(figsize=(9, 1.6 + 0.3 * len(engines) * len(models)), layout="constrained")
+    panels, width = figure.subplots(1, 2, sharey=True), 0.8 / len(models)
+    for number, model in enumerate(models):
+        group = frame[frame["model"] == model]
+        places = [engines.index(engine) + (number - (len(models) - 1) / 2) * width for engine in group["engine"]]
+        colour, said = STYLES[number % len(STYLES)][0], [f"{same:.0%}" for same in group["same_tokens"]]
+        for axes, name, words in zip(panels, ("tokens_per_s", "mib"), (said, None), strict=True):
+            bars = axes.barh(places, group[f"{name}_over_dense"].fillna(0.0), width, color=colour, label=model)
+            axes.bar_label(bars, labels=words, fmt="{:.2f}", padding=3, fontsize=8)
+    speed = "tokens a second over dense (beside: same greedy tokens)"
+    for axes, label in zip(panels, (speed, "bytes over dense"), strict=True):
+        axes.axvline(1, color=INK, linewidth=0.8)
+        axes.margins(x=0.2)
+        axes.set(xlabel=label, axisbelow=True)
+        axes.grid(alpha=0.25, axis="x")
+    panels[0].set_yticks(range(len(engines)), engines)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=min(3, len(models)))
+    figure.suptitle(f"Pruned models in other engines, {hardware}", fontsize=10)
+    return figure
 
 
 SCALE_COLUMNS = ["shape", "parameters", "way", "windows", "how", "calibrate_s", "plan_s", "compensate_s", "total_s",

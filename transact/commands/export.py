@@ -2,10 +2,22 @@
 
 import argparse
 import json
+from collections.abc import Iterable
+
+from transformers import PretrainedConfig
 
 from .. import __version__
 from ..checkpoint import EXPORTED, all_or_nothing, check_export_destination, save_model
-from ..export import FORMATS, GGUF_TYPES, check_exportable, check_tokenizer, plain_llama, write_gguf
+from ..export import (
+    FORMATS,
+    GGUF_TYPES,
+    architecture_of,
+    check_exportable,
+    check_tokenizer,
+    llama_by_layer,
+    plain_llama,
+    write_gguf,
+)
 from ..models import load_model, read_config
 from ..widths import fraction_removed, widths_of
 from .parser import add_output_options, add_subcommand
@@ -33,19 +45,32 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = load_model(options.directory, device="cpu")
     if options.format == "gguf":
         check_tokenizer(tokenizer, model)
-    plain = plain_llama(model, pad=options.pad)
-    pruned, size = fraction_removed(model.config, widths_of(model.config)), plain.num_parameters()
+    stated = (llama_by_layer if options.format == "gguf" else plain_llama)(model, pad=options.pad)
+    pruned, size = fraction_removed(model.config, widths_of(model.config)), stated.num_parameters()
     extra = size - model.num_parameters()
     with all_or_nothing(out) as partial:
         if options.format == "gguf":
-            write_gguf(partial, plain, tokenizer, kind=options.type or "f16")
+            write_gguf(partial, stated, tokenizer, kind=options.type or "f16")
         else:
-            save_model(plain, partial)
+            save_model(stated, partial)
             tokenizer.save_pretrained(partial)
             origin = {"from": options.directory, "transact": __version__, "zeros_added": max(0, extra)}
             (partial / EXPORTED).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     print(
         f"{out}: {size:,} parameters ({pruned:.1%} of the linear ones removed"
-        f"{f', {extra:,} zeros added' if extra > 0 else ''}), {plain.config.num_attention_heads} heads of "
-        f"{plain.config.head_dim}, MLP {plain.config.intermediate_size}"
+        f"{f', {extra:,} zeros added' if extra > 0 else ''}), {_widths(stated.config)}"
+        f"{f', architecture {architecture_of(stated.config)!r}' if options.format == 'gguf' else ''}"
+    )
+
+
+def _widths(config: PretrainedConfig) -> str:
+    """Heads and MLP in words, from the narrowest layer to the widest."""
+
+    def span(values: Iterable[int]) -> str:
+        return " to ".join(map(str, sorted({min(values := [*values]), max(values)})))
+
+    widths, group = widths_of(config), config.num_attention_heads // config.num_key_value_heads
+    return (
+        f"{span(group * of.kv_heads for of in widths)} heads of {span(of.qk_head_dim for of in widths)}, "
+        f"MLP {span(of.mlp for of in widths)}"
     )

@@ -6,7 +6,7 @@ import warnings
 import gguf
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 END_KEYS = ("eos", "eot", "eom")  # where a GGUF file can name tokens that end a generation
 
@@ -114,7 +114,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Non
     end_tokens(model, tokenizer)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, model: LlamaForCausalLM) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
     vocabulary, (add_bos, add_eos) = model.config.vocab_size, _added_around(tokenizer)
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     if _steps(description["normalizer"], "normalizers"):

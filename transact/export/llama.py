@@ -1,13 +1,14 @@
-"""A plain Llama that computes what a narrowed model does, exactly: a checkpoint that stock tools load.
+"""A Llama whose heads are alike that computes what a narrowed model does, exactly: what other tools load or hold.
 
 A plain Llama has one number of heads, one head width and one MLP width for all layers and one set of RoPE frequencies
-for all heads. What is narrower than the widest is padded with zeros, which changes nothing but the size; RoPE pairs
-are kept by a frequency factor each ("longrope"). The softmax scale of the dense head goes into RoPE's attention factor:
-folded into bfloat16 weights it would be rounded.
+for all heads; llama.cpp holds heads and an MLP of each layer's own number and width. What is narrower than the widest
+is padded with zeros, which changes nothing but the size; RoPE pairs are kept by a frequency factor each ("longrope").
+The softmax scale of the dense head goes into RoPE's attention factor: folded into bfloat16 weights it would be rounded.
 """
 
 import copy
 import functools
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..configuration_transact import TransActConfig
 from ..entry import check_same_function, has_own_head
 from ..modeling_transact import TransActForCausalLM
 from ..whitelist import ROPE_TYPES, check_exportable, check_rope, check_weights
@@ -24,93 +26,128 @@ from ..widths import Widths, fraction_removed, widths_of
 MOST_PADDING = 0.01  # of the dense linear parameters that padding may bring back without being asked for
 
 
-def padded_widths(model: nn.Module) -> tuple[Widths, list[int]]:
-    """The widths that every layer gets in a plain Llama, and the dense RoPE pairs that it rotates."""
-    widths = widths_of(model.config)
+def padded_widths(model: nn.Module, *, by_layer: bool = False) -> tuple[tuple[Widths, ...], list[int]]:
+    """The widths of layers whose heads are alike, and the dense RoPE pairs that all heads rotate.
+
+    All layers get the same ones, unless each keeps `by_layer` its own key-value heads and MLP.
+    """
+    config, widths = model.config, widths_of(model.config)
     pairs = sorted({pair for layer in model.model.layers for pair in layer.self_attn.rope_pairs.flatten().tolist()})
     head_dim = max(2 * len(pairs), *(w.v_head_dim for w in widths))
     head_dim += head_dim % 2
-    config, kv_heads = model.config, max(w.kv_heads for w in widths)
+    if by_layer:
+        return tuple(Widths(w.kv_heads, head_dim, head_dim, w.mlp) for w in widths), pairs
+    kv_heads = max(w.kv_heads for w in widths)
     group = config.num_attention_heads // config.num_key_value_heads
     while config.hidden_size % (kv_heads * group):  # LlamaConfig insists on it, needlessly
         kv_heads += 1
-    return Widths(kv_heads, head_dim, head_dim, max(w.mlp for w in widths)), pairs
+    return (Widths(kv_heads, head_dim, head_dim, max(w.mlp for w in widths)),) * len(widths), pairs
 
 
-def _check_model(model: nn.Module, pad: bool) -> None:
-    """Raise ValueError where no plain Llama computes what `model` does, or only one that is much larger.
+def _check_model(model: nn.Module, pad: bool, format: str) -> None:
+    """Raise ValueError where this format cannot hold what `model` computes, or only in a much larger one.
 
     With `pad` it may be as large as the dense model.
     """
-    config = model.config
+    config, by_layer = model.config, format == "gguf"
     if not isinstance(model, TransActForCausalLM):
         raise ValueError(
             f"a pruned checkpoint is exported, this one is of type {config.model_type!r} ({type(model).__name__})"
         )
-    check_exportable(config)
+    check_exportable(config, format)
     check_weights(model)
-    padded, pairs = padded_widths(model)
-    if not _keeps_rope(config, padded, pairs):
+    padded, pairs = padded_widths(model, by_layer=by_layer)
+    if not _keeps_rope(config, padded[0].qk_head_dim, pairs):
         check_rope(config, ROPE_TYPES)
-    narrow = fraction_removed(config, widths_of(config))
-    plain = fraction_removed(config, [padded] * config.num_hidden_layers)
-    if narrow - plain > MOST_PADDING and not pad:
+    narrow, wide = fraction_removed(config, widths_of(config)), fraction_removed(config, padded)
+    if narrow - wide > MOST_PADDING and not pad:
+        holds = (
+            "a GGUF file has one head width and one set of RoPE pairs for all layers and heads" if by_layer else
+            "a plain Llama has the same widths and RoPE pairs in all layers and heads"
+        )  # fmt: skip
         raise ValueError(
-            f"a plain Llama has the same widths and RoPE pairs in all layers and heads: of the {narrow:.1%} of the "
-            f"linear parameters that were removed only {plain:.1%} would stay removed; prune with --for plain "
-            "or pass --pad"
+            f"{holds}: of the {narrow:.1%} of the linear parameters that were removed only {wide:.1%} would stay "
+            f"removed; prune with --for {'llama.cpp' if by_layer else 'plain'} or pass --pad"
         )
 
 
-@torch.no_grad()
 def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
     """A stock LlamaForCausalLM that computes what the narrowed `model` does; weights are copies.
 
     Raises ValueError where `check_exportable` does, where weights or logits are not those of the configuration, or
     where padding would make it much larger, unless `pad` allows that.
     """
-    _check_model(model, pad)
-    config, (padded, pairs) = model.config, padded_widths(model)
+    _check_model(model, pad, "llama")
+    config, (widths, pairs) = model.config, padded_widths(model)
     group = config.num_attention_heads // config.num_key_value_heads
-    # the widest of all dtypes: a stock checkpoint is loaded in one
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    dtype = functools.reduce(torch.promote_types, dtypes)
-    settings = copy.deepcopy({field.name: getattr(config, field.name) for field in fields(LlamaConfig)})
-    settings |= {
-        "architectures": None, "dtype": dtype, "head_dim": padded.qk_head_dim,
-        "num_attention_heads": padded.kv_heads * group, "num_key_value_heads": padded.kv_heads,
-        "intermediate_size": padded.mlp, "attention_bias": config.attention_bias or config.attention_output_bias,
-        "mlp_bias": config.mlp_bias or config.mlp_output_bias, "tie_word_embeddings": not has_own_head(model),
-        "rope_parameters": _rope_parameters(model, padded, pairs),
+    settings = _settings(model, LlamaConfig, widths[0].qk_head_dim, pairs) | {
+        "num_attention_heads": widths[0].kv_heads * group, "num_key_value_heads": widths[0].kv_heads,
+        "intermediate_size": widths[0].mlp, "attention_bias": config.attention_bias or config.attention_output_bias,
+        "mlp_bias": config.mlp_bias or config.mlp_output_bias,
     }  # fmt: skip
-    plain_config = LlamaConfig(**settings)
-    plain_config._attn_implementation = config._attn_implementation
+    return _filled(LlamaForCausalLM, LlamaConfig(**settings), model, widths, pairs)
+
+
+def llama_by_layer(model: nn.Module, *, pad: bool = False) -> TransActForCausalLM:
+    """What `write_gguf` writes of the narrowed `model`: heads alike, key-value heads and MLPs by layer; copied weights.
+
+    It computes the same. Raises ValueError as `plain_llama` does.
+    """
+    _check_model(model, pad, "gguf")
+    widths, pairs = padded_widths(model, by_layer=True)
+    head_dims = [w.qk_head_dim for w in widths]
+    settings = _settings(model, TransActConfig, head_dims[0], pairs)
+    settings |= {"qk_head_dims": head_dims, "v_head_dims": head_dims}
+    alike = _filled(TransActForCausalLM, TransActConfig(**settings), model, widths, pairs)
+    for layer in alike.model.layers:
+        layer.self_attn.rope_pairs.copy_(layer.self_attn.first_rope_pairs())
+    return alike
+
+
+def _settings(model: nn.Module, config_class: type, head_dim: int, pairs: list[int]) -> dict:
+    """What the configuration of a model with these heads says; whatever it has in common with `model` is copied."""
+    return copy.deepcopy({field.name: getattr(model.config, field.name) for field in fields(config_class)}) | {
+        "architectures": None,
+        # the widest of all dtypes: a stock checkpoint is loaded in one
+        "dtype": functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()}),
+        "head_dim": head_dim, "tie_word_embeddings": not has_own_head(model),
+        "rope_parameters": _rope_parameters(model, head_dim, pairs),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _filled(
+    model_class: type, config: PretrainedConfig, model: nn.Module, widths: Sequence[Widths], pairs: list[int]
+) -> nn.Module:
+    """A model of this class and configuration that computes what `model` does; ValueError where it does not."""
+    config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        plain = LlamaForCausalLM(plain_config)
-    plain.to_empty(device=model.device).to(dtype)
-    for parameter in plain.parameters():
+        alike = model_class(config)
+    alike.to_empty(device=model.device).to(config.dtype)
+    for parameter in alike.parameters():
         parameter.zero_()
-    modules = [(plain.model.embed_tokens, model.model.embed_tokens), (plain.model.norm, model.model.norm)]
-    modules += [] if plain_config.tie_word_embeddings else [(plain.lm_head, model.lm_head)]
-    for layer, narrow in zip(plain.model.layers, model.model.layers, strict=True):
+    modules = [(alike.model.embed_tokens, model.model.embed_tokens), (alike.model.norm, model.model.norm)]
+    modules += [] if config.tie_word_embeddings else [(alike.lm_head, model.lm_head)]
+    for layer, narrow in zip(alike.model.layers, model.model.layers, strict=True):
         for name in ("input_layernorm", "post_attention_layernorm"):
             modules.append((getattr(layer, name), getattr(narrow, name)))
     for module, source in modules:
         module.weight.copy_(source.weight)
-    for layer, narrow in zip(plain.model.layers, model.model.layers, strict=True):
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    for layer, narrow, padded in zip(alike.model.layers, model.model.layers, widths, strict=True):
         _fill_attention(layer.self_attn, narrow.self_attn, padded, pairs, group)
         for name in ("gate_proj", "up_proj", "down_proj"):
             _fill(getattr(layer.mlp, name), getattr(narrow.mlp, name))
-    plain.tie_weights()
-    if _keeps_rope(config, padded, pairs):
-        plain.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    alike.tie_weights()
+    if _keeps_rope(model.config, config.head_dim, pairs):
+        alike.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
     else:
-        plain.model.rotary_emb = LlamaRotaryEmbedding(plain_config).to(model.device)
-    plain.generation_config = copy.deepcopy(model.generation_config)
-    if len(dtypes) == 1:  # modules of several may run only when they are made alike
+        alike.model.rotary_emb = LlamaRotaryEmbedding(config).to(model.device)
+    alike.generation_config = copy.deepcopy(model.generation_config)
+    if len({parameter.dtype for parameter in model.parameters()}) == 1:  # of several they may run only made alike
         complaint = "the model computes something else than a plain Llama of its weights and configuration"
-        check_same_function(model, plain, complaint)
-    return plain.eval()
+        check_same_function(model, alike, complaint)
+    return alike.eval()
 
 
 def _fill(linear: nn.Linear, narrow: nn.Linear) -> None:
@@ -146,16 +183,15 @@ def _fill_attention(attention, narrow, padded: Widths, pairs: list[int], group: 
         attention.o_proj.bias.copy_(narrow.o_proj.bias)
 
 
-def _keeps_rope(config: PretrainedConfig, padded: Widths, pairs: list[int]) -> bool:
-    """Whether the padded heads are the dense model's, all pairs in their places."""
-    return padded.qk_head_dim == config.head_dim and len(pairs) == config.head_dim // 2
+def _keeps_rope(config: PretrainedConfig, head_dim: int, pairs: list[int]) -> bool:
+    """Whether heads of this width are the dense model's, all pairs in their places."""
+    return head_dim == config.head_dim and len(pairs) == config.head_dim // 2
 
 
-def _rope_parameters(model: nn.Module, padded: Widths, pairs: list[int]) -> dict:
+def _rope_parameters(model: nn.Module, width: int, pairs: list[int]) -> dict:
     """The dense model's own where all pairs are there, else "longrope" with one factor for each kept frequency."""
-    config, width = model.config, padded.qk_head_dim
-    own = config.rope_parameters
-    if _keeps_rope(config, padded, pairs):
+    config, own = model.config, model.config.rope_parameters
+    if _keeps_rope(config, width, pairs):
         return dict(own)
     short, long, attention_factor = rope_frequencies(model)
 
