@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import transact
 from tests.tiny import VARIANTS, random_plan, tiny_llama
@@ -57,8 +57,15 @@ WITHOUT_THE_PACKAGE = """
 import sys
 sys.modules["transact"] = None  # any import of the package fails
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = torch.arange(1, 40)[None]
+bare = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert torch.equal(model.lm_head(bare(input_ids=ids).last_hidden_state), model(input_ids=ids).logits)
+built = AutoModel.from_config(bare.config, trust_remote_code=True)
+assert type(built).__module__ != "transact.modeling_transact" and built.state_dict().keys() == bare.state_dict().keys()
+classifier = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True, num_labels=3)
+assert torch.equal(classifier(input_ids=ids).logits, classifier.score(bare(input_ids=ids).last_hidden_state)[:, -1])
 generated = model.generate(torch.arange(1, 20)[None], do_sample=False, max_new_tokens=5, eos_token_id=None)
 torch.save((model(input_ids=torch.arange(1, 40)[None]).logits.detach(), generated), sys.argv[2])
 """
@@ -74,6 +81,80 @@ def test_loads_as_remote_code_without_the_package(tmp_path):
     assert torch.equal(logits, some_logits(narrowed))
     expected = narrowed.generate(torch.arange(1, 20)[None], do_sample=False, max_new_tokens=5, eos_token_id=None)
     assert torch.equal(generated, expected)
+
+
+def test_other_tools_find_every_class_and_one_file_of_weights(tmp_path):
+    narrowed, plan = narrowed_and_plan()
+    out = transact.save_checkpoint(tmp_path / "out", narrowed, plan, {})
+    assert json.loads((out / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_transact.TransActConfig",
+        "AutoModel": "modeling_transact.TransActModel",
+        "AutoModelForCausalLM": "modeling_transact.TransActForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_transact.TransActForSequenceClassification",
+    }
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]  # vLLM reads all that are there
+    if os.name == "posix":
+        assert {path.stat().st_mode & 0o044 for path in out.rglob("*")} == {0o044}
+
+
+def test_the_bare_model_and_a_classifier_load_and_save(tmp_path):
+    narrowed, plan = narrowed_and_plan()
+    out = transact.save_checkpoint(tmp_path / "out", narrowed, plan, {})
+    ids = torch.tensor([[5, 6, 7, 8], [9, 4, 0, 0]])  # the second is padded
+    bare = AutoModel.from_pretrained(out)
+    assert type(bare) is type(narrowed.model)
+    # copies: see test_round_trip_is_bit_equal
+    hidden = copy.deepcopy(bare)(input_ids=ids).last_hidden_state
+    assert torch.equal(hidden, narrowed.model(input_ids=ids).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(out, num_labels=3)
+    classifier.save_pretrained(tmp_path / "classifier")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    assert type(loaded) is transact.TransActForSequenceClassification
+    logits = copy.deepcopy(loaded)(input_ids=ids).logits
+    assert torch.equal(logits, copy.deepcopy(loaded).score(hidden)[[0, 1], [3, 1]])
+    labels = torch.tensor([0, 2])
+    loss = loaded(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels))
+    loss.backward()
+    assert loaded.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_the_plan_of_an_earlier_checkpoint_is_read(tmp_path):
+    narrowed, plan = narrowed_and_plan()
+    out = transact.save_checkpoint(tmp_path / "out", narrowed, plan, {})
+    (out / "pruning" / "plan.safetensors").rename(out / "plan.safetensors")
+    assert transact.load_plan(out).widths == plan.widths
+    (out / "plan.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no pruning/plan.safetensors: not a pruned checkpoint"):
+        transact.load_plan(out)
+
+
+def heads_said_of_layers(config) -> list[tuple[int, int, int]]:
+    """Query heads, key-value heads and head width, as vLLM and others read them layer by layer."""
+    return [
+        (layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim) for layer in config.per_layer_config
+    ]
+
+
+def test_the_configuration_says_each_layers_heads_as_engines_ask_for_them(tmp_path):
+    settings = tiny_llama("gqa", head_dim=96).config.to_dict()
+    config = transact.TransActConfig(
+        **settings, kv_head_counts=[2, 1], qk_head_dims=[64, 34], v_head_dims=[30, 66], intermediate_sizes=[40, 7]
+    )
+    config.save_pretrained(tmp_path)
+    for one in (config, transact.TransActConfig.from_pretrained(tmp_path), copy.deepcopy(config)):
+        assert one.is_heterogeneous
+        assert heads_said_of_layers(one) == [(6, 2, 64), (3, 1, 80)]  # the width that kernels have next
+        assert (one.head_dim, one.num_attention_heads, one.num_key_value_heads) == (96, 6, 2)
+        assert "per_layer_config" not in one.to_dict()
+    assert len(config.per_layer_config[:1]) == 1
+
+
+def test_a_configuration_whose_heads_are_whole_says_nothing_of_layers():
+    dense = tiny_llama("gqa", head_dim=32).config
+    config = transact.TransActConfig(**dense.to_dict(), v_head_dims=[32, 5], intermediate_sizes=[40, 7])
+    assert heads_said_of_layers(config) == [(6, 2, 32)] * 2
+    assert config.is_heterogeneous is False
 
 
 def test_existing_output_is_refused_and_only_a_checkpoint_is_replaced(tmp_path):

@@ -61,7 +61,7 @@ def test_prune_writes_a_checkpoint_that_anyone_can_check(prune, tiny_directory, 
     assert pruning["calibration"]["tokens"] == 8 * 32
     assert len(pruning["calibration"]["sha256"]) == 64
     assert set(pruning["seconds"]) == {"load", "text", "calibrate and score", "plan", "prune", "compensate"}
-    tensors = load_file(tmp_path / "out" / "plan.safetensors")
+    tensors = load_file(tmp_path / "out" / "pruning" / "plan.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.int64}
     assert tensors["layers.1.rope_pairs"].shape[0] == 2
 
@@ -85,7 +85,7 @@ def test_prune_looks_at_texts_before_the_model(prune, tmp_path, capsys):
 def test_prune_is_reproducible(prune, tmp_path):
     for name, seed in (("first", "0"), ("again", "0"), ("other", "1")):
         assert prune("--criterion", "random", "--seed", seed, out=tmp_path / name) == 0
-    first, again, other = (load_file(tmp_path / name / "plan.safetensors") for name in ("first", "again", "other"))
+    first, again, other = (load_file(tmp_path / name / "pruning" / "plan.safetensors") for name in ("first", "again", "other"))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 

@@ -334,7 +334,7 @@ def test_export_command(tiny_directory, tiny_text, tmp_path, capsys):
     assert main(["export", source, out, "--overwrite"]) == 0
     assert main(["export", source, source, "--overwrite"]) == 2
     assert "nothing that was exported: it is not replaced" in capsys.readouterr().err
-    assert (tmp_path / "pruned" / "plan.safetensors").exists()
+    assert (tmp_path / "pruned" / "pruning" / "plan.safetensors").exists()
     assert main(["export", source, str(tmp_path / "m.gguf"), "--format", "gguf"]) == 2
     assert "byte-level BPE" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "pruned"]

@@ -4,7 +4,7 @@ load -> calibrate -> score -> plan -> prune -> compensate. Importing this packag
 transformers' Auto classes, so `AutoModelForCausalLM.from_pretrained` loads a pruned checkpoint.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from . import _transformers  # noqa: F401 (before anything that imports models)
 from .allocate import global_widths, searched_widths
@@ -13,7 +13,7 @@ from .checkpoint import load_plan, save_checkpoint
 from .configuration_transact import TransActConfig
 from .criteria import CRITERIA, criterion_by_name
 from .gradients import LayerGradients, loss_gradients
-from .modeling_transact import TransActForCausalLM
+from .modeling_transact import TransActForCausalLM, TransActForSequenceClassification, TransActModel
 from .models import load_model
 from .pipeline import Pruned, prune
 from .plan import LayerPlan, Plan, select
@@ -51,6 +51,8 @@ __all__ = [
     "Training",
     "TransActConfig",
     "TransActForCausalLM",
+    "TransActForSequenceClassification",
+    "TransActModel",
     "Widths",
     "apply_plan",
     "calibrate",
@@ -83,4 +85,6 @@ __all__ = [
 ]
 
 AutoConfig.register(TransActConfig.model_type, TransActConfig)
+AutoModel.register(TransActConfig, TransActModel)
+AutoModelForSequenceClassification.register(TransActConfig, TransActForSequenceClassification)
 AutoModelForCausalLM.register(TransActConfig, TransActForCausalLM)

@@ -19,6 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from .plan import Plan
 
 EXPORTED = "exported.json"  # marks a directory that `transact export` wrote
+PLAN = Path("pruning", "plan.safetensors")  # in a folder: engines take all `*.safetensors` of a directory for weights
 
 
 def check_destination(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -56,7 +57,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write model, tokenizer, `plan.safetensors` and `pruning.json` into the directory `out`, all or nothing.
+    """Write model, tokenizer, `pruning/plan.safetensors` and `pruning.json` into the directory `out`, all or nothing.
 
     Everything is written beside `out` and renamed at the end, so a killed run leaves at most a hidden `.partial-*`
     directory. Raises ValueError where `check_destination` does.
@@ -66,7 +67,8 @@ def save_checkpoint(
         save_model(model, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        save_file(plan.tensors(), partial / "plan.safetensors", metadata={"format": "pt"})
+        (partial / PLAN).parent.mkdir()
+        save_file(plan.tensors(), partial / PLAN, metadata={"format": "pt"})
         (partial / "pruning.json").write_text(json.dumps(pruning, indent=2) + "\n", encoding="utf-8")
     return out
 
@@ -104,7 +106,7 @@ def all_or_nothing(out: Path, *, replace: bool = True) -> Iterator[Path]:
     partial = holder / out.name
     try:
         yield partial
-        for file in (partial, *partial.glob("*")):  # some writers make files that only their owner can read
+        for file in (partial, *partial.rglob("*")):  # some writers make files that only their owner can read
             file.chmod(0o755 if file.is_dir() else 0o644)
         if out.exists() and replace:
             out.rename(holder / f"replaced-{out.name}")
@@ -158,9 +160,10 @@ def model_hash(model: nn.Module) -> str:
 
 def load_plan(directory: str | os.PathLike) -> Plan:
     """The plan of a pruned checkpoint. Raises ValueError where the directory holds none."""
-    path = Path(directory) / "plan.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{str(directory)!r} holds no plan.safetensors: not a pruned checkpoint")
+    places = (Path(directory) / PLAN, Path(directory) / PLAN.name)  # the second until version 0.3.0
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ValueError(f"{str(directory)!r} holds no {PLAN.as_posix()}: not a pruned checkpoint")
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors has an error of its own

@@ -4,8 +4,19 @@ This file and `modeling_transact.py` travel beside a saved checkpoint (`trust_re
 nothing of the package.
 """
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
+
+# `save_pretrained` would name the class of the saved model only, and leave users of the others without
+AUTO_MAP = {
+    "AutoConfig": "configuration_transact.TransActConfig",
+    "AutoModel": "modeling_transact.TransActModel",
+    "AutoModelForCausalLM": "modeling_transact.TransActForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_transact.TransActForSequenceClassification",
+}
+ENGINE_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # that attention kernels of vLLM have on any device
 
 
 @strict
@@ -47,11 +58,45 @@ class TransActConfig(LlamaConfig):
             self.attention_output_bias = self.attention_bias
         if self.mlp_output_bias is None:
             self.mlp_output_bias = self.mlp_bias
+        self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
 
     @property
     def qk_head_dim(self) -> int:
         """Widest query-key head. Its presence tells `generate` that keys and values differ in width."""
         return max(self.qk_head_dims)
+
+    def engine_head_dim(self, layer_idx: int) -> int:
+        """The one width of a layer's queries, keys and values in an engine: the next that attention kernels have."""
+        widest = max(self.qk_head_dims[layer_idx], self.v_head_dims[layer_idx])
+        return next((width for width in ENGINE_HEAD_DIMS if width >= widest), widest)
+
+    @property
+    def is_heterogeneous(self) -> bool:
+        """Whether any layer has other heads in an engine than the dense model: vLLM then reads `per_layer_config`."""
+        dense = (self.num_key_value_heads, self.head_dim)
+        counts = self.kv_head_counts or []  # None until `__post_init__` is through
+        return any((count, self.engine_head_dim(layer)) != dense for layer, count in enumerate(counts))
+
+    @property
+    def per_layer_config(self) -> list["TransActConfig"]:
+        """A configuration for each layer, with the number and width of its heads where the dense model's stand."""
+        return [self._of_layer(layer) for layer in range(self.num_hidden_layers)]
+
+    def _of_layer(self, layer_idx: int) -> "TransActConfig":
+        if not self.is_heterogeneous:
+            return self
+        of_layer = copy.copy(self)
+        of_layer.head_dim = self.engine_head_dim(layer_idx)
+        of_layer.num_attention_heads = (
+            self.kv_head_counts[layer_idx] * self.num_attention_heads // self.num_key_value_heads
+        )
+        of_layer.num_key_value_heads = self.kv_head_counts[layer_idx]
+        return of_layer
+
+    per_layer_attributes = frozenset()  # that may not be read of the whole: the dense model's stand there
+
+    def _update_heterogeneous_to_dict_output(self, output: dict) -> None:
+        """Nothing of it is saved: the lists of widths say it all."""
 
     def validate_architecture(self):
         """Llama's own check that heads divide the hidden size, which `head_dim` makes needless: nothing to check."""

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -153,6 +153,7 @@ class TransActAttention(nn.Module):
         self.is_causal = True
         self.head_dim, self.query_key_norm = config.head_dim, config.query_key_norm
         self.sliding_window = config.sliding_window
+        self.engine_head_dim = config.engine_head_dim(layer_idx)
 
         hidden, bias = config.hidden_size, config.attention_bias
         heads = self.kv_heads * self.num_key_value_groups
@@ -187,6 +188,9 @@ class TransActAttention(nn.Module):
                 attend = attend_unequal
             elif joined is not None and attention_mask is None:
                 attend = attend_with_one_query
+        elif self.config._attn_implementation == "vllm":  # which widens values itself, to the width of the keys
+            missing = self.engine_head_dim - self.qk_head_dim
+            query, key = functional.pad(query, (0, missing)), functional.pad(key, (0, missing))
         output, weights = attend(
             self,
             query,
@@ -317,5 +321,18 @@ class TransActForCausalLM(TransActPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
 
+class TransActForSequenceClassification(GenericForSequenceClassification, TransActPreTrainedModel):
+    """Sequence classifier on the last token's hidden state, as stock Llama's."""
+
+    def __init__(self, config: TransActConfig):
+        LlamaPreTrainedModel.__init__(self, config)  # not the generic one's, which asks whether our code is trusted
+        self.num_labels = config.num_labels
+        self.model = TransActModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
 TransActConfig.register_for_auto_class()
+TransActModel.register_for_auto_class("AutoModel")
+TransActForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 TransActForCausalLM.register_for_auto_class("AutoModelForCausalLM")

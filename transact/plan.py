@@ -86,7 +86,7 @@ class Plan:
         return Plan(tuple(layer.after(before, dense_value_width) for layer, before in pairs))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The plan as named tensors, `layers.{i}.kv_heads` and so on: what `plan.safetensors` holds."""
+        """The plan as named tensors, `layers.{i}.kv_heads` and so on: what `pruning/plan.safetensors` holds."""
         return {
             f"layers.{index}.{field.name}": getattr(layer, field.name).contiguous()
             for index, layer in enumerate(self.layers)
