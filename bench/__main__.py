@@ -12,7 +12,7 @@ from pathlib import Path
 from transact.commands.parser import OneLineParser, add_model_options, run_command
 from transact.devices import resolve_device
 from transact.entry import check_vocabulary
-from transact.models import load_model, load_tokenizer, read_config
+from transact.models import DTYPES, load_model, load_tokenizer, read_config
 from transact.texts import TEXTS, load_text
 
 from . import gpu
@@ -243,6 +243,31 @@ def engines_command(options: argparse.Namespace) -> None:
     print_report(*write_engines_report(frame, options.results))
 
 
+def served_command(options: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from .efficiency.served import served_rows
+    from .efficiency.vllm_server import ENVIRONMENT
+    from .environment import environment
+    from .output.tables import markdown_table, write_table
+
+    with results_written(options.results):
+        rows = served_rows(
+            options.models, options.vllm_python or ENVIRONMENT, options.results, requests=options.requests,
+            rounds=options.rounds, dtype=options.dtype, start_seconds=60 * options.start_minutes, port=options.port,
+            options=["--enforce-eager"] if options.eager else [],
+        )  # fmt: skip
+        note = (
+            f"{environment(resolve_device(options.device))['device']}; so many requests at once, the models in turn, "
+            f"median of {options.rounds} rounds{', without torch.compile' if options.eager else ''}; `tokens_per_s` of "
+            "all requests together, `first_token_ms` of the median one; `same_tokens`: as in transformers, each greedy "
+            "continuation counted up to its first difference."
+        )
+        frame = pd.DataFrame(rows)
+        files = write_table(options.results / "served", "Checkpoints in vLLM's server", note, frame, list(frame))
+    print_report(markdown_table(frame, list(frame)), files)
+
+
 def numbers(text: str) -> list[int]:
     """Whole positive numbers separated by commas."""
     values = [int(part) for part in text.split(",")]
@@ -350,7 +375,18 @@ def build_parser() -> argparse.ArgumentParser:
     engines.add_argument("--ratio", type=float, default=0.3, help="fraction removed of the pruned ones (0.3)")
     engines.add_argument("--engines", type=some_of("engine", ENGINES), default=[*ENGINES],
                          help=f"of {', '.join(ENGINES)}, with commas (all)")  # fmt: skip
-    for command in (speed, scale, engines):
+    served = commands.add_parser("served", help="checkpoints in vLLM's server: tokens, throughput, first token")
+    served.set_defaults(run=served_command)
+    served.add_argument("models", nargs="+", help="smollm2-135m (embedded) or checkpoint directories, asked in turn")
+    served.add_argument("--vllm-python", type=Path, metavar="PATH", help="of an environment with vLLM (nox -s vllm's)")
+    served.add_argument("--requests", type=numbers, default=[1, 4, 16], help="at a time, with commas (1,4,16)")
+    served.add_argument("--rounds", type=number, default=3, help="of which the median counts (3)")
+    served.add_argument("--start-minutes", type=minutes, default=10, help="a server may take to answer (10)")
+    served.add_argument("--port", type=number, help="of the first server, the next has the next (free ones)")
+    served.add_argument("--eager", action="store_true", help="without torch.compile: servers start sooner")
+    served.add_argument("--dtype", default="float32", choices=DTYPES, help=f"{', '.join(DTYPES)} (float32)")
+    served.add_argument("--device", default="auto", help="that is named in the table: vLLM takes its own (auto)")
+    for command in (speed, scale, engines, served):
         command.add_argument("--results", type=Path, default=Path("results"), help="directory to write (results)")
     check = commands.add_parser("regression", help="compare with the baseline; exit code 1 where something moved")
     check.set_defaults(run=regression_command)

@@ -125,15 +125,13 @@ def test_the_plan_of_an_earlier_checkpoint_is_read(tmp_path):
     (out / "pruning" / "plan.safetensors").rename(out / "plan.safetensors")
     assert transact.load_plan(out).widths == plan.widths
     (out / "plan.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no pruning/plan.safetensors: not a pruned checkpoint"):
+    with pytest.raises(ValueError, match=r"holds no pruning/plan\.safetensors: not a pruned checkpoint"):
         transact.load_plan(out)
 
 
 def heads_said_of_layers(config) -> list[tuple[int, int, int]]:
     """Query heads, key-value heads and head width, as vLLM and others read them layer by layer."""
-    return [
-        (layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim) for layer in config.per_layer_config
-    ]
+    return [(layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim) for layer in config.per_layer_config]
 
 
 def test_the_configuration_says_each_layers_heads_as_engines_ask_for_them(tmp_path):

@@ -85,7 +85,9 @@ def test_prune_looks_at_texts_before_the_model(prune, tmp_path, capsys):
 def test_prune_is_reproducible(prune, tmp_path):
     for name, seed in (("first", "0"), ("again", "0"), ("other", "1")):
         assert prune("--criterion", "random", "--seed", seed, out=tmp_path / name) == 0
-    first, again, other = (load_file(tmp_path / name / "pruning" / "plan.safetensors") for name in ("first", "again", "other"))
+    first, again, other = (
+        load_file(tmp_path / name / "pruning" / "plan.safetensors") for name in ("first", "again", "other")
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
