@@ -80,18 +80,16 @@ class TransActConfig(LlamaConfig):
     @property
     def per_layer_config(self) -> list["TransActConfig"]:
         """A configuration for each layer, with the number and width of its heads where the dense model's stand."""
-        return [self._of_layer(layer) for layer in range(self.num_hidden_layers)]
-
-    def _of_layer(self, layer_idx: int) -> "TransActConfig":
         if not self.is_heterogeneous:
-            return self
-        of_layer = copy.copy(self)
-        of_layer.head_dim = self.engine_head_dim(layer_idx)
-        of_layer.num_attention_heads = (
-            self.kv_head_counts[layer_idx] * self.num_attention_heads // self.num_key_value_heads
-        )
-        of_layer.num_key_value_heads = self.kv_head_counts[layer_idx]
-        return of_layer
+            return [self] * self.num_hidden_layers
+        group = self.num_attention_heads // self.num_key_value_heads
+        layers = []
+        for layer_idx, kv_heads in enumerate(self.kv_head_counts):
+            heads = {"num_attention_heads": kv_heads * group, "num_key_value_heads": kv_heads}
+            layers.append(copy.copy(self))
+            # not as attributes, each of which is checked anew: transformers asks whenever it makes a cache
+            vars(layers[-1]).update(heads, head_dim=self.engine_head_dim(layer_idx))
+        return layers
 
     per_layer_attributes = frozenset()  # that may not be read of the whole: the dense model's stand there
 
