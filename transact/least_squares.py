@@ -149,8 +149,9 @@ def _correction(prior: torch.Tensor, means: tuple[torch.Tensor, ...]) -> Callabl
     missing = cross - inputs @ prior.T
 
     def correction(ridge: float) -> torch.Tensor:
-        root = _cholesky(inputs + torch.diag(ridge * strength))
-        return torch.cholesky_solve(missing, root).T
+        system = inputs.clone()
+        system.diagonal().add_(strength, alpha=ridge)
+        return torch.cholesky_solve(missing, _cholesky(system)).T
 
     return correction
 
