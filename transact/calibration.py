@@ -16,7 +16,7 @@ from .entry import check_in_one_place, check_model, checked_windows, undisturbed
 from .gradients import LayerGradients, loss_gradients
 from .walk import LayerWalk, kv_heads_of
 
-SQUARE = 512  # products of activations are summed in squares of this side, a third of which symmetry saves
+SQUARE = 256  # products of activations are summed in squares of this side, almost half of which symmetry saves
 HELD_OUT_EVERY = 8  # of so many windows one is kept aside, to choose the ridge of the least squares on
 
 
@@ -33,20 +33,29 @@ class Moments:
         return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device), 0)
 
     def add(self, rows: torch.Tensor, total: torch.Tensor) -> None:
-        """Add tokens, rows (T, n) with the sum `total` (n,); of the products only blocks on and above the diagonal."""
-        rows = rows.float()
-        for start in range(0, len(self.products), SQUARE):
-            stop = start + SQUARE
-            self.products[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        """Add tokens, rows (T, n) with the sum `total` (n,); of the products as `add_products` does."""
+        add_products(self.products, rows.float())
         self.sum += total
         self.tokens += len(rows)
 
     def mirrored(self) -> "Moments":
         """Itself, with the products below the diagonal filled in."""
-        for start in range(0, len(self.products), SQUARE):
-            stop = start + SQUARE
-            self.products[stop:, start:stop] = self.products[start:stop, stop:].T
+        mirror(self.products)
         return self
+
+
+def add_products(sums: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add rows^T rows, of tokens (T, n), to `sums` (n, n): only to the squares on and above its diagonal."""
+    for start in range(0, len(sums), SQUARE):
+        stop = start + SQUARE
+        sums[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+
+def mirror(sums: torch.Tensor) -> None:
+    """Fill in what `add_products` leaves out below the diagonal."""
+    for start in range(0, len(sums), SQUARE):
+        stop = start + SQUARE
+        sums[stop:, start:stop] = sums[start:stop, stop:].T
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,8 @@ class _Collector:
 
     def _add_input(self, name: str, activation: torch.Tensor) -> None:
         rows = activation.reshape(-1, activation.shape[-1])
-        self._add(name, sum_of_squares(rows))
+        if not self.second_moments:
+            self._add(name, sum_of_squares(rows))
         total = rows.sum(dim=0, dtype=torch.float32)
         self._add(f"{name} sum", total.double())
         if self.second_moments:
@@ -144,14 +154,15 @@ class _Collector:
 
     def statistics(self, index: int, tokens: int, group: int, gradients: LayerGradients | None) -> LayerStatistics:
         """Everything summed so far. Raises ValueError where an activation was not finite."""
-        for name, value in self.sums.items():
-            if not value.isfinite().all():
-                raise ValueError(f"layer {index}: the {name} activations are not finite; check the model's weights")
         moments = {}
         for name, (fitted, held_out) in self.moments.items():
             if fitted is not None:
                 held_out = held_out or Moments.empty(len(fitted.sum), fitted.sum.device)
                 moments[name] = fitted.mirrored(), held_out.mirrored()
+                self.sums[name] = sum(part.products.diagonal().double() for part in moments[name])
+        for name, value in self.sums.items():
+            if not value.isfinite().all():
+                raise ValueError(f"layer {index}: the {name} activations are not finite; check the model's weights")
         kv_heads = kv_heads_of(self.layer)
         return LayerStatistics(
             tokens=tokens,
@@ -196,8 +207,9 @@ def iterate_statistics(
 ) -> Iterator[LayerStatistics]:
     """The statistics of layer after layer; see `calibrate`, which collects them and sees to the model's mode.
 
-    With a `device` the model stays where it lies and one block at a time is computed on the device, hidden states
-    being kept in host memory; each layer's statistics can then be used and dropped before the next layer's exist.
+    With `second_moments`, which are large, the model is computed block by block, so that each layer's can be used and
+    dropped before the next layer's exist; hidden states of all windows are kept meanwhile. With a `device` it is so
+    too: the model stays where it lies, one block at a time is computed on the device, hidden states in host memory.
     """
     group = model.config.num_attention_heads // model.config.num_key_value_heads
     per_batch = max(1, tokens_per_batch // windows.shape[1])
@@ -208,15 +220,8 @@ def iterate_statistics(
     ]
     collectors = [_Collector(layer, second_moments) for layer in model.model.layers]
     bar = {"desc": "calibrate", "disable": None if progress else True}
-    if device is None:
-        with ExitStack() as stack:
-            for collector in collectors:
-                stack.enter_context(collector.watching())
-            for held_out, batch in tqdm(batches, unit="batch", **bar):
-                for collector in collectors:
-                    collector.held_out = held_out
-                model.model(input_ids=batch.to(model.device), use_cache=False)
-        finished = iter(collectors)
+    if device is None and not second_moments:
+        finished = _collect_at_once(model, batches, collectors, bar)
     else:
         walk = LayerWalk(model, [batch for _, batch in batches], device=device)
         finished = _collect_by_layer(walk, collectors, [held_out for held_out, _ in batches], bar)
@@ -226,7 +231,20 @@ def iterate_statistics(
         collector.moments.clear()
 
 
-def _collect_by_layer(walk: LayerWalk, collectors: list[_Collector], held_out: list[int], bar: dict):
+def _collect_at_once(
+    model: nn.Module, batches: Sequence[tuple[int, torch.Tensor]], collectors: list[_Collector], bar: dict
+) -> list[_Collector]:
+    with ExitStack() as stack:
+        for collector in collectors:
+            stack.enter_context(collector.watching())
+        for _, batch in tqdm(batches, unit="batch", **bar):
+            model.model(input_ids=batch.to(model.device), use_cache=False)
+    return collectors
+
+
+def _collect_by_layer(
+    walk: LayerWalk, collectors: list[_Collector], held_out: list[int], bar: dict
+) -> Iterator[_Collector]:
     for index, layer in walk.blocks(**bar):
         with collectors[index].watching():
             for batch, is_held_out in enumerate(held_out):
@@ -248,7 +266,8 @@ def calibrate(
     """Statistics of a Llama, dense or narrowed, over `windows` (samples, length) of token ids.
 
     The language-model head is not run and nothing but the sums is kept, so memory does not grow with the number of
-    samples. The activations are those that the paper scores (Shen et al., ACL Findings 2024, section 3).
+    samples (but for one hidden state a token with `second_moments` or a `device`). The activations are those that the
+    paper scores (Shen et al., ACL Findings 2024, section 3).
     `second_moments` adds the matrices that leverage, OBS and least squares need. `gradients` adds one backward pass:
     "outputs" of every module's output, over an eighth of the windows, "weights" of every weight, over all of them (see
     `loss_gradients`). `device` computes block by block there (see `iterate_statistics`).

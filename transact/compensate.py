@@ -94,7 +94,7 @@ def compensate_on_dense_inputs(
             ("o_proj", layer.self_attn.o_proj, before.self_attn.o_proj, stats.attention_moments, attention),
             ("down_proj", layer.mlp.down_proj, before.mlp.down_proj, stats.mlp_moments, kept.mlp_dims),
         ):
-            parts = (NormalEquations.of_kept(part, into.to(device), old.weight) for part in moments)
+            parts = (NormalEquations.of_kept(part, into.to(device), old.weight) for part in moments if part.tokens)
             fit = fit_projection(linear.weight, *parts, bias=bias, ridge=ridge)
             _install(linear, fit)
             outcome[name] = fit.ridge
@@ -197,27 +197,25 @@ def _restore_inputs(
     equations = [NormalEquations.empty(*identity.shape, weight.device) for _ in range(2)]
     for batch, (mine, dense) in enumerate(zip(hidden, targets, strict=True)):
         rows, wanted = norms[0](mine.to(weight.device)), norms[1](dense.to(weight.device))
-        ones = torch.ones(rows.shape[0] * rows.shape[1], 1, device=weight.device)
-        equations[held_out[batch]].add(rows.flatten(0, 1), wanted.flatten(0, 1), ones)
+        equations[held_out[batch]].add(rows.flatten(0, 1), wanted.flatten(0, 1))
     fit = fit_projection(identity, *equations, ridge=ridge)
     if fit.ridge is not None:
         for reader in readers:
-            reader.weight.copy_(reader.weight.double() @ fit.weight)
+            reader.weight.copy_(reader.weight.float() @ fit.weight.float())
     return fit.ridge
 
 
 def _attention_inputs(walk: LayerWalk, index: int, layer: nn.Module):
-    """For each batch, what enters `o_proj`."""
-    seen = []
-    handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    device = layer.self_attn.o_proj.weight.device
+    """For each batch, what enters `o_proj`, whose own product is left out."""
+    attention = layer.self_attn
+    projection, attention.o_proj = attention.o_proj, nn.Identity()
+    device = projection.weight.device
     try:
         for batch, hidden in enumerate(walk.hidden):
             normalised = layer.input_layernorm(hidden.to(device))
-            layer.self_attn(hidden_states=normalised, **walk.arguments(index, batch, device))
-            yield seen.pop()
+            yield attention(hidden_states=normalised, **walk.arguments(index, batch, device))[0]
     finally:
-        handle.remove()
+        attention.o_proj = projection
 
 
 def _mlp_inputs(walk: LayerWalk, layer: nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .calibration import Moments
+from .calibration import Moments, add_products, mirror
 
 RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3)  # of each input's second moment
 SKETCH = 64
@@ -16,7 +16,10 @@ SKETCH = 64
 
 @dataclass
 class NormalEquations:
-    """Weighted sums of a least-squares problem y ~ W x + b: x x^T (n, n), x y^T (n, D), x (n,), y (D,), weights."""
+    """Weighted sums of a least-squares problem y ~ W x + b: x x^T (n, n), x y^T (n, D), x (n,), y (D,), weights.
+
+    float32; of x x^T, which is symmetric, only squares on and above the diagonal are summed (`add_products`).
+    """
 
     inputs: torch.Tensor
     cross: torch.Tensor
@@ -44,25 +47,30 @@ class NormalEquations:
         rows = kept.T @ products
         return cls(rows @ kept, rows @ weight.T, kept.T @ total, weight @ total, moments.tokens)
 
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> None:
-        """Add tokens: inputs (T, n), targets (T, D), and by how much (T, 1) each token's error is scaled."""
-        inputs, targets = inputs.float() * scale, targets.float() * scale
-        self.inputs.addmm_(inputs.T, inputs)
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """Add tokens: inputs (T, n), targets (T, D), and by how much (T, 1) each token's error is scaled, if it is."""
+        inputs, targets = inputs.float(), targets.float()
+        if scale is None:
+            scale = torch.ones_like(targets[:, :1])
+        else:
+            inputs, targets = inputs * scale, targets * scale
+        add_products(self.inputs, inputs)
         self.cross.addmm_(inputs.T, targets)
-        self.input_sum += (inputs * scale).sum(dim=0)
-        self.target_sum += (targets * scale).sum(dim=0)
+        self.input_sum.addmv_(inputs.T, scale[:, 0])
+        self.target_sum.addmv_(targets.T, scale[:, 0])
         self.weight += scale.double().square().sum().item()
 
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
         return NormalEquations(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
 
     def means(self, centred: bool, sketch: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """Per unit of weight, float64: x x^T, x y^T, x and y; the first two about the means where `centred`.
+        """Per unit of weight, float32: x x^T, x y^T, x and y; the first two about the means where `centred`.
 
         With a `sketch` (k, D) y stands for its product with it.
         """
+        mirror(self.inputs)
         inputs, cross, x, y = (
-            value.double() / self.weight for value in (self.inputs, self.cross, self.input_sum, self.target_sum)
+            value / self.weight for value in (self.inputs, self.cross, self.input_sum, self.target_sum)
         )
         if sketch is not None:
             cross, y = cross @ sketch.T, sketch @ y
@@ -73,7 +81,10 @@ class NormalEquations:
 
 @dataclass(frozen=True)
 class Fit:
-    """A refitted projection: weight (D, n), what to add to the bias (D,) or None, the ridge (None: weight kept)."""
+    """A refitted projection: weight (D, n), what to add to the bias (D,) or None, the ridge (None: weight kept).
+
+    float64.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -83,7 +94,7 @@ class Fit:
 def fit_projection(
     prior: torch.Tensor,
     fitted: NormalEquations,
-    held_out: NormalEquations,
+    held_out: NormalEquations | None = None,
     *,
     bias: bool = False,
     ridge: float | None = None,
@@ -95,24 +106,32 @@ def fit_projection(
     improves on it there, and the chosen r is then fitted on all tokens. A `ridge` that is given is taken as it is. With
     `bias` x and y are centred, and the bias meets the means.
     """
-    prior = prior.double()
-    weight = prior
-    if ridge is None and held_out.weight:
-        sketch = _sketch(len(prior)).to(prior)  # to choose among decades a few random sums of the outputs are enough
-        sketched = sketch @ prior
-        inputs, cross = (part.float() for part in held_out.means(bias, sketch)[:2])
-        least = _error(sketched.float(), inputs, cross)
-        solution = _ridge_solution(sketched.float(), [part.float() for part in fitted.means(bias, sketch)])
-        for candidate in RIDGES:
-            error = _error(solution(candidate), inputs, cross)
-            if error < least:
-                least, ridge = error, candidate
-            elif ridge is not None:
-                break
-    means = (fitted + held_out).means(bias)
+    prior = prior.float()
+    if ridge is None and held_out is not None and held_out.weight:
+        ridge = _best_ridge(prior, fitted, held_out, bias)
+    equations = fitted if held_out is None else fitted + held_out
+    means = equations.means(bias)
+    weight = prior.double()
     if ridge is not None:
-        weight = _ridge_solution(prior, means)(ridge)
-    return Fit(weight, means[3] - weight @ means[2] if bias else None, ridge)
+        # in float32, as the sums are: beside their rounding, that of the factors is nothing at the least of the ridges
+        weight = weight + _correction(prior, means)(ridge)
+    return Fit(weight, means[3] - weight @ means[2].double() if bias else None, ridge)
+
+
+def _best_ridge(prior: torch.Tensor, fitted: NormalEquations, held_out: NormalEquations, bias: bool) -> float | None:
+    """The ridge whose fit errs least on held-out tokens; None where none errs less than the prior."""
+    sketch = _sketch(len(prior)).to(prior)  # to choose among decades a few random sums of the outputs are enough
+    sketched = sketch @ prior
+    inputs, cross, *_ = held_out.means(bias, sketch)
+    least, ridge = _error(sketched, inputs, cross), None
+    correction = _correction(sketched, fitted.means(bias, sketch))
+    for candidate in RIDGES:
+        error = _error(sketched + correction(candidate), inputs, cross)
+        if error < least:
+            least, ridge = error, candidate
+        elif ridge is not None:
+            break
+    return ridge
 
 
 def _sketch(outputs: int) -> torch.Tensor:
@@ -122,18 +141,19 @@ def _sketch(outputs: int) -> torch.Tensor:
     return torch.randn(SKETCH, outputs, generator=torch.Generator().manual_seed(0)) / SKETCH**0.5
 
 
-def _ridge_solution(prior: torch.Tensor, means: tuple[torch.Tensor, ...]) -> Callable[[float], torch.Tensor]:
-    """The minimiser for each ridge; what does not depend on the ridge is computed once."""
+def _correction(prior: torch.Tensor, means: tuple[torch.Tensor, ...]) -> Callable[[float], torch.Tensor]:
+    """The minimiser less the prior, for each ridge; what does not depend on the ridge is computed once."""
     inputs, cross, *_ = means
     strength = inputs.diagonal()
     strength = strength.clamp(min=1e-9 * strength.mean().item() + torch.finfo(strength.dtype).tiny)
     missing = cross - inputs @ prior.T
 
-    def solution(ridge: float) -> torch.Tensor:
-        root = _cholesky(inputs + torch.diag(ridge * strength))
-        return prior + torch.cholesky_solve(missing, root).T
+    def correction(ridge: float) -> torch.Tensor:
+        system = inputs.clone()
+        system.diagonal().add_(strength, alpha=ridge)
+        return torch.cholesky_solve(missing, _cholesky(system)).T
 
-    return solution
+    return correction
 
 
 def _cholesky(moments: torch.Tensor) -> torch.Tensor:

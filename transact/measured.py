@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn import functional
 from tqdm.auto import tqdm
 
 from .allocate import removal_losses
@@ -49,7 +48,8 @@ def measured_widths(
     """
     held_out = held_out_split(windows)[1]
     held_out = (held_out if len(held_out) else windows)[: max(1, TOKENS // windows.shape[1])]
-    fitted = [_without_held_out(layer) for layer in statistics]
+    fitted = [fitted_alone(layer) for layer in statistics]
+    final = final_states(model, held_out)
     factors = torch.ones(len(scores), 3, dtype=torch.float64)
     for _ in tqdm(range(rounds), desc="measure", unit="round", disable=None if progress else True):
         current = _scaled(scores, factors)
@@ -58,17 +58,19 @@ def measured_widths(
         narrowed = apply_plan(model, plan).requires_grad_(False)
         with warnings.catch_warnings(action="ignore"):  # of few tokens: the refit that comes after says it once
             compensate_on_dense_inputs(narrowed, model, plan, fitted, ridge=RIDGE)
-        measured = error_slopes(narrowed, model, held_out).clamp(min=0) / 2
+        measured = error_slopes(narrowed, model, held_out, final).clamp(min=0) / 2
         factors = _next_factors(factors, measured, _predicted(scores, widths))
     return widths_by(_scaled(scores, factors**TRUST))
 
 
-def _without_held_out(layer: LayerStatistics) -> LayerStatistics:
+def fitted_alone(layer: LayerStatistics) -> LayerStatistics:
+    """The statistics without gradients and without moments of held-out tokens: what measuring keeps of every layer."""
+
     def alone(moments: tuple[Moments, Moments]) -> tuple[Moments, Moments]:
-        return moments[0], Moments.empty(len(moments[0].sum), moments[0].sum.device)
+        return moments[0], Moments.empty(0, moments[0].sum.device)
 
     return replace(
-        layer, attention_moments=alone(layer.attention_moments), mlp_moments=alone(layer.mlp_moments)
+        layer, attention_moments=alone(layer.attention_moments), mlp_moments=alone(layer.mlp_moments), gradients=None
     )  # fmt: skip
 
 
@@ -101,25 +103,49 @@ def _next_factors(factors: torch.Tensor, measured: torch.Tensor, predicted: torc
     return torch.where(predicted > 0, factors ** (1 - STEP) * quotients**STEP, factors)
 
 
-def error_slopes(narrowed: nn.Module, dense: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def final_states(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """What enters the language-model head, for all windows: (samples, length, D)."""
+    batches = windows.to(model.device).split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+    return torch.cat([model.model(input_ids=batch, use_cache=False).last_hidden_state for batch in batches])
+
+
+def error_slopes(
+    narrowed: nn.Module, dense: nn.Module, windows: torch.Tensor, final: torch.Tensor | None = None
+) -> torch.Tensor:
     """d KL(dense || narrowed) / d share, nats a token, of each module's own error: (L, 3), float64.
 
     The errors are what pruning pairs, values and MLP dimensions adds to a module's output for the narrowed model's
-    own inputs; a share of 1 is the narrowed model. Columns: query-key pairs, values, MLPs.
+    own inputs; a share of 1 is the narrowed model. Columns: query-key pairs, values, MLPs. `final` are the dense
+    model's `final_states` of the windows, where they are at hand.
     """
+    final = final_states(dense, windows) if final is None else final
     slopes = torch.zeros(len(dense.model.layers), 3, dtype=torch.float64)
-    for batch in windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])):
-        batch = batch.to(dense.device)
-        with torch.no_grad():
-            wanted = dense(input_ids=batch, use_cache=False).logits.float().log_softmax(dim=-1)
+    per_batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
+    for batch, wanted in zip(windows.split(per_batch), final.split(per_batch), strict=True):
         with _seen(narrowed) as seen:
-            entering = narrowed.model.embed_tokens(batch).requires_grad_()
-            given = narrowed(inputs_embeds=entering, use_cache=False).logits.float().log_softmax(dim=-1)
-            functional.kl_div(given, wanted, reduction="sum", log_target=True).backward()
+            entering = narrowed.model.embed_tokens(batch.to(dense.device)).requires_grad_()
+            given = narrowed.model(inputs_embeds=entering, use_cache=False).last_hidden_state
+            given.backward(_divergence_gradient(narrowed, dense, given.detach(), wanted))
         with torch.no_grad():
             for index, (layer, before) in enumerate(zip(narrowed.model.layers, dense.model.layers, strict=True)):
                 slopes[index] += _slopes_of_layer(layer, before, seen)
     return slopes / windows.numel()
+
+
+def _divergence_gradient(
+    narrowed: nn.Module, dense: nn.Module, given: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of the summed KL(dense || narrowed) at `given`, what enters the heads being `given` and `wanted`."""
+    gradient = torch.empty_like(given)
+    for mine, theirs, into in zip(given, wanted, gradient, strict=True):  # window by window: logits are the largest
+        mine = mine.requires_grad_()
+        logits = narrowed.lm_head(mine)
+        with torch.no_grad():
+            surplus = logits.float().softmax(dim=-1).sub_(dense.lm_head(theirs).float().softmax(dim=-1))
+        logits.backward(surplus.to(logits.dtype))
+        into.copy_(mine.grad)
+    return gradient
 
 
 @contextmanager

@@ -22,6 +22,9 @@ from .scores import (
     value_moments,
 )
 
+LEAST_RIDGE = 1e-3  # from this fraction of each second moment on, float32 inverts them
+COMPACTED_EVERY = 8  # rounds of greedy removal, after which what is gone leaves the matrices
+
 
 @dataclass(frozen=True)
 class ObsPruning:
@@ -86,28 +89,35 @@ def greedy_losses(readers: torch.Tensor, moments: torch.Tensor, tokens: int, *, 
     In each of about `steps` rounds the dimensions with the smallest saliency |readers_i|^2 / [C^-1]_ii go, and
     readers and C^-1 are down-dated by that block: structured OBS (Hassibi and Stork 1993; SlimGPT, 2024).
     """
-    ridge = len(moments) / tokens * moments.diagonal()
-    inverse = inverse_with_ridge(moments, ridge)
+    fraction = len(moments) / tokens
+    unit = moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)
+    moments = moments / unit
     # float32: the ridge keeps the inverse well conditioned, and the down-dates are bound by memory
+    dtype = torch.float32 if fraction > LEAST_RIDGE else moments.dtype
+    inverse = inverse_with_ridge(moments.to(dtype), (fraction * moments.diagonal()).to(dtype))
     losses, is_sound = _removed_greedily(readers, inverse, torch.float32, steps)
     if not is_sound:
         losses, _ = _removed_greedily(readers, inverse, torch.float64, steps)
-    return losses
+    return losses * unit
 
 
 def _removed_greedily(
     readers: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The losses of `greedy_losses`, and whether every block could be factored; a device is never waited for."""
-    readers, inverse = readers.to(dtype, copy=True), inverse.to(dtype, copy=True)
-    losses = torch.zeros(len(inverse), dtype=torch.float64, device=inverse.device)
-    is_gone = torch.zeros_like(losses, dtype=torch.bool)
+    size, readers, inverse = len(inverse), readers.to(dtype), inverse.to(dtype)
+    losses = torch.zeros(size, dtype=torch.float64, device=inverse.device)
+    is_gone, places = torch.zeros_like(losses, dtype=torch.bool), torch.arange(size, device=inverse.device)
     is_sound = torch.ones((), dtype=torch.bool, device=inverse.device)
-    block, spent, tiny = max(1, len(inverse) // steps), 0.0, torch.finfo(inverse.dtype).tiny
-    for start in range(0, len(inverse), block):
+    block, spent, tiny = max(1, size // steps), 0.0, torch.finfo(inverse.dtype).tiny
+    for start in range(0, size, block):
+        if start % (COMPACTED_EVERY * block) == 0:  # what is gone takes no more part; at first this makes the copies
+            left = is_gone.sort(stable=True).indices[: size - start]
+            places, is_gone = places[left], is_gone[left]
+            readers, inverse = readers[:, left], inverse[left][:, left]
         saliency = (readers.square().sum(dim=0) / inverse.diagonal().clamp(min=tiny)).masked_fill_(is_gone, torch.inf)
         ordered, order = saliency.sort(stable=True)
-        gone = order[: min(block, len(inverse) - start)]
+        gone = order[: min(block, size - start)]
         rows, theirs = inverse[gone], readers[:, gone]
         root, failed = torch.linalg.cholesky_ex(rows[:, gone])
         is_sound &= failed == 0
@@ -116,7 +126,7 @@ def _removed_greedily(
         their_half, half = half[:, : len(readers)], half[:, len(readers) :]
         loss = their_half.square().sum(dtype=torch.float64)
         shares = ordered[: len(gone)].double().cumsum(dim=0)
-        losses[gone] = spent + loss * shares / shares[-1].clamp(min=tiny)
+        losses[places[gone]] = spent + loss * shares / shares[-1].clamp(min=tiny)
         spent = spent + loss
         readers.addmm_(their_half.T, half, alpha=-1)
         inverse.addmm_(half.T, half, alpha=-1)

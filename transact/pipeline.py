@@ -16,7 +16,7 @@ from .devices import resolve_device
 from .engines import check_held, engine_by_name
 from .entry import check_in_one_place, check_seed, check_trainable, checked_windows, undisturbed
 from .gradients import loss_gradients
-from .measured import measured_widths
+from .measured import fitted_alone, measured_widths
 from .modeling_transact import TransActForCausalLM
 from .plan import Plan, select
 from .prune import apply_plan, check_computed, check_prunable, narrowed_config
@@ -225,8 +225,10 @@ def _scores(
     scores, kept = [], []
     for index, (layer, layer_statistics) in enumerate(zip(layers, streamed, strict=True)):
         scores.append(criterion.score(layer, index, layer_statistics))
-        if recipe.compensation in ("bias", "dense") or recipe.measures(device):
+        if recipe.compensation in ("bias", "dense"):
             kept.append(layer_statistics)
+        elif recipe.measures(device):
+            kept.append(fitted_alone(layer_statistics))
     return scores, kept
 
 

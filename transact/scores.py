@@ -87,4 +87,6 @@ def mean_moments(moments: tuple[Moments, Moments]) -> torch.Tensor:
 def inverse_with_ridge(moments: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     """(C + diag(ridge))^-1 for a positive semi-definite (n, n) C and a (n,) ridge, in their dtype."""
     floor = 1e-9 * moments.diagonal().mean() + torch.finfo(moments.dtype).tiny
-    return torch.cholesky_inverse(torch.linalg.cholesky(moments + torch.diag(ridge.clamp(min=floor))))
+    system = moments.clone()
+    system.diagonal().add_(ridge.clamp(min=floor))
+    return torch.cholesky_inverse(torch.linalg.cholesky(system))

@@ -1,0 +1,157 @@
+"""What pruning need not compute or keep: counted in floating-point operations, tokens and calls, never in seconds."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import transact
+from tests.tiny import random_plan, tiny_llama
+from transact.calibration import iterate_statistics
+from transact.compensate import compensate_on_pruned_inputs
+from transact.least_squares import RIDGES, NormalEquations, fit_projection
+from transact.measured import measured_widths
+from transact.obs import greedy_losses
+
+WINDOWS = torch.randint(1, 97, (16, 24), generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def tokens_through(modules: dict):
+    """How many tokens enter each of the named modules meanwhile."""
+    seen = Counter()
+
+    def count(name):
+        return lambda module, inputs: seen.update({name: inputs[0].shape[:-1].numel()})
+
+    handles = [module.register_forward_pre_hook(count(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def operations(work) -> int:
+    def added_in_place(total, left, right, *, out_shape, **scales):  # which the counter does not know
+        return 2 * left[0] * left[1] * right[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_in_place}) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def rows(tokens: int, width: int) -> torch.Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(width))
+
+
+def test_symmetric_sums_of_least_squares_are_computed_once():
+    inputs, targets, scale = rows(8, 1024), rows(8, 3), rows(8, 1).abs() + 1
+    equations = NormalEquations.empty(1024, 3, inputs.device)
+    assert operations(lambda: equations.add(inputs, targets, scale)) < 0.65 * 2 * inputs.numel() * 1024
+    products, cross, x, y = equations.means(centred=False)
+    weighted, weight = inputs.double() * scale.square(), scale.double().square().sum()
+    torch.testing.assert_close(products.double(), weighted.T @ inputs.double() / weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cross.double(), weighted.T @ targets.double() / weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.double(), weighted.sum(dim=0) / weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        y.double(), (targets * scale.square()).double().sum(dim=0) / weight, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_tokens_that_are_not_scaled_count_one_each():
+    ones, plain = (NormalEquations.empty(6, 3, torch.device("cpu")) for _ in range(2))
+    ones.add(rows(20, 6), rows(20, 3), torch.ones(20, 1))
+    plain.add(rows(20, 6), rows(20, 3))
+    for found, wanted in zip(plain.means(centred=True), ones.means(centred=True), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert plain.weight == 20
+
+
+def test_fits_in_the_precision_of_their_sums_are_those_in_float64():
+    """Inputs that are almost sums of a few others, at the least ridge that is tried."""
+    inputs = rows(4000, 5) @ rows(5, 300) + 1e-3 * rows(4000, 300)
+    prior, targets = 0.1 * rows(300, 20).T, inputs @ rows(300, 20) + rows(4000, 20)
+    equations = NormalEquations.empty(300, 20, inputs.device)
+    equations.add(inputs, targets)
+    weight = fit_projection(prior, equations, ridge=min(RIDGES)).weight
+    products, cross = (inputs.double().T @ other.double() / 4000 for other in (inputs, targets))
+    system = products + min(RIDGES) * torch.diag(products.diagonal())
+    wanted = prior.double() + torch.linalg.solve(system, cross - products @ prior.double().T).T
+    given, right = (inputs.double() @ one.T for one in (weight, wanted))
+    assert (given - right).norm() < 1e-4 * right.norm()
+
+
+def test_what_is_removed_takes_no_more_part_in_the_greedy_search():
+    activation = rows(400, 192).double()
+    moments, readers = activation.T @ activation / 400, rows(64, 192).double()
+    found = operations(lambda: greedy_losses(readers, moments, tokens=400))
+    assert found < 0.65 * 2 * 192 * 192 * (192 + 64)
+
+
+def test_greedy_losses_by_a_float32_inverse_are_those_by_float64(monkeypatch):
+    activation = rows(600, 8) @ rows(8, 96) + 0.1 * rows(600, 96)
+    moments, readers = (activation.T @ activation / 600).double(), rows(64, 96).double()
+    losses = greedy_losses(readers, moments, tokens=600)
+    monkeypatch.setattr("transact.obs.LEAST_RIDGE", 1e9)
+    torch.testing.assert_close(losses, greedy_losses(readers, moments, tokens=600), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
+@pytest.mark.parametrize("variant", ["gqa", "biases"])
+def test_refitting_runs_each_projection_once_on_each_token(variant):
+    dense = tiny_llama(variant)
+    narrowed = transact.apply_plan(dense, random_plan(dense.config))
+    modules = {
+        f"{whose} {name}": getattr(getattr(model.model.layers[1], part), name)
+        for whose, model in {"dense": dense, "narrowed": narrowed}.items()
+        for part, name in (("self_attn", "q_proj"), ("self_attn", "o_proj"), ("mlp", "up_proj"), ("mlp", "down_proj"))
+    }
+    with tokens_through(modules) as seen:
+        compensate_on_pruned_inputs(narrowed, dense, WINDOWS)
+    assert seen == dict.fromkeys(modules, WINDOWS.numel())
+    assert isinstance(narrowed.model.layers[1].self_attn.o_proj, torch.nn.Linear)
+
+
+def test_second_moments_of_a_layer_are_there_before_the_next_is_run():
+    dense = tiny_llama("gqa")
+    first, second = (layer.mlp.down_proj for layer in dense.model.layers)
+    with tokens_through({"first": first, "second": second}) as seen:
+        streamed = iterate_statistics(dense, WINDOWS, second_moments=True)
+        next(streamed)
+        assert seen == {"first": WINDOWS.numel()}
+        next(streamed)
+    assert seen == {"first": WINDOWS.numel(), "second": WINDOWS.numel()}
+
+
+def test_measuring_keeps_moments_of_fitted_tokens_alone(monkeypatch):
+    kept = []
+
+    def watched(model, scores, statistics, *arguments, **options):
+        kept.extend(statistics)
+        return measured_widths(model, scores, statistics, *arguments, **options)
+
+    monkeypatch.setattr("transact.pipeline.measured_widths", watched)
+    transact.prune(tiny_llama("gqa"), WINDOWS, ratio=0.3)
+    assert len(kept) == 2
+    for layer in kept:
+        assert layer.gradients is None
+        for fitted, held_out in (layer.attention_moments, layer.mlp_moments):
+            assert fitted.tokens == 14 * 24
+            assert held_out.products.numel() == 0
+
+
+def test_rounds_of_measuring_run_the_dense_decoder_once():
+    dense = tiny_llama("gqa")
+    statistics = transact.calibrate(dense, WINDOWS, second_moments=True, gradients="outputs")
+    criterion = transact.criterion_by_name("predicted-loss")
+    scores = [criterion.score(*one) for one in zip(dense.model.layers, range(2), statistics.layers, strict=True)]
+    runs = []
+    dense.model.register_forward_pre_hook(lambda module, inputs: runs.append(1))
+    measured_widths(
+        dense, scores, statistics.layers, WINDOWS,
+        lambda scores: transact.searched_widths(dense.config, scores, 0.3), rounds=3,
+    )  # fmt: skip
+    assert len(runs) == 1
