@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import transact
-from tests.tiny import LONGROPE, VARIANTS, llama_with, random_plan, tiny_llama, tiny_relative
+from tests.tiny import LONGROPE, llama_with, random_plan, tiny_llama, tiny_relative
 from transact.__main__ import main
 from transact.export import context_of, write_program
-from transact.export.executorch import traced
+from transact.export.executorch import Decoder, traced
 
 CONTEXT = 20
 IDS = torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(1))
@@ -21,9 +21,10 @@ def narrowed(dense):
 
 MODELS = {
     "dense": lambda: tiny_llama("gqa"),
-    **{name: lambda name=name: narrowed(tiny_llama(name)) for name in VARIANTS},
-    **{name: lambda name=name: narrowed(tiny_relative(name)) for name in ("mistral", "qwen2", "qwen3")},
+    "biases": lambda: narrowed(tiny_llama("biases")),
+    "llama3-rope": lambda: narrowed(tiny_llama("llama3-rope")),
     "sliding window": lambda: tiny_relative("mistral"),
+    "query-key norms": lambda: narrowed(tiny_relative("qwen3")),
 }
 
 
@@ -56,10 +57,10 @@ def test_traced_graph_computes_what_the_model_does(name):
 
 def test_cache_has_each_layers_own_widths():
     model = narrowed(tiny_llama("gqa"))
-    buffers = {name.removeprefix("b_"): of.shape for name, of in traced(model, CONTEXT).named_buffers()}
+    decoder = Decoder(model, CONTEXT)
     for index, of in enumerate(transact.widths_of(model.config)):
-        assert buffers[f"keys_{index}"] == (1, of.kv_heads, CONTEXT, of.qk_head_dim)
-        assert buffers[f"values_{index}"] == (1, of.kv_heads, CONTEXT, of.v_head_dim)
+        assert decoder.get_buffer(f"keys_{index}").shape == (1, of.kv_heads, CONTEXT, of.qk_head_dim)
+        assert decoder.get_buffer(f"values_{index}").shape == (1, of.kv_heads, CONTEXT, of.v_head_dim)
 
 
 @pytest.mark.parametrize(

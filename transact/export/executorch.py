@@ -69,8 +69,8 @@ class PlacedLayer(StaticLayer):
         self.keys, self.values, self.places, self.is_initialized = keys, values, places, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        # The one way that ExecuTorch writes in place, if the tensors have the same rank: indexing drops dimensions of 1.
-        # By index_copy_ every token would move the whole cache.
+        # ExecuTorch writes this in place where both have as many dimensions, and indexing would drop those of 1. By
+        # index_copy_ every token would move the whole cache.
         for cache, states in ((self.keys, key_states), (self.values, value_states)):
             torch.ops.aten.index_put_(cache, [None, None, self.places], states)
         return self.keys, self.values
