@@ -1,17 +1,17 @@
 """Models in ExecuTorch, by programs made of them: what a phone runs, on this machine's CPU."""
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from transact.export import write_program
+from transact.export import PROGRAM_TYPES, write_program
+
+from .continuations import NEW_TOKENS, Run, greedy
 
 
 def executorch_version() -> str:
@@ -22,7 +22,19 @@ def executorch_version() -> str:
         raise ValueError("executorch is not installed: python -m pip install executorch==1.5.1") from error
 
 
-def executorch_stream(path: Path) -> Callable[[list[int]], Iterator[int]]:
+def runs_in_executorch(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
+) -> Iterator[Run]:
+    """A model, dense or narrowed, in programs of every type, with room for the longest prompt and its continuation."""
+    context = max(map(len, prompts)) + NEW_TOKENS
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:  # Windows keeps mapped files
+        for kind in PROGRAM_TYPES:
+            path = Path(directory) / f"{kind}.pte"
+            write_program(path, model, context=context, kind=kind)
+            yield Run(f"ExecuTorch {kind}", *greedy(program_stream(path), prompts), path.stat().st_size / 2**20)
+
+
+def program_stream(path: Path) -> Callable[[list[int]], Iterator[int]]:
     """The greedy continuation of token ids by a program, token by token, for as long as it has room.
 
     On as many threads as torch has.
@@ -42,26 +54,3 @@ def executorch_stream(path: Path) -> Callable[[list[int]], Iterator[int]]:
             yield ids.item()
 
     return stream
-
-
-def continued_in_executorch(
-    model: nn.Module, prompts: Sequence[list[int]], *, tokens: int = 48, kind: str = "f32"
-) -> tuple[list[list[int]], float, float]:
-    """Greedy token ids after each prompt, the median of tokens a second after the first, and the MiB of the program.
-
-    The program has room for the longest prompt and its continuation. Raises ValueError as `write_program` does.
-    """
-    executorch_version()
-    continuations, speeds = [], []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:  # Windows keeps mapped files
-        path = Path(directory) / "model.pte"
-        write_program(path, model, context=max(map(len, prompts)) + tokens, kind=kind)
-        stream = executorch_stream(path)
-        for prompt in prompts:
-            said = stream(prompt)
-            first = next(said)
-            start = time.perf_counter()
-            others = [*islice(said, tokens - 1)]
-            speeds.append(len(others) / (time.perf_counter() - start))
-            continuations.append([first, *others])
-        return continuations, statistics.median(speeds), path.stat().st_size / 2**20

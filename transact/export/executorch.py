@@ -120,8 +120,11 @@ def traced(model: nn.Module, context: int, kind: str = "f32") -> torch.export.Ex
 def _quantise(model: nn.Module) -> None:
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
 
+    def is_quantised(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and module.in_features > 1  # of one input torchao makes no scale
+
     weights = {"weight_dtype": torch.int8, "weight_granularity": PerAxis(0)}
-    quantize_(model, Int8DynamicActivationIntxWeightConfig(**weights))
+    quantize_(model, Int8DynamicActivationIntxWeightConfig(**weights), filter_fn=is_quantised)
 
 
 def write_program(path: Path, model: nn.Module, *, context: int | None = None, kind: str = "f32") -> None:
