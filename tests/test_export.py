@@ -262,7 +262,7 @@ def test_what_plain_pruning_is_good_for():
     ):
         for format in ("llama", "gguf"):
             check_exportable(config, format)
-    with pytest.raises(ValueError, match="unknown export format 'onnx', allowed: llama, gguf"):
+    with pytest.raises(ValueError, match="unknown export format 'onnx', allowed: llama, gguf, executorch"):
         check_exportable(tiny_llama("gqa").config, "onnx")
 
 

@@ -20,6 +20,7 @@ from .plan import Plan
 
 EXPORTED = "exported.json"  # marks a directory that `transact export` wrote
 PLAN = Path("pruning", "plan.safetensors")  # in a folder: engines take all `*.safetensors` of a directory for weights
+MARKS = {"gguf": (0, b"GGUF"), "executorch": (4, b"ET12")}  # of files: where in them, and which bytes
 
 
 def check_destination(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -120,7 +121,7 @@ def check_export_destination(out: str | os.PathLike, format: str, *, overwrite: 
     """`out` as a path. Raises ValueError where it exists; with `overwrite`, where it is nothing that we exported."""
     out = Path(out)
     if out.exists() or out.is_symlink():
-        is_ours = _is_gguf(out) if format == "gguf" else (out / EXPORTED).is_file()
+        is_ours = _begins_as(out, format) if format in MARKS else (out / EXPORTED).is_file()
         if not overwrite:
             raise ValueError(f"output {str(out)!r} exists; name another{' or pass --overwrite' if is_ours else ''}")
         if not is_ours or out.resolve() in (Path.cwd(), *Path.cwd().parents):
@@ -132,11 +133,13 @@ def check_export_destination(out: str | os.PathLike, format: str, *, overwrite: 
     return out
 
 
-def _is_gguf(path: Path) -> bool:
+def _begins_as(path: Path, format: str) -> bool:
+    """Whether it is a file of this format, by the mark in its first bytes."""
+    place, mark = MARKS[format]
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+        return file.read(place + len(mark))[place:] == mark
 
 
 # what a configuration class adds to the common one, but for what no figure depends on

@@ -9,7 +9,7 @@ from .entry import odd_weight, shapes_of
 from .prune import FAMILIES, narrowed_config
 from .widths import dense_widths
 
-FORMATS = ("llama", "gguf")
+FORMATS = ("llama", "gguf", "executorch")
 
 # What a configuration may say, beside LlamaConfig's own fields, which are copied: all of it can be stated by weights.
 EXPRESSED = ("kv_head_counts", "qk_head_dims", "v_head_dims", "intermediate_sizes", "attention_output_bias",
@@ -20,6 +20,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor",
              "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
              "short_factor", "long_factor", "short_mscale", "long_mscale")  # fmt: skip
+BY_LENGTH = ("dynamic", "longrope")  # RoPE that looks at how long the text is, which a traced program cannot
 GGUF_ACTIVATIONS = ("silu", "swish")  # llama.cpp's Llama computes this one, whatever a file says
 
 
@@ -27,7 +28,7 @@ def check_exportable(config: PretrainedConfig, format: str = "llama") -> None:
     """Raise ValueError, in one line, where the configuration says what an export in this format cannot state.
 
     It may be a pruned model's, or a dense one's, which is judged by what pruning `--for` it makes of it. `format` is
-    "llama" or "gguf".
+    "llama", "gguf" or "executorch", which states whatever a model computes.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown export format {format!r}, allowed: {', '.join(FORMATS)}")
@@ -36,6 +37,9 @@ def check_exportable(config: PretrainedConfig, format: str = "llama") -> None:
     is_pruned = config.model_type == TransActConfig.model_type
     if not is_pruned and config.model_type not in FAMILIES:
         raise ValueError(f"a {config.model_type!r} model cannot be exported, allowed: {', '.join(FAMILIES)}")
+    if format == "executorch":
+        check_length_free(config)
+        return
     if format == "llama":
         _check_heads(config, is_pruned)
     if not is_pruned:
@@ -78,6 +82,12 @@ def check_rope(config: PretrainedConfig, allowed: tuple[str, ...]) -> None:
     unknown = rope.keys() - set(ROPE_KEYS) - ({"partial_rotary_factor"} if whole_heads else set())
     if unknown:
         raise ValueError(f"rope_parameters say {', '.join(sorted(unknown))}, which no export states")
+
+
+def check_length_free(config: PretrainedConfig) -> None:
+    """Raise ValueError where RoPE's frequencies depend on the length of the text."""
+    if (kind := config.rope_parameters["rope_type"]) in BY_LENGTH:
+        raise ValueError(f"RoPE type {kind!r} depends on the length of the text: no program that is traced once has it")
 
 
 def check_gguf(config: PretrainedConfig) -> None:

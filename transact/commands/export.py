@@ -1,8 +1,9 @@
-"""`transact export`: write a pruned checkpoint for tools that know only plain Llamas."""
+"""`transact export`: write a checkpoint for other tools, most of which know only plain Llamas."""
 
 import argparse
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from transformers import PretrainedConfig
 
@@ -11,36 +12,60 @@ from ..checkpoint import EXPORTED, all_or_nothing, check_export_destination, sav
 from ..export import (
     FORMATS,
     GGUF_TYPES,
+    PROGRAM_TYPES,
     architecture_of,
     check_exportable,
     check_tokenizer,
+    context_of,
     llama_by_layer,
     plain_llama,
     write_gguf,
+    write_program,
 )
-from ..models import load_model, read_config
+from ..models import load_model, load_tokenizer, read_config
 from ..widths import fraction_removed, widths_of
 from .parser import add_output_options, add_subcommand
 
+TYPES = {"gguf": tuple(GGUF_TYPES), "executorch": PROGRAM_TYPES}  # of numbers in the file, by format
+
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    description = "write a pruned checkpoint for tools that know only plain Llamas"
+    description = "write a checkpoint for other tools: those that know only plain Llamas, and phones"
     parser = add_subcommand(commands, "export", run, description, "DIRECTORY OUT")
-    parser.add_argument("directory", help="a pruned checkpoint directory")
-    parser.add_argument("out", help="what to write: a directory (llama) or a file (gguf); must not exist")
+    parser.add_argument("directory", help="a pruned checkpoint directory; a dense one too for executorch")
+    parser.add_argument("out", help="what to write: a directory (llama) or a file (gguf, executorch); must not exist")
     what = parser.add_argument_group("format")
     what.add_argument("--format", metavar="NAME", choices=FORMATS, default="llama",
-                      help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp (llama)")  # fmt: skip
-    what.add_argument("--type", metavar="NAME", choices=[*GGUF_TYPES],
-                      help=f"of matrices in a GGUF file: {', '.join(GGUF_TYPES)} (f16)")  # fmt: skip
+                      help="llama: a checkpoint of LlamaForCausalLM; gguf: a file for llama.cpp; executorch: a program "
+                      "for phones (llama)")  # fmt: skip
+    what.add_argument("--type", metavar="NAME", choices=[*dict.fromkeys((*GGUF_TYPES, *PROGRAM_TYPES))],
+                      help=f"of matrices in a GGUF file: {', '.join(GGUF_TYPES)} (f16); in a program: "
+                      f"{', '.join(PROGRAM_TYPES)} (f32)")  # fmt: skip
+    what.add_argument("--context", metavar="N", type=int,
+                      help="tokens that a program has room for (1024, at most the model's context)")  # fmt: skip
     what.add_argument("--pad", action="store_true", help="pad with zeros up to the widest layer, whatever it costs")
     add_output_options(parser, "replace what was exported to OUT")
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for an option that the format does not have."""
+    if options.type is not None and options.format not in TYPES:
+        raise ValueError(f"--type is for --format {' and '.join(TYPES)}: a checkpoint keeps the dtype of the model")
+    if options.type is not None and options.type not in TYPES[options.format]:
+        allowed = ", ".join(TYPES[options.format])
+        raise ValueError(f"--type {options.type} is none of --format {options.format}, allowed: {allowed}")
+    if options.context is not None and options.format != "executorch":
+        raise ValueError("--context is for --format executorch: other formats keep the context of the model")
+    if options.pad and options.format == "executorch":
+        raise ValueError("--pad is for other formats: nothing is padded in --format executorch")
+
+
 def run(options: argparse.Namespace) -> None:
-    if options.type is not None and options.format != "gguf":
-        raise ValueError("--type is for --format gguf: a checkpoint keeps the dtype of the model")
+    _check_options(options)
     out = check_export_destination(options.out, options.format, overwrite=options.overwrite)
+    if options.format == "executorch":
+        _export_program(options, out)
+        return
     check_exportable(read_config(options.directory), options.format)
     model, tokenizer = load_model(options.directory, device="cpu")
     if options.format == "gguf":
@@ -73,4 +98,26 @@ def _widths(config: PretrainedConfig) -> str:
     return (
         f"{span(group * of.kv_heads for of in widths)} heads of {span(of.qk_head_dim for of in widths)}, "
         f"MLP {span(of.mlp for of in widths)}"
+    )
+
+
+def _export_program(options: argparse.Namespace, out: Path) -> None:
+    """The program, and beside it the tokeniser, which ExecuTorch's runners read too: both or neither."""
+    beside = out.with_name(f"{out.stem}.tokenizer.json")
+    if beside.exists() and not out.exists():  # what stands beside a program was exported with it, and goes with it
+        raise ValueError(f"output {str(beside)!r}, for the tokeniser, exists; name another")
+    settings = {"context": options.context, "kind": options.type or "f32"}
+    context = context_of(read_config(options.directory), **settings)
+    fast = getattr(load_tokenizer(options.directory), "backend_tokenizer", None)
+    if fast is None:
+        raise ValueError(f"the tokeniser of {options.directory!r} has no tokenizer.json, which phones read: convert it")
+    model, _ = load_model(options.directory, dtype="float32", device="cpu")
+    with all_or_nothing(beside) as tokenizer_file, all_or_nothing(out) as partial:
+        write_program(partial, model, **settings)
+        fast.save(str(tokenizer_file))
+        size = partial.stat().st_size
+    pruned = fraction_removed(model.config, widths_of(model.config))
+    print(
+        f"{out}: {size / 2**20:,.1f} MiB, {model.num_parameters():,} parameters ({pruned:.1%} of the linear ones "
+        f"removed), room for {context:,} tokens; tokeniser in {beside}"
     )
