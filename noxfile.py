@@ -89,7 +89,6 @@ def vllm(session: nox.Session) -> None:
         session.install("torch==2.13.0")  # first and alone: the build that suits the machine
         session.install("torch==2.13.0", *requirements_but_torch(wheel))
         session.install("--no-deps", str(wheel))
-    session.install("--no-deps", ".")  # the plugin
 
 
 def requirements_but_torch(wheel: Path) -> list[str]:

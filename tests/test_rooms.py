@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for package in ("transact", "transact_vllm", "bench", "reports", "ablations")
+    for package in ("transact", "bench", "reports", "ablations")
     for path in (ROOT / package).rglob("*.py")
 }
 
