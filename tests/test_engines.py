@@ -266,6 +266,14 @@ def test_heads_between_two_widths_of_the_kernels_are_narrowed_to_the_next():
     assert {one.qk_head_dim for one in widths} == {32}
 
 
+@pytest.mark.parametrize("head_dim", [24, 40, 56])
+def test_pairs_stay_whole_in_heads_whose_eighth_is_odd(head_dim):
+    config = tiny_llama(head_dim=head_dim).config
+    for ratio in (0.2, 0.4, 0.6):
+        widths = searched_widths(config, random_scores(config), ratio)
+        assert all(one.qk_head_dim % 2 == 0 for one in widths)
+
+
 def commands(model, tiny_text, tmp_path, *options: str) -> int:
     shared = ("--calibration", str(tiny_text), "--samples", "16", "--seq-len", "32", "--device", "cpu")
     return main(["prune", str(model), str(tmp_path / "out"), *shared, *options])
