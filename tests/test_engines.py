@@ -33,9 +33,9 @@ HELD = {
     "MLPs of two widths": (layers({}, {"mlp": 1024}), {"plain"}),
     "fewer heads in a layer": (layers({}, {"kv_heads": 2}), {"plain"}),
     "heads of two widths": (layers({}, {"qk_head_dim": 32, "v_head_dim": 32}), {"plain", "llama.cpp"}),
-    "narrow values": (layers({"v_head_dim": 24}, {"v_head_dim": 24}), {"plain", "llama.cpp", "executorch"}),
+    "narrow values": (layers({"v_head_dim": 24}, {"v_head_dim": 24}), {"plain", "llama.cpp"}),
     "wide values": (
-        layers({"qk_head_dim": 32}, {"qk_head_dim": 32}), {"plain", "llama.cpp", "executorch", "vllm", "vllm-cpu"},
+        layers({"qk_head_dim": 32}, {"qk_head_dim": 32}), {"plain", "llama.cpp", "vllm", "vllm-cpu"},
     ),
     "heads of 48": (layers(*2 * [{"qk_head_dim": 48, "v_head_dim": 48}]), {"vllm-cpu"}),
     "heads of 24": (layers(*2 * [{"qk_head_dim": 24, "v_head_dim": 24}]), {"vllm", "vllm-cpu"}),
@@ -139,7 +139,7 @@ def heads_held(engine: str, layers: int) -> list[tuple[Widths, ...]]:
     return held
 
 
-@pytest.mark.parametrize(("engine", "most"), [("llama.cpp", 1), ("vllm-cpu", 1.02), ("executorch", 1.02)])
+@pytest.mark.parametrize(("engine", "most"), [("llama.cpp", 1), ("vllm-cpu", 1.02)])
 @pytest.mark.parametrize("ratio", [0.15, 0.4])
 def test_plans_are_the_cheapest_that_the_engine_holds(engine, most, ratio):
     """Of all that there are; prices reach what no line between two others passes below, which may be a little more."""
@@ -266,6 +266,14 @@ def test_heads_between_two_widths_of_the_kernels_are_narrowed_to_the_next():
     assert {one.qk_head_dim for one in widths} == {32}
 
 
+@pytest.mark.parametrize("head_dim", [24, 40, 56])
+def test_pairs_stay_whole_in_heads_whose_eighth_is_odd(head_dim):
+    config = tiny_llama(head_dim=head_dim).config
+    for ratio in (0.2, 0.4, 0.6):
+        widths = searched_widths(config, random_scores(config), ratio)
+        assert all(one.qk_head_dim % 2 == 0 for one in widths)
+
+
 def commands(model, tiny_text, tmp_path, *options: str) -> int:
     shared = ("--calibration", str(tiny_text), "--samples", "16", "--seq-len", "32", "--device", "cpu")
     return main(["prune", str(model), str(tmp_path / "out"), *shared, *options])
@@ -309,6 +317,8 @@ def test_inspect_says_who_holds_what(tiny_directory, tmp_path, capsys):
         (lambda: llama_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "llama.cpp",
          "RoPE type 'dynamic'"),
         (lambda: tiny_relative("qwen3"), "plain", "query-key norms"),
+        (lambda: llama_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "executorch",
+         "RoPE type 'dynamic' depends on the length"),
     ],
 )  # fmt: skip
 def test_families_that_an_engine_cannot_hold_are_refused_before_work(

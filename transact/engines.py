@@ -65,8 +65,8 @@ ENGINES = {
     # a stock LlamaForCausalLM, which everything reads
     "plain": Engine(values="equal", kv_heads_by_layer=False, heads_by_layer=False, mlp_by_layer=False, own_pairs=False,
                     format="llama"),
-    # its static cache keeps keys and values in tensors of one shape
-    "executorch": Engine(values="equal"),
+    # a program is traced from the model itself
+    "executorch": Engine(format="executorch"),
 }  # fmt: skip
 
 
