@@ -33,9 +33,9 @@ HELD = {
     "MLPs of two widths": (layers({}, {"mlp": 1024}), {"plain"}),
     "fewer heads in a layer": (layers({}, {"kv_heads": 2}), {"plain"}),
     "heads of two widths": (layers({}, {"qk_head_dim": 32, "v_head_dim": 32}), {"plain", "llama.cpp"}),
-    "narrow values": (layers({"v_head_dim": 24}, {"v_head_dim": 24}), {"plain", "llama.cpp", "executorch"}),
+    "narrow values": (layers({"v_head_dim": 24}, {"v_head_dim": 24}), {"plain", "llama.cpp"}),
     "wide values": (
-        layers({"qk_head_dim": 32}, {"qk_head_dim": 32}), {"plain", "llama.cpp", "executorch", "vllm", "vllm-cpu"},
+        layers({"qk_head_dim": 32}, {"qk_head_dim": 32}), {"plain", "llama.cpp", "vllm", "vllm-cpu"},
     ),
     "heads of 48": (layers(*2 * [{"qk_head_dim": 48, "v_head_dim": 48}]), {"vllm-cpu"}),
     "heads of 24": (layers(*2 * [{"qk_head_dim": 24, "v_head_dim": 24}]), {"vllm", "vllm-cpu"}),
@@ -139,7 +139,7 @@ def heads_held(engine: str, layers: int) -> list[tuple[Widths, ...]]:
     return held
 
 
-@pytest.mark.parametrize(("engine", "most"), [("llama.cpp", 1), ("vllm-cpu", 1.02), ("executorch", 1.02)])
+@pytest.mark.parametrize(("engine", "most"), [("llama.cpp", 1), ("vllm-cpu", 1.02)])
 @pytest.mark.parametrize("ratio", [0.15, 0.4])
 def test_plans_are_the_cheapest_that_the_engine_holds(engine, most, ratio):
     """Of all that there are; prices reach what no line between two others passes below, which may be a little more."""

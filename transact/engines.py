@@ -65,8 +65,8 @@ ENGINES = {
     # a stock LlamaForCausalLM, which everything reads
     "plain": Engine(values="equal", kv_heads_by_layer=False, heads_by_layer=False, mlp_by_layer=False, own_pairs=False,
                     format="llama"),
-    # its static cache keeps keys and values in tensors of one shape
-    "executorch": Engine(values="equal"),
+    # our programs are traced from the model, and keep keys and values in tensors of their own
+    "executorch": Engine(format="executorch"),
 }  # fmt: skip
 
 
