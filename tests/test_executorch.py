@@ -1,11 +1,14 @@
 """Programs for ExecuTorch: the traced graph computes what the model does, and what cannot be one is refused first."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 import transact
+from bench.efficiency.continuations import greedy, transformers_stream
+from bench.efficiency.executorch_runtime import runs_in_executorch
 from tests.tiny import LONGROPE, llama_with, random_plan, tiny_llama, tiny_relative
 from transact.__main__ import main
 from transact.export import context_of, write_program
@@ -102,6 +105,33 @@ def test_quantised_weights_are_refused_by_name(monkeypatch, tmp_path):
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(40, 48).char(), requires_grad=False)
     with pytest.raises(ValueError, match=r"mlp\.up_proj\.weight is quantised"):
         write_program(tmp_path / "m.pte", model)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # executorch's own
+def test_program_runs_in_executorch_as_the_model_does(tmp_path):
+    runtime = pytest.importorskip("executorch.runtime")
+    model = narrowed(tiny_llama("gqa"))
+    write_program(tmp_path / "m.pte", model, context=CONTEXT)
+    program = runtime.Runtime.get().load_program(tmp_path / "m.pte")
+    assert program.load_method("get_max_context_len").execute([])[0] == CONTEXT
+    method = program.load_method("forward")
+    assert_reads_as(model, lambda tokens, places: method.execute([tokens, places])[0])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_engine_continues_as_transformers_does_and_int8_nearly(monkeypatch):
+    pytest.importorskip("executorch.runtime")
+    monkeypatch.setattr("bench.efficiency.executorch_runtime.NEW_TOKENS", 12)
+    monkeypatch.setattr("bench.efficiency.continuations.NEW_TOKENS", 12)
+    model, prompts = narrowed(tiny_llama("biases")), [IDS[0].tolist(), IDS[0, 3:].tolist()]
+    exact, eight_bits = runs_in_executorch(model, None, prompts)
+    expected, _ = greedy(partial(transformers_stream, model), prompts)
+    assert (exact.engine, eight_bits.engine) == ("ExecuTorch f32", "ExecuTorch int8")
+    assert exact.continuations == expected
+    assert eight_bits.mib < exact.mib
+    assert [said[0] for said in eight_bits.continuations] == [said[0] for said in expected]
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ ENGINES = {
     # a stock LlamaForCausalLM, which everything reads
     "plain": Engine(values="equal", kv_heads_by_layer=False, heads_by_layer=False, mlp_by_layer=False, own_pairs=False,
                     format="llama"),
-    # a program is traced from the model itself
+    # our programs are traced from the model, and keep keys and values in tensors of their own
     "executorch": Engine(format="executorch"),
 }  # fmt: skip
 
