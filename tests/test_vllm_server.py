@@ -30,8 +30,11 @@ if way == "dies":
 time.sleep(60 if way == "hangs" else 0)
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections stay until they are closed
+
     def do_GET(self):
         self.send_response(200)
+        self.send_header("Content-Length", "0")
         self.end_headers()
 
     def do_POST(self):
@@ -39,6 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if way == "dies of a request":
             os._exit(1)
         self.send_response(400 if way == "refuses" else 200)
+        self.send_header("Connection", "close")
         self.end_headers()
         if way == "refuses":
             self.wfile.write(b"prompt too long")

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,8 +153,10 @@ def wait_for(server: Server, seconds: float) -> None:
     while time.monotonic() < end:
         if server.keeper.poll() is not None:
             raise server.fail("died before it answered")
-        with suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection(HOST, server.port, timeout=5)
+        with (
+            suppress(OSError, http.client.HTTPException),
+            closing(http.client.HTTPConnection(HOST, server.port, timeout=5)) as connection,
+        ):
             connection.request("GET", "/health")
             if connection.getresponse().status == http.client.OK:
                 return
@@ -170,17 +172,17 @@ def ask(server: Server, prompt: Sequence[int], tokens: int) -> Answer:
     }  # fmt: skip
     start, said, first = time.perf_counter(), [], 0.0
     try:
-        connection = http.client.HTTPConnection(HOST, server.port, timeout=600)
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != http.client.OK:
-            raise ValueError(f"vLLM's server refused a request: {response.read(300).decode(errors='replace')}")
-        for line in response:
-            event = line.removeprefix(b"data:").strip()
-            if event in (b"", b"[DONE]"):
-                continue
-            said += json.loads(event)["choices"][0].get("token_ids") or []
-            first = first or (time.perf_counter() - start if said else 0.0)
+        with closing(http.client.HTTPConnection(HOST, server.port, timeout=600)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != http.client.OK:
+                raise ValueError(f"vLLM's server refused a request: {response.read(300).decode(errors='replace')}")
+            for line in response:
+                event = line.removeprefix(b"data:").strip()
+                if event in (b"", b"[DONE]"):
+                    continue
+                said += json.loads(event)["choices"][0].get("token_ids") or []
+                first = first or (time.perf_counter() - start if said else 0.0)
     except (OSError, http.client.HTTPException, json.JSONDecodeError, LookupError) as error:
         raise server.fail(f"broke off while it answered ({type(error).__name__})") from error
     if len(said) != tokens:
