@@ -18,6 +18,7 @@ from transact.devices import resolve_device
 from transact.entry import in_one_line
 from transact.gradients import free_memory
 from transact.models import DTYPES, load_model, read_config
+from transact.timing import seconds_of
 
 from ..environment import environment, fast_dtype
 from ..records import SPEED_SCHEMA
@@ -30,7 +31,6 @@ from .costs import (
     measure_roofline,
     memory_needed,
     prefill_costs,
-    seconds_of,
 )
 from .memory import kv_bytes_per_token, peak_memory_mib, release, reset_peak_memory, weight_bytes
 from .shapes import SHAPES, random_model, shape_by_name
