@@ -1,4 +1,4 @@
-"""Timing that can be believed: runs in turn, ratios of pairs, and intervals that assume nothing of how times scatter."""
+"""Timing that can be believed: runs in turn, ratios of pairs, intervals that assume nothing of how times scatter."""
 
 import itertools
 import math
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from tqdm.auto import tqdm
 
 T = TypeVar("T")
 CPU_CACHE = 64 * 2**20  # bytes written to push everything else out of a processor's last cache
@@ -48,10 +49,13 @@ def ratio_of(numerators: Sequence[float], denominators: Sequence[float]) -> Rati
     return Ratio(statistics.median(ratios), low, high)
 
 
-def in_turn(runs: Sequence[Callable[[], T]], repeats: int) -> list[list[T]]:
-    """What each run gives in every repeat, run after run: forwards, then backwards, so that drift meets all alike."""
+def in_turn(runs: Sequence[Callable[[], T]], repeats: int, *, bar: str = "") -> list[list[T]]:
+    """What each run gives in every repeat, run after run: forwards, then backwards, so that drift meets all alike.
+
+    A progress bar of that name shows the repeats.
+    """
     results = [[] for _ in runs]
-    for repeat in range(repeats):
+    for repeat in tqdm(range(repeats), desc=bar, unit="round", disable=None if bar else True):
         for place in range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs))):
             results[place].append(runs[place]())
     return results
@@ -62,6 +66,7 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         with torch.cuda.device(device):  # events are recorded on the current one
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)  # or work queued before would hide the launches of what is timed
             start.record()
             run()
             end.record()
@@ -72,13 +77,18 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def flush(device: torch.device) -> None:
-    """Push everything out of the device's last cache: a module alone would find its weights there, in a model it won't.
+def cache_flusher(device: torch.device) -> Callable[[], None]:
+    """A function that pushes everything out of the device's last cache: there a module alone would find its weights.
 
     On CUDA twice the L2 is written, and waited for.
     """
     is_gpu = device.type == "cuda"
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if is_gpu else CPU_CACHE
-    torch.empty(size, dtype=torch.int8, device=device).zero_()
-    if is_gpu:
-        torch.cuda.synchronize(device)
+    buffer = torch.zeros(size, dtype=torch.int8, device=device)
+
+    def flush() -> None:
+        buffer.add_(1)
+        if is_gpu:
+            torch.cuda.synchronize(device)
+
+    return flush
