@@ -267,7 +267,7 @@ REFUSED = {
     "uniform": ({"recipe": "transact"}, "widths that are searched, not by allocation 'uniform'"),
     "global": ({"recipe": "flap"}, "widths that are searched, not by allocation 'global'"),
     "plain": (
-        {"recipe": replace(transact.PRESETS["best"], allocation="plain", measurements=0)}, "not by allocation 'plain'",
+        {"recipe": replace(transact.PRESETS["best"], engine="plain")}, "measured in transformers, not in engine 'plain'",
     ),
     "shots": ({"recipe": replace(transact.PRESETS["best"], shots=2)}, "in one shot, got shots 2"),
     "a device": ({"device": "cpu"}, "runs as a whole, not block by block"),
@@ -373,7 +373,7 @@ def test_the_command_says_where_the_speed_up_is_missed(
         (("--speedup", "nan"), "must be above 1, got nan"),
         (("--speedup", "1.3", "--ratio", "0.2"), "--speedup and --ratio or --mha-dim/--mlp-dim both say how much goes"),
         (("--speedup", "1.3", "--mlp-dim", "20"), "both say how much goes"),
-        (("--speedup", "1.3", "--plain"), "not by allocation 'plain'"),
+        (("--speedup", "1.3", "--for", "plain"), "measured in transformers, not in engine 'plain'"),
         (("--speedup", "1.3", "--preset", "flap"), "not by allocation 'global'"),
         (("--speedup", "1.3", "--preset", "transact"), "not by allocation 'uniform'"),
         (("--speedup", "1.3", "--layerwise"), "drop --layerwise"),
