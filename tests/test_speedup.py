@@ -267,7 +267,7 @@ REFUSED = {
     "uniform": ({"recipe": "transact"}, "widths that are searched, not by allocation 'uniform'"),
     "global": ({"recipe": "flap"}, "widths that are searched, not by allocation 'global'"),
     "plain": (
-        {"recipe": replace(transact.PRESETS["best"], engine="plain")}, "measured in transformers, not in engine 'plain'",
+        {"recipe": replace(transact.PRESETS["best"], engine="plain")}, "not in engine 'plain'",
     ),
     "shots": ({"recipe": replace(transact.PRESETS["best"], shots=2)}, "in one shot, got shots 2"),
     "a device": ({"device": "cpu"}, "runs as a whole, not block by block"),
