@@ -21,7 +21,7 @@ from .efficiency.memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
 from .efficiency.quantise import FORMATS, check_format, packed_weight_bytes, quantised
 from .efficiency.scale import SIZES, SIZES_OF_A_CPU, WAYS, run_scale
 from .efficiency.shapes import SHAPES
-from .efficiency.speed import GRIDS, MODES, PREFIX, decode_rate
+from .efficiency.speed import GRIDS, MODES, PREFIX, REPEATS, decode_rate
 from .quality.perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
 from .quality.texts import EVALUATION_TEXTS, load_evaluation_texts, windows_of
 from .records import append_line, finite, sole_writer
@@ -87,7 +87,7 @@ def quantise_command(options: argparse.Namespace) -> None:
         for name in ("", *formats):
             copied = quantised(model, name) if name else model
             perplexity = measure_perplexity(copied, windows[path], progress=True).perplexity
-            rate, error = decode_rate(copied, options.decode)
+            rate, error, _ = decode_rate(copied, options.decode)
             held, packed = weight_bytes(copied) / 2**20, packed_weight_bytes(copied) / 2**20
             weights = name or str(model.dtype).removeprefix("torch.")
             shown = f"{perplexity:,.2f}" if perplexity < math.inf else "> 1e308"
@@ -344,7 +344,9 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument(
         "--modes", type=some_of("mode", MODES), default=["eager"], help=f"of {', '.join(MODES)}, with commas (eager)"
     )
-    speed.add_argument("--repeats", type=int, default=5, help="runs of a cell, of which the median counts (5)")
+    speed.add_argument(
+        "--repeats", type=int, default=REPEATS, help=f"runs of a cell, of which the median counts ({REPEATS})"
+    )
     speed.add_argument("--memory-gib", type=float, help="measure nothing: say what fits in so much memory, in 16 bits")
     speed.add_argument("--context", type=int, default=4096, help="tokens, for the largest batch that fits (4096)")
     add_model_options(speed)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import transact
-from transact.devices import has_bfloat16, resolve_device
+from transact.devices import device_name, has_bfloat16, resolve_device
 
 PACKAGES = ("transact", "torch", "transformers", "numpy")
 
@@ -26,10 +26,9 @@ def code_hash() -> str:
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """Versions of what computes, the operating system, and the device by its product name."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     versions = {package: metadata.version(package) for package in PACKAGES if package != "transact"}
     return {
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": platform.system(),
@@ -49,13 +48,3 @@ def fast_dtype(device: str) -> str:
     where = resolve_device(device)
     is_fast = "amx_bf16" in flags if where.type == "cpu" else has_bfloat16(where)
     return "bfloat16" if is_fast else "float32"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

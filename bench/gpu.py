@@ -19,8 +19,9 @@ import psutil
 import torch
 
 from transact import calibrate, prune, save_checkpoint
+from transact.cache import cache_directory
 from transact.entry import in_one_line
-from transact.models import DTYPES, EMBEDDED_MODEL, EMBEDDED_PACKAGE, cache_directory, load_model
+from transact.models import DTYPES, EMBEDDED_MODEL, EMBEDDED_PACKAGE, load_model
 from transact.recipe import recipe_by_name
 from transact.texts import calibration_windows
 

@@ -30,8 +30,9 @@ class Case:
     `measurements` and `engine`. So are `tasks` joined, each with its shots where they are not the task's own
     (`name@shots`), and measured on the first `task_limit` items.
 
-    `mha_dim` and `mlp_dim` name widths where there is no ratio. `only_layer` is the one layer that is narrowed, by
-    `ratio` of its own parameters; the multiples are what widths are rounded to (None: what fits the model), `ridge`
+    `mha_dim` and `mlp_dim` name widths where there is no ratio; `speedup` asks for so many times the dense model's
+    decoding speed, reached by a `budget` of "latency" or "parameters". `only_layer` is the one layer that is narrowed,
+    by `ratio` of its own parameters; the multiples are what widths are rounded to (None: what fits the model), `ridge`
     the one ridge of the refit (None: the best of several on held-out tokens). `decode_tokens` is how many were
     generated to time it. `recovery` is how it was trained ("": not), on `recovery_tokens` of the text with that hash;
     `quantisation` the format of linear weights ("": the dtype).
@@ -91,6 +92,8 @@ class Case:
     other_windows: int = 0
     compared_windows: int = 0
     engine: str = "transformers"
+    speedup: float | None = None
+    budget: str = ""
 
 
 @dataclass(frozen=True)

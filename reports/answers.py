@@ -27,7 +27,8 @@ from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference, 
 ABLATIONS = Path(__file__).resolve().parent.parent / "ablations"
 # what every other question leaves alone
 PLAIN = {"mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None, "mlp_multiple": None,
-         "ridge": None, "recovery": "", "quantisation": "", "engine": "transformers"}  # fmt: skip
+         "ridge": None, "recovery": "", "quantisation": "", "engine": "transformers", "speedup": None,
+         "budget": ""}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,9 @@ def widths_total(record: Record) -> tuple[int, int] | None:
 
 
 def setting_words(question: Question, record: Record) -> str:
-    """Where along the question a record stands: "30 % removed", "30 % (KV cache 50 %) removed"."""
+    """Where along the question a record stands: "30 % (KV cache 50 %) removed", "1.3 times the speed"."""
+    if "speedup" in question.along:
+        return f"{record.case.speedup:g} times the speed"
     if "ratio" not in question.along:
         return ""
     cache = record.case.kv_ratio if "kv_ratio" in question.along else None

@@ -198,6 +198,8 @@ def speed(found: Answer) -> list[str]:
     fastest = front.iloc[-1]
     dense = found.dense.metrics.get("decode_tokens_per_s") if found.dense else None
     times = f" ({plain(fastest['decode_tokens_per_s'] / dense, 3)} times the dense model's)" if dense else ""
+    if not pd.isna(fastest.get("decode_speedup", np.nan)):
+        times = f" ({speedup_of(fastest)})"
     error = fastest.get("decode_tokens_per_s_standard_error", np.nan)
     error = "" if pd.isna(error) else f" ± {error:.2g}"
     names = listed(f"“{row['label']}” with {row['setting']}" for _, row in front.iterrows())
@@ -205,7 +207,32 @@ def speed(found: Answer) -> list[str]:
         f"{len(front)} of {len(frame)} cells are beaten by no other in quality and speed at once: {names}.",
         f"The fastest of them, “{fastest['label']}” with {fastest['setting']}, decodes "
         f"{plain(fastest['decode_tokens_per_s'], 3)}{error} tokens per second{times} at {perplexity_of(fastest)}.",
+        *verdicts(frame),
     ]
+
+
+def speedup_of(row) -> str:
+    """How many times as fast as the dense model, run in turn, with the interval at 95 %."""
+    return (f"{plain(row['decode_speedup'], 3)} times the dense model's, {plain(row['decode_speedup_low'], 3)} to "
+            f"{plain(row['decode_speedup_high'], 3)}")  # fmt: skip
+
+
+def verdicts(frame: pd.DataFrame) -> list[str]:
+    """How many cells are faster than the dense model, slower, or neither for sure; nothing where none ran in turn."""
+    if "decode_speedup" not in frame or frame["decode_speedup"].isna().all():
+        return []
+    timed = frame[frame["decode_speedup"].notna()]
+    faster, slower = timed["decode_speedup_low"] > 1, timed["decode_speedup_high"] < 1
+    counts = {"faster": faster.sum(), "slower": slower.sum(), "inconclusive": (~faster & ~slower).sum()}
+    return [f"Run in turn with the dense model, of {len(timed)} cells "
+            f"{listed(f'{count} are {name}' for name, count in counts.items() if count)}."]  # fmt: skip
+
+
+def budgets(found: Answer) -> list[str]:
+    """Which budget loses least at the same speed, and what speed each was measured at."""
+    reached = [f"“{row['label']}” asked for {row['setting']} decodes at {speedup_of(row)}"
+               for _, row in found.frame.iterrows() if not pd.isna(row.get("decode_speedup", np.nan))]  # fmt: skip
+    return [*alternatives(found), *(["; ".join(reached) + "."] if reached else [])]
 
 
 def training(found: Answer) -> list[str]:

@@ -107,7 +107,7 @@ def _timed_alike(records: Sequence[Record]) -> tuple[list[Record], Counter]:
     for record in records:
         if is_timed(record) and record.environment["device"] != machine:
             others[f"speed, measured on {record.environment['device']}"] += 1
-            metrics, errors = ({name: value for name, value in one.items() if name != SPEED}
+            metrics, errors = ({name: value for name, value in one.items() if not name.startswith("decode_")}
                                for one in (record.metrics, record.standard_errors))  # fmt: skip
             record = replace(record, metrics=metrics, standard_errors=errors)
         kept.append(record)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import transact
+import transact.latency
 import transact.texts.sources
 from tests.tiny import tiny_llama
 from transact.models import EMBEDDED_MODEL
@@ -35,8 +36,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def samples_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """No test finds what another has sampled, nor leaves any behind; the embedded model stays where it is."""
+    """No test finds what another sampled or timed, nor leaves any behind; the embedded model stays where it is."""
     monkeypatch.setattr(transact.texts.sources, "cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr(transact.latency, "cache_directory", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,8 @@ class Maker:
         mlp = 1 - case.ratio if case.mlp_dim is None else case.mlp_dim / MLP
         share = case.only_layer is not None
         removed = case.ratio / LAYERS if share else 0.25 * (1 - attention) + 0.75 * (1 - mlp)
+        if case.speedup:
+            removed = {"latency": 0.9, "parameters": 1.0}[case.budget] * (1 - 1 / case.speedup)
         cost = COST.get(case.criterion, 0.0) * (0.7 if case.compensation != "none" else 1) * removed * (1 + 2 * removed)
         cost *= (1.15 if case.granularity == "heads" else 1.0) * (1.6 if case.rope == "released" else 1.0)
         cost *= 1 + 8 / (1 + case.calibration_samples) if case.calibration_samples else 1
@@ -82,6 +84,9 @@ class Maker:
         if case.decode_tokens:
             metrics["decode_tokens_per_s"] = 30 * (1 + removed) + self.generator.normal(0, 0.3)
             errors["decode_tokens_per_s"] = 0.4
+            if case.criterion != "dense" or case.quantisation:
+                metrics |= {"decode_speedup": 1 + removed, "decode_speedup_low": 0.98 + removed,
+                            "decode_speedup_high": 1.02 + removed}  # fmt: skip
         width = {"kv_heads": HEADS, "qk_head_dim": round(HEAD_DIM * attention), "mlp": round(MLP * mlp),
                  "v_head_dim": round(HEAD_DIM * attention)}  # fmt: skip
         return Record(
@@ -151,6 +156,8 @@ class Maker:
             yield self.record(replace(best, measurements=rounds, ratio=ratio))
         for heads, mlp in product((1, 8, 16), (1, 64, 128)):
             yield self.record(replace(BASE, head_multiple=heads, mlp_multiple=mlp, decode_tokens=64))
+        for budget, speedup in product(("latency", "parameters"), (1.1, 1.3)):
+            yield self.record(replace(best, ratio=0.0, speedup=speedup, budget=budget, decode_tokens=64))
         yield from self.recoveries()
         for quantisation in ("", "int8", "int4"):
             yield self.record(replace(DENSE, quantisation=quantisation, decode_tokens=64))

@@ -24,6 +24,7 @@ from bench.quality.zero_shot import evaluate_tasks
 from bench.suite.cluster import measured
 from tests.test_records import record
 from tests.tiny import random_plan, scores_of, tiny_llama
+from transact import timing
 from transact.__main__ import main
 from transact.calibration import Moments
 from transact.devices import resolve_device
@@ -122,7 +123,7 @@ def test_seconds_are_those_of_the_device_that_is_asked_for(two_gpus, monkeypatch
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert costs.seconds_of(lambda: None, torch.device("cuda:1")) == 2
+    assert timing.seconds_of(lambda: None, torch.device("cuda:1")) == 2
     assert recorded == [1, 1]
     assert two_gpus == [0]
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from itertools import cycle
 from xml.etree import ElementTree
 
 import pytest
@@ -510,3 +511,32 @@ def test_methods_that_need_no_text_have_a_page_of_several_texts(records, tmp_pat
     assert {one.method for one in chosen} >= {"dense", "magnitude", "random"}
     write_report(chosen, tmp_path)
     assert (tmp_path / "texts.md").exists()
+
+
+def test_speeds_run_in_turn_have_verdicts(records):
+    chosen = newest_set(records)
+    found = answer(BY_NAME["speed"], chosen)
+    fastest, verdict = BY_NAME["speed"].find(found)[1:]
+    assert re.search(r"tokens per second \(1\.\d+ times the dense model's, 1\.\d+ to 1\.\d+\)", fastest)
+    assert re.fullmatch(r"Run in turn with the dense model, of \d+ cells \d+ are faster\.", verdict)
+    changed = [
+        replace(record, metrics=record.metrics | {"decode_speedup_low": low, "decode_speedup_high": high})
+        if "decode_speedup" in record.metrics else record
+        for record, (low, high) in zip(records, cycle([(0.9, 1.1)] * 2 + [(0.8, 0.9)] * 2), strict=False)
+    ]  # fmt: skip
+    verdict = BY_NAME["speed"].find(answer(BY_NAME["speed"], newest_set(changed)))[-1]
+    assert "are slower" in verdict
+    assert "are inconclusive" in verdict
+    before = [replace(r, metrics={n: v for n, v in r.metrics.items() if "speedup" not in n}) for r in records]
+    assert len(BY_NAME["speed"].find(answer(BY_NAME["speed"], newest_set(before)))) == 2
+
+
+def test_budgets_are_compared_at_the_same_speed(records):
+    found = answer(BY_NAME["budget"], newest_set(records))
+    assert list(dict.fromkeys(found.frame["setting"])) == ["1.1 times the speed", "1.3 times the speed"]
+    assert set(found.frame["label"]) == {"latency", "parameters"}
+    sentences = BY_NAME["budget"].find(found)
+    assert sentences[0].startswith("“latency” loses least everywhere")
+    assert (
+        "“latency” asked for 1.3 times the speed decodes at 1.21 times the dense model's, 1.19 to 1.23" in sentences[-1]
+    )

@@ -241,3 +241,76 @@ def test_mistakes_are_one_line(arguments, named, capsys):
 def test_memory_without_a_number_is_refused(gib, capsys):
     assert main(["speed", "llama2-7b", "--memory-gib", gib]) == 2
     assert "memory must be" in capsys.readouterr().err
+
+
+def test_later_models_run_in_turn_with_the_first_and_a_verdict_is_recorded(checkpoint, tiny_directory, monkeypatch):
+    """A made-up clock: the dense model's prefill and decoding take 3 and 8 seconds, the pruned one's 3 and 4, or so."""
+    turns = []
+
+    def generated(model, ids, decode, step, cache):
+        is_pruned = model.config.model_type == "transact_llama"
+        turns.append("pruned" if is_pruned else "dense")
+        off = 1 + 0.01 * (len(turns) % 5)
+        return 3 * off, (4 if is_pruned else 8) * off
+
+    monkeypatch.setattr(speed, "generate_timed", generated)
+    monkeypatch.setattr(speed, "measure_roofline", lambda *arguments: Roofline(1e9, 1e9))
+    options = {"lengths": ((8, 2), (16, 2)), "dtype": "float32", "device": "cpu"}
+    records = list(run_grid([str(tiny_directory), str(checkpoint)], **options))
+    assert [record["reference"] for record in records] == [None, None, "tiny", "tiny"]
+    assert [record["verdicts"] for record in records[:2]] == [{}, {}]
+    for record in records[2:]:
+        assert record["verdicts"] == {"prefill": "inconclusive", "decode": "faster"}
+        metrics = record["metrics"]
+        assert 1.9 < metrics["decode_speedup_low"] < metrics["decode_speedup"] < metrics["decode_speedup_high"] < 2.1
+        assert metrics["prefill_speedup_low"] <= 1 <= metrics["prefill_speedup_high"]
+        assert len(record["samples"]["decode_s"]) == speed.REPEATS
+    assert turns[16:] == ["pruned", "dense", *["pruned", "dense", "dense", "pruned"] * 3, "pruned", "dense"] * 2
+
+
+def test_a_model_that_does_not_fit_beside_the_first_is_measured_alone(checkpoint, tiny_directory, monkeypatch):
+    monkeypatch.setattr(speed, "measure_roofline", lambda *arguments: Roofline(1e9, 1e9))
+    options = {"lengths": ((8, 2),), "dtype": "float32", "device": "cpu", "repeats": 1}
+    models = [str(tiny_directory), str(checkpoint)]
+    needed = [memory_needed(speed.config_of(name), context=10, batch=1, element_size=4) for name in models]
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "memory_of", lambda device: sum(needed) - 1)
+        assert [record["verdicts"] for record in run_grid(models, **options)] == [{}, {}]
+    assert [record["verdicts"] for record in run_grid(models, **options)] == [
+        {}, {"prefill": "inconclusive", "decode": "inconclusive"},
+    ]  # fmt: skip
+    measure = speed.measure_speed
+
+    def full(model, case, *arguments, reference=None, **options):
+        if reference is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(model, case, *arguments, **options)
+
+    monkeypatch.setattr(speed, "measure_speed", full)
+    records = list(run_grid(models, **options))
+    assert [(record["status"], record["verdicts"]) for record in records] == [("success", {}), ("success", {})]
+
+
+def test_verdicts_stand_in_the_table(tmp_path):
+    case = {"prefix": 8, "decode": 2, "batch": 1, "mode": "eager", "dtype": "float32", "device": "cpu"}
+    metrics = {"weight_bytes": 1, "latency_s": 1.0, "prefill_s": 0.5, "decode_s": 0.5, "kv_bytes_per_token": 1,
+               "decode_speedup": 1.25, "decode_speedup_low": 1.2, "decode_speedup_high": 1.3}  # fmt: skip
+    shared = {"schema": 1, "environment": {"device": "d", "torch": "t"}, "status": "failed", "metrics": metrics}
+    lines = [
+        {**shared, "case": {"model": "dense", **case}},  # as written before there were verdicts
+        {**shared, "case": {"model": "pruned", **case}, "reference": "dense", "verdicts": {"decode": "faster"}},
+    ]
+    (tmp_path / "speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    frame, complaints = read_speed(tmp_path / "speed.jsonl")
+    table, _ = write_speed_report(frame, tmp_path)
+    assert not complaints
+    assert "faster" in table
+    assert "decode_verdict" in (tmp_path / "speed.csv").read_text()
+
+
+def test_a_decoding_rate_beside_the_dense_model_s(monkeypatch):
+    seconds = {"llama": 2.0, "transact_llama": 1.0}
+    monkeypatch.setattr(speed, "generate_timed", lambda model, *rest: (1.0, seconds[model.config.model_type]))
+    rate, error, speedup = speed.decode_rate(narrow_model(), 10, reference=tiny_llama())
+    assert (rate, error, speedup.median, speedup.verdict) == (10, 0, 2, "faster")
+    assert speed.decode_rate(narrow_model(), 10) == (10, 0, None)

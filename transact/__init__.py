@@ -21,6 +21,7 @@ from .prune import apply_plan, check_prunable
 from .recipe import PRESETS, Recipe, recipe_by_name
 from .recovery import Recovered, Training, recover, shot_budgets
 from .scores import LayerScores
+from .speedup import SpeedGoal, speed_goal
 from .texts import calibration_windows, cut_windows, load_text, tokenise
 from .widths import (
     Widths,
@@ -47,6 +48,7 @@ __all__ = [
     "Pruned",
     "Recipe",
     "Recovered",
+    "SpeedGoal",
     "Statistics",
     "Training",
     "TransActConfig",
@@ -77,6 +79,7 @@ __all__ = [
     "searched_widths",
     "select",
     "shot_budgets",
+    "speed_goal",
     "tokenise",
     "uniform_widths",
     "widths_by_name",

@@ -50,6 +50,11 @@ def parameter_prices(config: PretrainedConfig) -> Prices:
     return prices
 
 
+def total_price(prices: Prices, widths: Sequence[Widths]) -> float:
+    """The price of all layers at these widths."""
+    return sum(sum(prices(layer)) for layer in widths)
+
+
 @dataclass(frozen=True)
 class _Group:
     """Parts of a layer (fields of `Widths`) whose widths are chosen together, and the same in all of `layers`.
@@ -127,6 +132,32 @@ def searched_widths(
     narrowest = _as_widths(groups, [0] * len(groups), current)
     widest = _as_widths(found[-1][2], [len(group.options) - 1 for group in found[-1][2]], current)
     _check_budgets(config, widths, ratio, kv_ratio or 0.0, narrowest, widest, modules, engine, tolerance)
+    return widths
+
+
+def widths_within(
+    config: PretrainedConfig,
+    scores: Sequence[LayerScores],
+    prices: Prices,
+    budget: float,
+    *,
+    kv_ratio: float | None = None,
+    modules: Sequence[str] = MODULES,
+) -> tuple[Widths, ...]:
+    """As `searched_widths` in transformers, by any price: all layers together cost at most `budget`.
+
+    Raises ValueError where the narrowest cost more, or keep too much of the KV cache.
+    """
+    check_ratio("kv-ratio", kv_ratio)
+    check_modules(config, modules, "dims")
+    [groups] = _alternatives(config, scores, modules, "transformers", prices)
+    choices, current = _choices(groups), widths_of(config)
+    picked = _cheapest(choices, budget, (1 - (kv_ratio or 0.0)) * kv_elements_per_token(dense_widths(config)))
+    if (spent := choices.spent(picked)[0]) > budget * (1 + 1e-9):
+        raise ValueError(f"budget {budget:.4g} is out of reach: the narrowest {'+'.join(modules)} cost {spent:.4g}")
+    widths = _as_widths(groups, _use_up(choices, picked, budget).flatten().tolist(), current)
+    if kv_fraction_removed(config, widths) < (kv_ratio or 0.0) - 1e-9:
+        _refuse_kv_ratio(config, kv_ratio, _as_widths(groups, [0] * len(groups), current), "+".join(modules))
     return widths
 
 
@@ -289,10 +320,7 @@ def _check_budgets(
     removed, kv_removed = fraction_removed(config, widths), kv_fraction_removed(config, cached(widths))
     of = "+".join(modules) + ("" if engine == "transformers" else f" that {engine} holds")
     if kv_removed < kv_ratio - 1e-9:
-        raise ValueError(
-            f"kv-ratio {kv_ratio} is out of reach: the narrowest {of} remove "
-            f"{kv_fraction_removed(config, cached(narrowest)):.3f} of the KV bytes"
-        )
+        _refuse_kv_ratio(config, kv_ratio, cached(narrowest), of)
     if removed < ratio - tolerance:
         raise ValueError(
             f"ratio {ratio} is out of reach: the narrowest {of} remove "
@@ -313,6 +341,13 @@ def _check_budgets(
             )
 
 
+def _refuse_kv_ratio(config: PretrainedConfig, kv_ratio: float, narrowest: Sequence[Widths], of: str) -> None:
+    raise ValueError(
+        f"kv-ratio {kv_ratio} is out of reach: the narrowest {of} remove "
+        f"{kv_fraction_removed(config, narrowest):.3f} of the KV bytes"
+    )
+
+
 def _use_up(choices: _Choices, picked: torch.Tensor, budget: float) -> torch.Tensor:
     """Widen groups, the best gain for its price first, while the budget allows; KV-free ones only (MLPs)."""
     picked, spent = picked.clone(), choices.spent(picked)[0]
@@ -325,7 +360,8 @@ def _use_up(choices: _Choices, picked: torch.Tensor, budget: float) -> torch.Ten
             if wider == choices.losses.shape[1] or choices.losses[row, wider].isinf():
                 continue
             extra = (choices.prices[row, wider] - choices.prices[row, choice]).item()
-            gain = (choices.losses[row, choice] - choices.losses[row, wider]).item() / extra
+            gained = (choices.losses[row, choice] - choices.losses[row, wider]).item()
+            gain = gained / extra if extra > 0 else math.inf
             if spent + extra <= budget and (best is None or gain > best[0]):
                 best = gain, row, extra
         if best is None:

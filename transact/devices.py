@@ -1,7 +1,9 @@
 """Devices by name, and what they can do."""
 
 import os
+import platform
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -39,3 +41,13 @@ def has_bfloat16(device: torch.device) -> bool:
         name = torch.cuda.get_device_name(device)
         warnings.warn(f"{name} is too old for bfloat16: float32 is used instead", stacklevel=2)
     return is_native
+
+
+def device_name(device: torch.device) -> str:
+    """The product name of a CUDA device, or else of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -28,7 +28,7 @@ TRUST = 0.75  # of the way that the widths follow them: a few thousand tokens sa
 FLOOR, MOST = 0.02, 10.0  # losses below this part of the mean are not told from nothing; factors of a round
 
 
-def measured_widths(
+def measured_scores(
     model: nn.Module,
     scores: Sequence[LayerScores],
     statistics: Sequence[LayerStatistics],
@@ -37,8 +37,8 @@ def measured_widths(
     *,
     rounds: int,
     progress: bool = False,
-) -> tuple[Widths, ...]:
-    """The widths that `widths_by` finds by cumulative scores once the pruned model's own sensitivity corrects them.
+) -> list[LayerScores]:
+    """Cumulative scores by which `widths_by` finds widths, once the pruned model's own sensitivity has corrected them.
 
     Losses are predicted for each module alone, from the dense model's gradients; errors of several modules add up
     otherwise. In each round the model is pruned to the widths found so far and refitted in closed form, and on windows
@@ -60,7 +60,7 @@ def measured_widths(
             compensate_on_dense_inputs(narrowed, model, plan, fitted, ridge=RIDGE)
         measured = error_slopes(narrowed, model, held_out, final).clamp(min=0) / 2
         factors = _next_factors(factors, measured, _predicted(scores, widths))
-    return widths_by(_scaled(scores, factors**TRUST))
+    return _scaled(scores, factors**TRUST)
 
 
 def fitted_alone(layer: LayerStatistics) -> LayerStatistics:

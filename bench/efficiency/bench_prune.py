@@ -13,12 +13,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 import transact
-from bench.efficiency.costs import seconds_of
 from bench.efficiency.memory import peak_memory_mib, reset_peak_memory
 from bench.efficiency.shapes import SMOLLM2_135M
 from bench.environment import fast_dtype
 from transact.devices import resolve_device
 from transact.models import DTYPES
+from transact.timing import seconds_of
 
 SEQ_LEN = 256
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from bench.efficiency.costs import decode_costs, measure_roofline, seconds_of
+from bench.efficiency.costs import decode_costs, measure_roofline
 from bench.efficiency.shapes import SMOLLM2_135M, narrowed, random_model, shape_by_name
 from bench.environment import fast_dtype
 from transact.devices import resolve_device
 from transact.models import DTYPES
+from transact.timing import seconds_of
 
 CONTEXT, TOKENS = 256, 8
 

@@ -1,6 +1,5 @@
 """What a model's widths cost: operations and bytes, the most that a device could do with them, what fits in memory."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from transact.prune import features_of
+from transact.timing import seconds_of
 from transact.widths import Widths, kv_elements_per_token, linear_parameters, widths_of
 
 
@@ -91,21 +91,6 @@ def _median_seconds(run, device: torch.device, rounds: int = 9) -> float:
     for _ in range(rounds + 2):
         samples.append(seconds_of(run, device))
     return sorted(samples[2:])[rounds // 2]  # the first two warm up
-
-
-def seconds_of(run, device: torch.device) -> float:
-    """Seconds of one call: by the device's own events on CUDA, by the clock elsewhere."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # events are recorded on the current one
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize(device)
-            return start.elapsed_time(end) / 1000
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 OVERHEAD = 0.08  # of the memory: allocator, activations and libraries

@@ -12,8 +12,9 @@ from ..output.tables import markdown_table, write_table
 from ..records import ENGINES_SCHEMA, SCALE_SCHEMA, SPEED_SCHEMA, read_lines
 
 COLUMNS = ["model", "mode", "prefix", "decode", "batch", "latency_s", "prefill_s", "decode_s", "decode_tokens_per_s",
+           "decode_speedup", "decode_speedup_low", "decode_speedup_high", "decode_verdict", "prefill_verdict",
            "prefill_roofline_fraction", "decode_roofline_fraction", "weight_mib", "kv_bytes_per_token",
-           "peak_memory_mib", "warm_up_s", "dtype", "device", "status", "error"]  # fmt: skip
+           "peak_memory_mib", "warm_up_s", "reference", "dtype", "device", "status", "error"]  # fmt: skip
 ENGINE_COLUMNS = ["model", "engine", "tokens_per_s", "mib", "same_tokens"]
 HATCHES = ("", "///", "...")
 
@@ -23,6 +24,8 @@ def read_speed(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
 
     def row_of(record: dict) -> tuple[tuple, dict]:
         row = {**record["case"], **record["metrics"], "status": record["status"], "error": record.get("error")}
+        row |= {f"{name}_verdict": verdict for name, verdict in record.get("verdicts", {}).items()}
+        row |= {"reference": record.get("reference")}
         row |= {"hardware": record["environment"]["device"], "torch": record["environment"]["torch"]}
         return tuple(record["case"].values()), row
 
@@ -41,7 +44,10 @@ def write_speed_report(frame: pd.DataFrame, directory: str | os.PathLike) -> tup
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     hardware = ", ".join(sorted(frame["hardware"].unique()))
-    note = f"{hardware}; torch {', '.join(sorted(frame['torch'].unique()))}. Medians; random weights where a shape."
+    note = (
+        f"{hardware}; torch {', '.join(sorted(frame['torch'].unique()))}. Medians; random weights where a shape. "
+        "Speed-ups are medians of runs in turn with the reference, with intervals at 95 %; inconclusive: 1 lies within."
+    )
     files = write_table(directory / "speed", "Latency, throughput and memory", note, frame, COLUMNS)
     done = frame[frame["status"] == "success"]
     if len(done):
@@ -51,7 +57,7 @@ def write_speed_report(frame: pd.DataFrame, directory: str | os.PathLike) -> tup
         files += write_figure(directory / "roofline", plot_roofline(done, hardware))
         if done["batch"].nunique() > 1:
             files += write_figure(directory / "throughput", plot_throughput(done, hardware))
-    return markdown_table(frame, COLUMNS[:12]), files
+    return markdown_table(frame, COLUMNS[:14]), files
 
 
 def _lines(frame: pd.DataFrame):

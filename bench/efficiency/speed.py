@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transact.devices import resolve_device
 from transact.entry import in_one_line
 from transact.gradients import free_memory
 from transact.models import DTYPES, load_model, read_config
+from transact.timing import Ratio, in_turn, ratio_of, seconds_of
 
 from ..environment import environment, fast_dtype
 from ..records import SPEED_SCHEMA
@@ -30,11 +31,11 @@ from .costs import (
     measure_roofline,
     memory_needed,
     prefill_costs,
-    seconds_of,
 )
 from .memory import kv_bytes_per_token, peak_memory_mib, release, reset_peak_memory, weight_bytes
 from .shapes import SHAPES, random_model, shape_by_name
 
+REPEATS = 7  # of which an interval can be told, from the least to the largest
 PREFIX = 64  # tokens before those whose decoding is timed
 MODES = ("eager", "static", "captured", "graphs")
 # (prefix, decoded) tokens: the paper's figure, and one that two CPU cores finish
@@ -87,7 +88,6 @@ def decode_step(model: nn.Module, mode: str):
         return CapturedStep(step)
     if mode != "graphs":
         return step
-    forget_compiled()
     compiled = torch.compile(step, mode="reduce-overhead" if model.device.type == "cuda" else "default", dynamic=False)
 
     def marked(token: torch.Tensor, cache) -> torch.Tensor:
@@ -125,8 +125,8 @@ class CapturedStep:
         return self.following.clone()
 
 
-def measure_speed(model: nn.Module, case: SpeedCase, roofline: Roofline, *, repeats: int = 5, warm_up: int = 1) -> dict:
-    """Metrics and raw samples of a case: medians of `repeats` runs after `warm_up`, which is reported apart."""
+def runner(model: nn.Module, case: SpeedCase) -> Callable[[], tuple[float, float]]:
+    """A function that generates as the case says and gives the seconds of prefill and of decoding."""
     ids = torch.randint(0, model.config.vocab_size, (case.batch, case.prefix), device=model.device)
     step, length = decode_step(model, case.mode), case.prefix + case.decode + 1
     static = None if case.mode == "eager" else StaticCache(config=model.config, max_cache_len=length)
@@ -138,12 +138,41 @@ def measure_speed(model: nn.Module, case: SpeedCase, roofline: Roofline, *, repe
             static.reset()
         return generate_timed(model, ids, case.decode, step, static)
 
+    return run
+
+
+def measure_speed(
+    model: nn.Module,
+    case: SpeedCase,
+    roofline: Roofline,
+    *,
+    repeats: int = REPEATS,
+    warm_up: int = 1,
+    reference: nn.Module | None = None,
+) -> dict:
+    """Metrics and raw samples of a case: medians of `repeats` runs after `warm_up`, which is reported apart.
+
+    With a `reference` both run in turn; metrics say how many times as fast as that the model is, and `verdicts` whether
+    it is faster, slower, or that is inconclusive.
+    """
+    if case.mode == "graphs":
+        forget_compiled()
+    run = runner(model, case)
     reset_peak_memory(model.device)
     start = time.perf_counter()
     for _ in range(warm_up):
         run()
     warm_up_s = time.perf_counter() - start
-    samples = [run() for _ in range(repeats)]
+    if reference is None:
+        [samples], ratios = in_turn([run], repeats), {}
+        peak = peak_memory_mib(model.device)
+    else:
+        peak = max(0.0, peak_memory_mib(model.device) - weight_bytes(reference) / 2**20)  # that lies there too
+        beside = runner(reference, case)
+        for _ in range(warm_up):
+            beside()
+        samples, references = in_turn([run, beside], repeats)
+        ratios = speedups(references, samples)
     prefill_s, decode_s = (statistics.median(column) for column in zip(*samples, strict=True))
     size = model.dtype.itemsize
     middle = decode_costs(model.config, context=case.prefix + case.decode // 2, batch=case.batch, element_size=size)
@@ -165,27 +194,50 @@ def measure_speed(model: nn.Module, case: SpeedCase, roofline: Roofline, *, repe
             "warm_up_s": warm_up_s,
             "weight_bytes": weight_bytes(model),
             "kv_bytes_per_token": kv_bytes_per_token(model),
-            "peak_memory_mib": peak_memory_mib(model.device),
+            "peak_memory_mib": peak,
             "copy_bytes_per_s": roofline.bytes_per_second,
             "matrix_operations_per_s": roofline.operations_per_second,
+            **speedup_metrics(ratios),
         },
         "samples": {"prefill_s": [pair[0] for pair in samples], "decode_s": [pair[1] for pair in samples]},
+        "verdicts": {name: ratio.verdict for name, ratio in ratios.items()},
     }
 
 
-def decode_rate(model: nn.Module, tokens: int, *, prefix: int = PREFIX, repeats: int = 7) -> tuple[float, float]:
+def speedups(references: Sequence[tuple[float, float]], samples: Sequence[tuple[float, float]]) -> dict[str, Ratio]:
+    """Of "prefill" and of "decode" how many times as fast the samples are as the references that ran beside them."""
+    pairs = zip(zip(*references, strict=True), zip(*samples, strict=True), strict=True)
+    return dict(zip(("prefill", "decode"), (ratio_of(*pair) for pair in pairs), strict=True))
+
+
+def speedup_metrics(ratios: Mapping[str, Ratio]) -> dict[str, float]:
+    """Speed-ups by name and their intervals as metrics of a record."""
+    metrics = {}
+    for name, ratio in ratios.items():
+        metrics |= {f"{name}_speedup": ratio.median, f"{name}_speedup_low": ratio.low}
+        metrics[f"{name}_speedup_high"] = ratio.high
+    return metrics
+
+
+def decode_rate(
+    model: nn.Module, tokens: int, *, prefix: int = PREFIX, repeats: int = REPEATS, reference: nn.Module | None = None
+) -> tuple[float, float, Ratio | None]:
     """Decoded tokens per second, the median of `repeats` after one that warms up, and its standard error.
 
     One sequence with a growing cache, `tokens` after `prefix`. The standard error of a median is 1.25 times that of a
-    mean where samples scatter normally.
+    mean where samples scatter normally. With a `reference` both decode in turn; how many times as fast the model does,
+    comes third.
     """
-    ids = torch.zeros((1, prefix), dtype=torch.int64, device=model.device)
-    step = decode_step(model, "eager")
-    rates = []
-    for _ in range(repeats + 1):
-        cache = DynamicCache(config=model.config)
-        rates.append(tokens / generate_timed(model, ids, tokens, step, cache)[1])
-    return statistics.median(rates[1:]), 1.25 * statistics.stdev(rates[1:]) / repeats**0.5
+
+    def rate_of(one: nn.Module) -> Callable[[], float]:
+        ids = torch.zeros((1, prefix), dtype=torch.int64, device=one.device)
+        step = decode_step(one, "eager")
+        return lambda: tokens / generate_timed(one, ids, tokens, step, DynamicCache(config=one.config))[1]
+
+    models = [model] if reference is None else [model, reference]
+    rates, *beside = [column[1:] for column in in_turn([rate_of(one) for one in models], repeats + 1)]
+    error = 1.25 * statistics.stdev(rates) / repeats**0.5
+    return statistics.median(rates), error, ratio_of(rates, *beside) if beside else None
 
 
 def config_of(name: str) -> PretrainedConfig:
@@ -208,11 +260,12 @@ def run_grid(
     modes: Sequence[str] = ("eager",),
     dtype: str = "auto",
     device: str = "auto",
-    repeats: int = 5,
+    repeats: int = REPEATS,
 ) -> Iterator[dict]:
     """A record of every cell, as it is measured; of what does not fit or fails one that says so, and the grid goes on.
 
-    A model that ran out of memory at a batch is not tried at larger ones of the same length.
+    A model that ran out of memory at a batch is not tried at larger ones of the same length. The first model is the
+    reference: where memory holds both, each other one runs in turn with it, and its record says how much faster it is.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -226,6 +279,7 @@ def run_grid(
     shared = {"schema": SPEED_SCHEMA, "environment": environment(where)}
     cells = [*itertools.product(modes, lengths, sorted(batches))]
     with tqdm(total=len(models) * len(cells), desc="speed", unit="cell", disable=None) as bar:
+        reference = None
         for name, config in configs.items():
             model, full = None, set()
             for mode, (prefix, decode), batch in cells:
@@ -237,13 +291,16 @@ def run_grid(
                     else:
                         roofline = roofline or measure_roofline(where, DTYPES[dtype])
                         model = model or _model(name, config, dtype, where)
-                        outcome |= _measured(model, case, roofline, repeats)
+                        beside = reference if _fits_beside(config, configs[models[0]], case, memory) else None
+                        outcome |= _measured(model, case, roofline, repeats, beside)
+                        outcome["reference"] = names[0] if outcome.get("verdicts") else None
                 except torch.OutOfMemoryError as error:
                     full.add((mode, prefix, decode))
                     outcome = _without_figures("out of memory", str(error).splitlines()[0])
                     release(where)
                 yield shared | {"case": asdict(case)} | outcome
                 bar.update()
+            reference = model if name == models[0] and len(models) > 1 else reference
             del model
             if "graphs" in modes:
                 forget_compiled()
@@ -263,12 +320,25 @@ def _misfit(config: PretrainedConfig, case: SpeedCase, memory: int, full: set[tu
     return None
 
 
-def _measured(model: nn.Module, case: SpeedCase, roofline: Roofline, repeats: int) -> dict:
-    """What `measure_speed` gives, or why it failed: compilation may, where there is no compiler, and only then."""
+def _fits_beside(config: PretrainedConfig, other: PretrainedConfig, case: SpeedCase, memory: int) -> bool:
+    """Whether memory holds two models and their caches at once."""
+    size, tokens = DTYPES[case.dtype].itemsize, case.prefix + case.decode
+    needed = (memory_needed(one, context=tokens, batch=case.batch, element_size=size) for one in (config, other))
+    return sum(needed) <= memory and tokens <= other.max_position_embeddings
+
+
+def _measured(model: nn.Module, case: SpeedCase, roofline: Roofline, repeats: int, reference: nn.Module | None) -> dict:
+    """What `measure_speed` gives, or why it failed: compilation may, where there is no compiler, and only then.
+
+    Where memory does not hold it beside the reference, it is measured alone.
+    """
     try:
-        return measure_speed(model, case, roofline, repeats=repeats)
+        return measure_speed(model, case, roofline, repeats=repeats, reference=reference)
     except torch.OutOfMemoryError:
-        raise
+        if reference is None:
+            raise
+        release(model.device)
+        return _measured(model, case, roofline, repeats, None)
     except Exception as error:  # compilers raise whatever they like
         return _without_figures("failed", f"{type(error).__name__}: {in_one_line(error)}")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from transact.cache import cache_directory
 from transact.checkpoint import all_or_nothing
-from transact.models import cache_directory
 
 VERSION = 1.0
 WORDS = tomllib.loads(Path(__file__).with_name("probe_words.toml").read_text(encoding="utf-8"))

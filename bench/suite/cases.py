@@ -62,6 +62,6 @@ def ids_hash(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def is_plain_preset(case: Case) -> bool:
     """Whether it is the dense model, or a preset with the widths that a ratio gives: measured on other texts too."""
-    named = case.mha_dim, case.mlp_dim, case.only_layer, case.head_multiple, case.mlp_multiple
+    named = case.mha_dim, case.mlp_dim, case.only_layer, case.head_multiple, case.mlp_multiple, case.speedup
     is_preset = case.criterion == "dense" or recipe_of(case) in transact.PRESETS.values()
     return is_preset and all(width is None for width in named)

@@ -13,11 +13,12 @@ from torch import nn
 
 import transact
 from transact.checkpoint import model_hash
+from transact.pipeline import check_task
 from transact.texts import SELF, Source, Text, calibration_sources, mixed, source_names
 
 from ..efficiency.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
 from ..efficiency.quantise import check_format, packed_weight_bytes, quantised, torchao_version
-from ..efficiency.speed import decode_rate
+from ..efficiency.speed import PREFIX, decode_rate, speedup_metrics
 from ..environment import code_hash, environment, fast_dtype
 from ..quality.texts import load_evaluation_texts, windows_of
 from ..records import Case, Record
@@ -194,6 +195,8 @@ class Workbench:
         only_layer: int | None = None,
         head_multiple: int | None = None,
         mlp_multiple: int | None = None,
+        speedup: float | None = None,
+        budget: str = "",
         decode_tokens: int = 0,
         quantisation: str = "",
         recovery: str = "",
@@ -206,8 +209,9 @@ class Workbench:
         """The case of a recipe, or of a preset by name; one that takes no text does not name any.
 
         See `Case` for what the widths mean. With `everywhere` it is measured on the other evaluation texts, as presets
-        are. `calibration`, `samples` and `seq_len` are the workbench's own where they
-        are left out. Raises ValueError, before anything is measured, for what this model or text cannot give.
+        are. `calibration`, `samples` and `seq_len` are the workbench's own where they are left out. `speedup` is asked
+        for instead of a ratio, by a `budget` of `transact.speed_goal`, at the context that decoding is timed at. Raises
+        ValueError, before anything is measured, for what this model or text cannot give.
         """
         recipe = transact.recipe_by_name(recipe) if isinstance(recipe, str) else recipe
         recipe.check()
@@ -230,8 +234,10 @@ class Workbench:
         case = replace(
             self.dense_case, **recipe_fields(recipe), ratio=ratio, kv_ratio=kv_ratio, mha_dim=mha_dim,
             mlp_dim=mlp_dim, only_layer=only_layer, head_multiple=head_multiple, mlp_multiple=mlp_multiple,
-            decode_tokens=decode_tokens, **fields,
+            speedup=speedup, budget=budget, decode_tokens=decode_tokens, **fields,
         )  # fmt: skip
+        if speedup is not None:
+            check_task(self.dense, recipe, kv_ratio=kv_ratio, speedup=speedup)
         self.widths(case)
         case = self.with_other_texts(case, everywhere=everywhere)
         return self.with_quantisation(self.with_recovery(case, recovery, recovery_tokens), quantisation)
@@ -360,8 +366,15 @@ class Workbench:
             windows = self.windows_of(case)
             statistics, seconds["calibrate_s"] = self._calibrations.statistics(windows, recipe)
         start = time.perf_counter()
+        goal = None
+        if case.speedup is not None:
+            goal = transact.speed_goal(
+                self.dense, case.speedup, context=PREFIX, modules=recipe.modules,
+                budget=case.budget, progress=True,
+            )  # fmt: skip
         pruned = transact.prune(
-            self.dense, windows, recipe=recipe, ratio=case.ratio, kv_ratio=case.kv_ratio, widths=self.widths(case),
+            self.dense, windows, recipe=recipe, ratio=None if goal else case.ratio, kv_ratio=case.kv_ratio,
+            widths=self.widths(case), speedup=goal,
             statistics=statistics, seed=case.seed, train=self._trainer(case, history), progress=True,
         )  # fmt: skip
         seconds["prune_s"] = time.perf_counter() - start
@@ -393,8 +406,11 @@ class Workbench:
             metrics["packed_weight_bytes"] = packed_weight_bytes(model)
             environment = {**environment, "torchao": torchao_version()}
         if case.decode_tokens:
-            rate, error = decode_rate(model, case.decode_tokens)
+            reference = None if case.criterion == "dense" and not case.quantisation else self.dense
+            rate, error, speedup = decode_rate(model, case.decode_tokens, reference=reference)
             metrics["decode_tokens_per_s"], figures["standard_errors"]["decode_tokens_per_s"] = rate, error
+            if speedup is not None:
+                metrics |= speedup_metrics({"decode": speedup})
         return Record(
             case=case,
             method=method_of(case),

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 import transformers
@@ -15,10 +16,13 @@ from ..devices import resolve_device
 from ..engines import ENGINES
 from ..entry import check_seed
 from ..export import check_exportable
+from ..latency import TOKENS
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
 from ..pipeline import Pruned, check_task, prune, stage
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
+from ..speedup import DEFAULT_CONTEXT, SpeedGoal, check_speedup, speed_goal
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
+from ..timing import Ratio
 from ..widths import (
     GRANULARITIES,
     MODULES,
@@ -56,6 +60,17 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--mha-dim", metavar="N", type=int, help="instead of a ratio: attention heads x kept dimensions per head"
     )
     much.add_argument("--mlp-dim", metavar="N", type=int, help="instead of a ratio: kept dimensions of every MLP")
+    much.add_argument(
+        "--speedup",
+        metavar="TIMES",
+        type=float,
+        help="instead of a ratio: how many times as fast, measured on this device",
+    )
+    much.add_argument("--speed-of", metavar="NAME", help=f"what is to be so fast: {', '.join(TOKENS)} ({TOKENS[0]})")
+    much.add_argument("--speed-batch", metavar="N", type=int, help="of so many sequences (1)")
+    much.add_argument(
+        "--speed-context", metavar="N", type=int, help=f"with so many tokens each ({DEFAULT_CONTEXT}, or all that fit)"
+    )
     what = parser.add_argument_group(
         "what goes, and what makes up for it", "a preset, and what is to differ from it (nothing)"
     )
@@ -114,6 +129,16 @@ def check_prune_options(options: argparse.Namespace) -> None:
     """Raise ValueError for numbers that are not allowed and options that exclude each other."""
     if _names_widths(options) and (options.ratio is not None or options.kv_ratio is not None):
         raise ValueError("--ratio/--kv-ratio and --mha-dim/--mlp-dim both name widths; give one of them")
+    if options.speedup is None:
+        for name in ("speed_of", "speed_batch", "speed_context"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for a speed-up: give --speedup as well")
+    else:
+        check_speedup(options.speedup)
+        if options.ratio is not None or _names_widths(options):
+            raise ValueError("--speedup and --ratio or --mha-dim/--mlp-dim both say how much goes; give one of them")
+        if options.layerwise:
+            raise ValueError("--speedup is measured of a model that runs as a whole: drop --layerwise")
     check_ratio("ratio", _ratio(options))
     check_ratio("kv-ratio", options.kv_ratio)
     if options.samples < 1:
@@ -137,8 +162,18 @@ def _names_widths(options: argparse.Namespace) -> bool:
     return options.mha_dim is not None or options.mlp_dim is not None
 
 
-def _ratio(options: argparse.Namespace) -> float:
-    return DEFAULT_RATIO if options.ratio is None else options.ratio
+def _ratio(options: argparse.Namespace) -> float | None:
+    """The ratio asked for, or by default where nothing else says how much goes."""
+    return DEFAULT_RATIO if options.ratio is None and options.speedup is None else options.ratio
+
+
+def goal_of(options: argparse.Namespace, dense: torch.nn.Module, recipe: Recipe) -> SpeedGoal:
+    """The speed-up asked for, once it is measured that it can be had."""
+    return speed_goal(
+        dense, options.speedup, tokens=options.speed_of or TOKENS[0],
+        batch=1 if options.speed_batch is None else options.speed_batch, context=options.speed_context,
+        modules=recipe.modules, progress=True,
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
@@ -158,7 +193,11 @@ def run(options: argparse.Namespace) -> None:
         widths = widths_by_name(
             dense.config, mha_dim=options.mha_dim, mlp_dim=options.mlp_dim, granularity=recipe.granularity
         )
-    check_task(dense, recipe, ratio=_ratio(options), kv_ratio=options.kv_ratio, widths=widths)
+    check_task(dense, recipe, ratio=_ratio(options), kv_ratio=options.kv_ratio, widths=widths, speedup=options.speedup)
+    goal = None
+    if options.speedup is not None:
+        with stage(seconds, "time"):
+            goal = goal_of(options, dense, recipe)
     if options.layerwise and recipe.measures(None):
         tell("--layerwise: the pruned model never runs as a whole, so no measurements correct the searched widths")
     if options.tokens is not None:
@@ -175,11 +214,11 @@ def run(options: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     pruned = prune(
         dense, windows, recipe=recipe, ratio=_ratio(options), kv_ratio=options.kv_ratio, widths=widths,
-        seed=options.seed, device=device if options.layerwise else None, train=train, progress=True,
+        speedup=goal, seed=options.seed, device=device if options.layerwise else None, train=train, progress=True,
     )  # fmt: skip
     if train and not train.recovered[-1].is_main:
         return
-    pruned.seconds = seconds | pruned.seconds
+    pruned.seconds = seconds | {name: seconds.get(name, 0) + value for name, value in pruned.seconds.items()}
     if windows is not None:
         counts = ", ".join(f"{len(source.windows)} of {source.name}" for source in sources)
         tell(f"calibrated on {counts.replace(' of', ' windows of', 1)}")
@@ -190,6 +229,7 @@ def run(options: argparse.Namespace) -> None:
         "criterion": recipe.criterion,
         "ratio_asked": None if widths else _ratio(options),
         "kv_ratio_asked": options.kv_ratio,
+        "speed": speed_summary(goal, pruned.speed) if goal else None,
         **pruning_summary(dense, pruned),
         "recovery": train.summaries() if train else [],
         "calibration": calibration_summary(options.calibration, sources, windows) if sources else None,
@@ -208,6 +248,28 @@ def run(options: argparse.Namespace) -> None:
         f"{pruning['kv_fraction_removed']:.1%} of the KV cache removed, {pruning['parameters_before']:,} -> "
         f"{pruning['parameters_after']:,} parameters in {sum(pruned.seconds.values()):.1f} s"
     )
+    if goal:
+        print_speed(out, goal, pruned.speed)
+
+
+def speed_summary(goal: SpeedGoal, measured: Ratio) -> dict:
+    """What `pruning.json` says of a speed-up: asked for, measured with its interval, of what, and where."""
+    return {
+        "speedup_asked": goal.speedup, "speedup": measured.median, "low": measured.low, "high": measured.high,
+        "verdict": measured.verdict, "met": goal.is_met(measured), **asdict(goal.workload),
+        **{name: goal.conditions[name] for name in ("device", "threads", "dtype")},
+    }  # fmt: skip
+
+
+def print_speed(out: Path, goal: SpeedGoal, measured: Ratio) -> None:
+    """Print the measured speed-up; warn where it is not the one asked for."""
+    print(
+        f"{out}: {goal.workload.tokens} of {goal.workload.batch} x {goal.workload.context} tokens is "
+        f"{measured.median:.2f} times as fast as the dense model's ({measured.low:.2f} to {measured.high:.2f} at "
+        f"95 %: {measured.verdict}), asked for {goal.speedup:g}"
+    )
+    if not goal.is_met(measured):
+        tell(f"warning: the speed-up of {goal.speedup:g} is missed by more than the noise of its measurement")
 
 
 def calibration_summary(calibration: str, sources: list[Source], windows: torch.Tensor) -> dict:

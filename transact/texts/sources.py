@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models import cache_directory
+from ..cache import cache_directory
 from .named import TEXTS, cut_windows, load_text, tokenise
 from .samples import own_samples
 

@@ -1,0 +1,14 @@
+"""At the same measured speed: is quality better where widths are priced by the seconds they take, or by parameters?"""
+
+from transact.speedup import BUDGETS
+
+QUICK = {"budget": BUDGETS, "speedup": (1.3,), "decode_tokens": (16,)}
+FULL = {"budget": BUDGETS, "speedup": (1.1, 1.3, 1.5), "decode_tokens": (64,)}
+
+
+def test_dense(workbench, record):
+    record(workbench.dense_case)
+
+
+def test_budget(workbench, record, budget, speedup, decode_tokens):
+    record(workbench.case("best", speedup=speedup, budget=budget, decode_tokens=decode_tokens))

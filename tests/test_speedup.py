@@ -1,0 +1,394 @@
+"""A speed-up as the budget: planned by made-up tables, reached on made-up devices. No test depends on a clock."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import transact
+from tests.tiny import tiny_llama, tiny_relative
+from transact import latency, speedup
+from transact.__main__ import main
+from transact.allocate import parameter_prices, removal_losses, total_price, widths_within
+from transact.latency import LatencyTable, Workload, compared, latency_table, measured_table, model_of_widths, on_line
+from transact.scores import LayerScores
+from transact.speedup import budget_at, narrowest_widths, speed_goal, widths_at_speed
+from transact.timing import Ratio
+from transact.widths import MODULES, dense_widths, kv_fraction_removed, widths_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
+WINDOWS = torch.randint(1, 97, (16, 24), generator=torch.Generator().manual_seed(3))
+# heads that differ in width take a little longer than as many in all that do not
+TABLE = LatencyTable(
+    equal=((2, 1.0), (16, 8.0)),
+    unequal=((2, ((4, 1.9), (14, 5.0))), (16, ((4, 5.4), (14, 8.2)))),
+    mlp=((1, 1.0), (20, 12.0), (40, 16.0)),
+)
+
+
+def test_lines_rise_and_go_on_straight():
+    points = ((8, 2.0), (16, 1.5), (32, 4.0))
+    assert [on_line(width, points) for width in (4, 8, 12, 16, 24, 32, 40)] == [2, 2, 2, 2, 3, 4, 5]
+    assert on_line(0, ((8, 1.0), (16, 4.0))) == 0
+    assert on_line(5, ((8, 3.0),)) == 3
+
+
+def test_attention_of_unequal_widths_has_lines_of_its_own():
+    whole = transact.Widths(2, 16, 16, 40)
+    assert TABLE.prices(whole) == (8, 16)
+    assert TABLE.prices(replace(whole, qk_head_dim=2, v_head_dim=4)) == (pytest.approx(1.9), 16)
+    assert TABLE.prices(replace(whole, qk_head_dim=9, v_head_dim=4, mlp=10))[0] == pytest.approx((1.9 + 5.4) / 2)
+    assert TABLE.prices(replace(whole, mlp=10))[1] == pytest.approx(1 + 11 * 9 / 19)
+
+
+def made_up_scores(config: LlamaConfig, seed: int = 0) -> list[LayerScores]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def rising(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator).cumsum(-1) * torch.rand((), generator=generator)
+
+    one = dense_widths(config)[0]
+    return [
+        LayerScores(
+            rising(one.kv_heads, one.qk_head_dim // 2), rising(one.kv_heads, one.v_head_dim), rising(one.mlp)
+        )
+        for _ in range(config.num_hidden_layers)
+    ]  # fmt: skip
+
+
+def loss_of(scores: list[LayerScores], widths) -> float:
+    return sum(
+        (removal_losses(layer.rope_pairs)[one.qk_head_dim // 2] + removal_losses(layer.value_dims)[one.v_head_dim]
+         + removal_losses(layer.mlp_dims)[one.mlp]).item()
+        for layer, one in zip(scores, widths, strict=True)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0.15, 0.3, 0.5, 0.8, 1.0])
+def test_a_budget_of_the_table_s_seconds_is_met_and_used_up(share):
+    config = tiny_llama(layers=4).config
+    scores, whole = made_up_scores(config), total_price(TABLE.prices, dense_widths(config))
+    widths = widths_within(config, scores, TABLE.prices, share * whole)
+    spent = total_price(TABLE.prices, widths)
+    assert spent <= share * whole * (1 + 1e-9)
+    widest_step = max(
+        TABLE.prices(replace(one, mlp=one.mlp + 1))[1] - TABLE.prices(one)[1] for one in widths if one.mlp < 40
+    ) if any(one.mlp < 40 for one in widths) else 0  # fmt: skip
+    assert spent + widest_step > share * whole * (1 - 1e-9) or widths == dense_widths(config)
+    with_cache = widths_within(config, scores, TABLE.prices, share * whole, kv_ratio=0.5)
+    assert kv_fraction_removed(config, with_cache) >= 0.5
+    assert total_price(TABLE.prices, with_cache) <= share * whole * (1 + 1e-9)
+
+
+def test_planning_equals_trying_everything():
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2, intermediate_size=4, num_hidden_layers=2)
+    table = LatencyTable(
+        equal=((2, 1.0), (4, 2.0)), unequal=((2, ((1, 1.4), (3, 2.1))), (4, ((1, 2.0), (3, 2.6)))),
+        mlp=((1, 1.0), (4, 3.0)),
+    )  # fmt: skip
+    layers = [transact.Widths(2, *one) for one in itertools.product((2, 4), (1, 2, 3, 4), (1, 2, 3, 4))]
+    for seed in range(5):
+        scores = made_up_scores(config, seed)
+        alone = [[(loss_of([layer], [one]), sum(table.prices(one))) for one in layers] for layer in scores]
+        tried = [(a[0] + b[0], a[1] + b[1]) for a, b in itertools.product(*alone)]
+        # budgets at which a price of a second splits the choice: between them only the last MLPs are filled up greedily
+        budgets = {min(tried, key=lambda one, price=price: one[0] + price * one[1])[1] for price in
+                   (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}  # fmt: skip
+        assert len(budgets) > 2
+        for budget in budgets:
+            widths = widths_within(config, scores, table.prices, budget)
+            best = min(loss for loss, price in tried if price <= budget * (1 + 1e-9))
+            assert loss_of(scores, widths) == pytest.approx(best)
+
+
+def test_equal_widths_are_kept_where_unequal_ones_cost_more():
+    """Values that lose nothing would go alone by parameters; by a table where that is slower they do not."""
+    config = tiny_llama(layers=2).config
+    scores = [replace(one, value_dims=one.value_dims * 1e-6) for one in made_up_scores(config)]
+    budget = 0.9 * total_price(TABLE.prices, dense_widths(config))
+    slow = replace(TABLE, unequal=tuple((q, tuple((v, s + 50) for v, s in line)) for q, line in TABLE.unequal))
+    assert all(one.qk_head_dim == one.v_head_dim for one in widths_within(config, scores, slow.prices, budget))
+    by_parameters = parameter_prices(config)
+    widths = widths_within(config, scores, by_parameters, 0.9 * total_price(by_parameters, dense_widths(config)))
+    assert any(one.qk_head_dim > one.v_head_dim for one in widths)
+
+
+def test_a_budget_out_of_reach_is_refused():
+    config = tiny_llama().config
+    with pytest.raises(ValueError, match=r"budget 1 is out of reach: the narrowest qk\+vo\+mlp cost 4"):
+        widths_within(config, made_up_scores(config), TABLE.prices, 1.0)
+    with pytest.raises(ValueError, match=r"kv-ratio 0\.95 is out of reach: the narrowest qk\+vo\+mlp remove 0\.875"):
+        widths_within(config, made_up_scores(config), TABLE.prices, 40.0, kv_ratio=0.95)
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[Workload]:
+    """Tables are made up instead of measured; the list tells how often."""
+    calls = []
+
+    def made_up(dense, workload, *, progress=False):
+        calls.append(workload)
+        return TABLE
+
+    monkeypatch.setattr(latency, "measured_table", made_up)
+    return calls
+
+
+def test_tables_are_kept_and_told_apart(measured, tmp_path, monkeypatch):
+    dense, workload = tiny_llama(), Workload(context=64)
+    assert latency_table(dense, workload) == latency_table(dense, workload) == TABLE
+    assert len(measured) == 1
+    others = [Workload("prefill", context=64), Workload(context=32), Workload(batch=2, context=64)]
+    for other in (*others, *others):
+        latency_table(dense, other)
+    assert len(measured) == 4
+    latency_table(tiny_llama().to(torch.bfloat16), workload)
+    latency_table(tiny_llama("mha"), workload)
+    assert len(measured) == 6
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    latency_table(dense, workload)
+    monkeypatch.setattr(latency, "device_name", lambda device: "another processor")
+    latency_table(dense, workload)
+    assert len(measured) == 8
+    latency_table(dense, workload)
+    assert len(measured) == 8
+    assert len(list((tmp_path / "cache" / "latency").iterdir())) == 8
+
+
+def test_a_table_of_other_conditions_or_torn_is_measured_anew(measured, tmp_path):
+    dense, workload = tiny_llama(), Workload(context=64)
+    latency_table(dense, workload)
+    [file] = (tmp_path / "cache" / "latency").iterdir()
+    whole = file.read_text()
+    for text in (whole.replace('"threads": ', '"threads": 9'), whole[:40], "[]", '{"conditions": {}}', ""):
+        file.write_text(text)
+        assert latency_table(dense, workload) == TABLE
+        assert file.read_text() == whole
+    assert len(measured) == 6
+
+
+@pytest.fixture
+def imaginary(monkeypatch, measured):
+    """A device on which models take what `cost` says of their widths; its own ratio is off by `noise` at either end."""
+    device = {"cost": lambda widths: 10 + total_price(TABLE.prices, widths), "noise": 0.002, "comparisons": 0}
+
+    def compared(dense, narrowed, workload):
+        device["comparisons"] += 1
+        ratio = device["cost"](widths_of(dense.config)) / device["cost"](widths_of(narrowed.config))
+        return Ratio(ratio, ratio * (1 - device["noise"]), ratio * (1 + device["noise"]))
+
+    monkeypatch.setattr(speedup, "compared", compared)
+    monkeypatch.setattr("transact.pipeline.compared", compared)
+    return device
+
+
+def off_by_a_fifth(widths) -> float:
+    """Neither what the table says of attention nor of MLPs is so, nor is either the same everywhere."""
+    seconds = 10.0
+    for one in widths:
+        attention, mlp = TABLE.prices(one)
+        seconds += 0.8 * attention + 1.2 * mlp * (0.8 + 0.2 * one.mlp / 40)
+    return seconds
+
+
+@pytest.mark.parametrize("asked", [1.1, 1.3, 1.6, 2.0])
+@pytest.mark.parametrize("budget", ["latency", "parameters"])
+@pytest.mark.parametrize("is_off", [False, True])
+def test_the_speed_asked_for_is_reached(imaginary, asked, budget, is_off):
+    dense = tiny_llama(layers=6)
+    if is_off:
+        imaginary["cost"] = off_by_a_fifth
+    goal = speed_goal(dense, asked, budget=budget)
+    scores = made_up_scores(dense.config)
+    widths = widths_at_speed(dense, goal, lambda price: widths_within(dense.config, scores, goal.prices, price))
+    reached = imaginary["cost"](dense_widths(dense.config)) / imaginary["cost"](widths)
+    assert reached == pytest.approx(asked, rel=0.02 if budget == "latency" else 0.05)
+    exact = budget == "latency" and not is_off
+    assert imaginary["comparisons"] <= (3 if exact else 5 if budget == "latency" else 6)  # two of them are the ends
+
+
+def test_a_point_that_misses_bends_the_line():
+    ends = ((40.0, 1.0), (10.0, 0.4))
+    assert budget_at(ends, 2.0) == pytest.approx(15)
+    assert budget_at([*ends, (15.0, 0.6)], 2.0) == pytest.approx(12.5)
+    assert budget_at([*ends, (15.0, 0.6)], 1 / 0.8) == pytest.approx(27.5)
+    assert budget_at([*ends, (15.0, 1.2)], 1 / 0.9) < 15  # noise: narrower and yet slower than the dense model
+    assert budget_at(ends, 1.0) == 40
+
+
+@pytest.mark.parametrize("asked", [1, 1.0, 0.5, 0, -2, math.nan, math.inf, "1.3", True])
+def test_what_is_no_speed_up_is_refused(asked):
+    with pytest.raises(ValueError, match="speedup is how many times as fast and must be above 1, got"):
+        speed_goal(tiny_llama(), asked)
+    with pytest.raises(ValueError, match="speedup is how many times as fast and must be above 1, got"):
+        transact.prune(tiny_llama(), WINDOWS, speedup=asked)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tokens": "sing"}, "tokens to be timed must be one of decode, prefill, got 'sing'"),
+        ({"batch": 0}, "batch to be timed must be at least 1, got 0"),
+        ({"batch": 1.5}, r"batch to be timed must be at least 1, got 1\.5"),
+        ({"context": -1}, "context to be timed must be at least 1, got -1"),
+        ({"context": 121}, "context to be timed must be at most 120 tokens with this model, got 121"),
+        ({"budget": "watts"}, "unknown budget 'watts', allowed: latency, parameters"),
+        ({"modules": ("head",)}, "modules must name some of"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(options, named, measured):
+    with pytest.raises(ValueError, match=named):
+        speed_goal(tiny_llama(), 1.3, **options)
+    assert not measured
+
+
+def test_what_no_width_reaches_is_refused_with_the_most_that_can_be_had(imaginary):
+    with pytest.raises(ValueError, match=r"speedup 9 is out of reach: with the narrowest qk\+vo\+mlp decode is 4\.14"):
+        speed_goal(tiny_llama(), 9)
+    with pytest.raises(ValueError, match=r"speedup 3 is out of reach: with the narrowest mlp prefill is 2\.07 times"):
+        speed_goal(tiny_llama(), 3, modules=("mlp",), tokens="prefill")
+
+
+@pytest.mark.parametrize("noise", [0.2, math.nan])
+def test_a_device_too_noisy_to_tell_is_refused(imaginary, noise):
+    imaginary["noise"] = noise
+    with pytest.raises(ValueError, match=r"speedup 1\.2 cannot be told from noise .*\(inconclusive\): .* wide"):
+        speed_goal(tiny_llama(), 1.2)
+
+
+REFUSED = {
+    "a ratio": ({"ratio": 0.3}, "speedup and ratio or widths both say how much goes"),
+    "a ratio of nothing": ({"ratio": 0.0}, "speedup and ratio or widths both say how much goes"),
+    "widths": ({"widths": dense_widths(tiny_llama().config)}, "speedup and ratio or widths both say how much goes"),
+    "uniform": ({"recipe": "transact"}, "widths that are searched, not by allocation 'uniform'"),
+    "global": ({"recipe": "flap"}, "widths that are searched, not by allocation 'global'"),
+    "plain": (
+        {"recipe": replace(transact.PRESETS["best"], engine="plain")}, "not in engine 'plain'",
+    ),
+    "shots": ({"recipe": replace(transact.PRESETS["best"], shots=2)}, "in one shot, got shots 2"),
+    "a device": ({"device": "cpu"}, "runs as a whole, not block by block"),
+    "too small a cache": ({"kv_ratio": 0.95}, r"kv-ratio 0\.95 is out of reach"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_excludes_a_speed_up_is_refused_before_anything_is_timed(case, measured):
+    arguments, named = REFUSED[case]
+    with pytest.raises(ValueError, match=named):
+        transact.prune(tiny_llama(), WINDOWS, speedup=1.3, **arguments)
+    assert not measured
+
+
+def test_a_goal_of_other_conditions_is_refused(imaginary, monkeypatch):
+    dense = tiny_llama()
+    goal = speed_goal(dense, 1.3)
+    with pytest.raises(ValueError, match=r"measured with dtype torch\.float32, now it is torch\.bfloat16: measure it"):
+        transact.prune(tiny_llama().to(torch.bfloat16), WINDOWS, speedup=goal)
+    recipe = replace(transact.PRESETS["best"], modules=("mlp",))
+    with pytest.raises(ValueError, match=r"measured with qk\+vo\+mlp, the recipe narrows mlp"):
+        transact.prune(dense, WINDOWS, speedup=goal, recipe=recipe)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    with pytest.raises(ValueError, match=r"measured with threads .*, now it is 99"):
+        transact.prune(dense, WINDOWS, speedup=goal)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_llama("biases"), lambda: tiny_relative("qwen3")])
+@pytest.mark.parametrize("measurements", [0, 1])
+def test_pruning_to_a_speed_up(imaginary, make, measurements):
+    dense = make()
+    recipe = replace(transact.PRESETS["best"], measurements=measurements)
+    goal = speed_goal(dense, 1.4)
+    pruned = transact.prune(dense, WINDOWS, recipe=recipe, speedup=goal)
+    assert pruned.speed.median == pytest.approx(1.4, rel=0.05)  # a tiny model's widths come in large steps
+    assert pruned.speed.verdict == "faster"
+    assert pruned.plan.widths == widths_of(pruned.model.config)
+    assert transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3).speed is None
+
+
+def test_what_is_timed_runs_on_every_family(monkeypatch):
+    """The real modules and models, whatever they take: every point of a table is there and rises."""
+    monkeypatch.setattr(latency, "MODULE_REPEATS", 1)
+    monkeypatch.setattr(latency, "MODEL_REPEATS", 1)
+    monkeypatch.setattr(latency, "WARM_UP", 1)
+    monkeypatch.setattr("transact.timing.CPU_CACHE", 64)
+    for dense in (tiny_llama("biases").train(), tiny_relative("mistral"), tiny_relative("qwen3").bfloat16()):
+        before = torch.get_default_dtype()
+        mode = dense.training
+        for workload in (Workload(batch=2, context=12), Workload("prefill", context=12)):
+            table = measured_table(dense, workload)
+            whole, narrow = dense_widths(dense.config), narrowest_widths(dense, MODULES)
+            for least, most in zip(table.prices(narrow[0]), table.prices(whole[0]), strict=True):
+                assert least >= 0
+                assert most > 0
+            ratio = compared(dense, model_of_widths(dense, narrow), workload)
+            assert ratio.median > 0
+            assert ratio.verdict == "inconclusive"
+        assert torch.get_default_dtype() == before
+        assert dense.training == mode
+        assert not hasattr(dense, "speed")
+
+
+def prune_by_command(tiny_directory, tiny_text, out, *options: str) -> int:
+    return main([
+        "prune", str(tiny_directory), str(out), "--calibration", str(tiny_text), "--samples", "16", "--seq-len", "24",
+        "--device", "cpu", *options,
+    ])  # fmt: skip
+
+
+def test_the_command_prints_and_records_the_measured_speed_up(imaginary, tiny_directory, tiny_text, tmp_path, capsys):
+    options = ("--speedup", "1.4", "--speed-of", "prefill", "--speed-batch", "2", "--speed-context", "32")
+    assert prune_by_command(tiny_directory, tiny_text, tmp_path / "out", *options) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    pruning = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    speed = pruning["speed"]
+    assert (speed["tokens"], speed["batch"], speed["context"], speed["speedup_asked"]) == ("prefill", 2, 32, 1.4)
+    assert speed["low"] < speed["speedup"] < speed["high"]
+    assert speed["verdict"] == "faster"
+    assert speed["device"]
+    assert speed["threads"] == torch.get_num_threads()
+    assert pruning["ratio_asked"] is None
+    assert f"prefill of 2 x 32 tokens is {speed['speedup']:.2f} times as fast" in printed
+    assert f"({speed['low']:.2f} to {speed['high']:.2f} at 95 %: faster), asked for 1.4" in printed
+
+
+def test_the_command_says_where_the_speed_up_is_missed(
+    imaginary, tiny_directory, tiny_text, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("transact.pipeline.compared", lambda *_: Ratio(1.01, 0.9, 1.1))
+    assert prune_by_command(tiny_directory, tiny_text, tmp_path / "out", "--speedup", "1.4") == 0
+    captured = capsys.readouterr()
+    assert "1.01 times as fast as the dense model's (0.90 to 1.10 at 95 %: inconclusive)" in captured.out
+    assert "warning: the speed-up of 1.4 is missed by more than the noise of its measurement" in captured.err
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["speed"]["met"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--speedup", "0.8"), "speedup is how many times as fast and must be above 1, got 0.8"),
+        (("--speedup", "nan"), "must be above 1, got nan"),
+        (("--speedup", "1.3", "--ratio", "0.2"), "--speedup and --ratio or --mha-dim/--mlp-dim both say how much goes"),
+        (("--speedup", "1.3", "--mlp-dim", "20"), "both say how much goes"),
+        (("--speedup", "1.3", "--for", "plain"), "measured in transformers, not in engine 'plain'"),
+        (("--speedup", "1.3", "--preset", "flap"), "not by allocation 'global'"),
+        (("--speedup", "1.3", "--preset", "transact"), "not by allocation 'uniform'"),
+        (("--speedup", "1.3", "--layerwise"), "drop --layerwise"),
+        (("--speedup", "1.3", "--speed-of", "both"), "must be one of decode, prefill, got 'both'"),
+        (("--speedup", "1.3", "--speed-batch", "0"), "batch to be timed must be at least 1, got 0"),
+        (("--speedup", "1.3", "--speed-context", "4096"), "at most 120 tokens with this model, got 4096"),
+        (("--speed-of", "decode"), "--speed-of is for a speed-up: give --speedup as well"),
+        (("--speedup", "40"), "speedup 40.0 is out of reach: with the narrowest qk+vo+mlp decode is 4.14 times"),
+    ],
+)
+def test_mistakes_are_one_line_before_long_work(
+    imaginary, tiny_directory, tiny_text, tmp_path, capsys, monkeypatch, options, named
+):
+    monkeypatch.setattr("transact.pipeline._in_shots", lambda *_: pytest.fail("the work has begun"))
+    assert prune_by_command(tiny_directory, tiny_text, tmp_path / "out", *options) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert named in line
+    assert not (tmp_path / "out").exists()
