@@ -271,8 +271,8 @@ def test_output_that_cannot_be_made_is_refused_before_any_work(prune, tmp_path, 
 
 def test_everyone_can_read_a_checkpoint(prune, tmp_path):
     assert prune("--ratio", "0.3") == 0
-    modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
-    assert modes == {False: 0o644, True: 0o755}
+    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (tmp_path / "out").rglob("*")}
+    assert modes == {(False, 0o644), (True, 0o755)}
 
 
 @pytest.mark.parametrize("preset", transact.PRESETS)
