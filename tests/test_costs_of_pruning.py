@@ -12,7 +12,7 @@ from tests.tiny import random_plan, tiny_llama
 from transact.calibration import iterate_statistics
 from transact.compensate import compensate_on_pruned_inputs
 from transact.least_squares import RIDGES, NormalEquations, fit_projection
-from transact.measured import measured_widths
+from transact.measured import measured_scores
 from transact.obs import greedy_losses
 
 WINDOWS = torch.randint(1, 97, (16, 24), generator=torch.Generator().manual_seed(0))
@@ -131,9 +131,9 @@ def test_measuring_keeps_moments_of_fitted_tokens_alone(monkeypatch):
 
     def watched(model, scores, statistics, *arguments, **options):
         kept.extend(statistics)
-        return measured_widths(model, scores, statistics, *arguments, **options)
+        return measured_scores(model, scores, statistics, *arguments, **options)
 
-    monkeypatch.setattr("transact.pipeline.measured_widths", watched)
+    monkeypatch.setattr("transact.pipeline.measured_scores", watched)
     transact.prune(tiny_llama("gqa"), WINDOWS, ratio=0.3)
     assert len(kept) == 2
     for layer in kept:
@@ -150,7 +150,7 @@ def test_rounds_of_measuring_run_the_dense_decoder_once():
     scores = [criterion.score(*one) for one in zip(dense.model.layers, range(2), statistics.layers, strict=True)]
     runs = []
     dense.model.register_forward_pre_hook(lambda module, inputs: runs.append(1))
-    measured_widths(
+    measured_scores(
         dense, scores, statistics.layers, WINDOWS,
         lambda scores: transact.searched_widths(dense.config, scores, 0.3), rounds=3,
     )  # fmt: skip
