@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -268,6 +270,11 @@ def served_command(options: argparse.Namespace) -> None:
     print_report(markdown_table(frame, list(frame)), files)
 
 
+def interpreter(text: str) -> Path:
+    """The full path of an interpreter, or of a command of that name; links stay, since environments hang on them."""
+    return Path(os.path.abspath(shutil.which(text) or text))
+
+
 def numbers(text: str) -> list[int]:
     """Whole positive numbers separated by commas."""
     values = [int(part) for part in text.split(",")]
@@ -380,7 +387,9 @@ def build_parser() -> argparse.ArgumentParser:
     served = commands.add_parser("served", help="checkpoints in vLLM's server: tokens, throughput, first token")
     served.set_defaults(run=served_command)
     served.add_argument("models", nargs="+", help="smollm2-135m (embedded) or checkpoint directories, asked in turn")
-    served.add_argument("--vllm-python", type=Path, metavar="PATH", help="of an environment with vLLM (nox -s vllm's)")
+    served.add_argument(
+        "--vllm-python", type=interpreter, metavar="PATH", help="of an environment with vLLM (nox -s vllm's)"
+    )
     served.add_argument("--requests", type=numbers, default=[1, 4, 16], help="at a time, with commas (1,4,16)")
     served.add_argument("--rounds", type=number, default=3, help="of which the median counts (3)")
     served.add_argument("--start-minutes", type=minutes, default=10, help="a server may take to answer (10)")

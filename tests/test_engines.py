@@ -3,7 +3,9 @@
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import transact
+from tests.test_export import byte_level_tokenizer
 from tests.test_plan import STORIES
 from tests.tiny import llama_with, scores_of, tiny_llama, tiny_relative
 from transact import PRESETS, LayerScores, Widths, fraction_removed, kv_fraction_removed, searched_widths
@@ -279,8 +282,16 @@ def commands(model, tiny_text, tmp_path, *options: str) -> int:
     return main(["prune", str(model), str(tmp_path / "out"), *shared, *options])
 
 
-def test_prune_for_an_engine_and_inspect(tiny_directory, tiny_text, tmp_path, capsys):
-    assert commands(tiny_directory, tiny_text, tmp_path, "--for", "llama.cpp", "--ratio", "0.3") == 0
+@pytest.fixture
+def bytes_directory(tiny_directory, tmp_path) -> Path:
+    """The tiny checkpoint with a tokeniser of bytes, as llama.cpp has them."""
+    directory = shutil.copytree(tiny_directory, tmp_path / "bytes")
+    byte_level_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_prune_for_an_engine_and_inspect(bytes_directory, tiny_text, tmp_path, capsys):
+    assert commands(bytes_directory, tiny_text, tmp_path, "--for", "llama.cpp", "--ratio", "0.3") == 0
     recipe = json.loads((tmp_path / "out" / "pruning.json").read_text())["recipe"]
     assert (recipe["engine"], recipe["allocation"]) == ("llama.cpp", "searched")
     capsys.readouterr()
@@ -291,8 +302,28 @@ def test_prune_for_an_engine_and_inspect(tiny_directory, tiny_text, tmp_path, ca
     assert "has one width of MLPs for all layers" in said[3]
 
 
-def test_inspect_says_who_holds_what(tiny_directory, tmp_path, capsys):
+def test_a_tokeniser_that_llama_cpp_lacks_is_known_before_work(tiny_directory, tiny_text, tmp_path, capsys):
+    assert commands(tiny_directory, tiny_text, tmp_path, "--for", "llama.cpp") == 2
+    assert "GGUF files are written for byte-level BPE tokenisers" in capsys.readouterr().err
     assert main(["inspect", str(tiny_directory)]) == 0
+    assert "not by llama.cpp: GGUF files are written for byte-level BPE" in capsys.readouterr().out
+
+
+def test_inspect_wants_all_weights_and_a_whole_pruning_json(tmp_path, capsys):
+    pruned = transact.prune(tiny_llama(), WINDOWS, recipe="transact", ratio=0.3)
+    transact.save_checkpoint(tmp_path / "out", pruned.model, pruned.plan, {"fraction_removed": "all", "model": "tiny"})
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "pruning.json' is not what `transact prune` writes" in said.err
+    (tmp_path / "out" / "pruning.json").unlink()
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    assert "has the RoPE pairs of 0 of 2 layers: its *.safetensors are not all there" in capsys.readouterr().err
+
+
+def test_inspect_says_who_holds_what(bytes_directory, tmp_path, capsys):
+    assert main(["inspect", str(bytes_directory)]) == 0
     assert "held by transformers, llama.cpp, plain, executorch\nnot by vllm: " in capsys.readouterr().out
     pruned = transact.prune(tiny_llama(), WINDOWS, recipe="transact", ratio=0.3)  # each head has pairs of its own
     transact.save_checkpoint(tmp_path / "out", pruned.model, pruned.plan, {"fraction_removed": 0.3, "model": "tiny"})

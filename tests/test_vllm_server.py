@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bench.__main__ import main
+from bench.__main__ import interpreter, main
 from bench.efficiency import continuations, vllm_server
 from bench.efficiency import served as serving
 from bench.efficiency.continuations import transformers_stream
@@ -220,3 +220,12 @@ def test_mistakes_are_one_line_before_any_server_starts(
     assert "vLLM is not installed for" in said(tiny_directory)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert "cannot be run" in said(tiny_directory)
+
+
+def test_an_interpreter_is_known_by_its_full_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").write_text("#!/bin/sh\n")
+    (tmp_path / "own").chmod(0o755)
+    assert interpreter("./own") == tmp_path / "own"
+    assert interpreter("nowhere/python") == tmp_path / "nowhere" / "python"
+    assert interpreter("sh").is_absolute()

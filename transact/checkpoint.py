@@ -181,7 +181,9 @@ def read_pruning(directory: str) -> dict:
         raise ValueError(f"{directory!r} is not a pruned checkpoint: it holds no pruning.json")
     try:
         pruning = json.loads(path.read_text(encoding="utf-8"))
-        pruning["fraction_removed"], pruning["model"], [*pruning.get("recovery", [])]
+        pruning["model"], [*pruning.get("recovery", [])]
+        if not 0 <= pruning["fraction_removed"] <= 1:
+            raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is not what `transact prune` writes") from error
     return pruning

@@ -13,6 +13,7 @@ from ..export import (
     FORMATS,
     GGUF_TYPES,
     PROGRAM_TYPES,
+    Q8_BLOCK,
     architecture_of,
     check_exportable,
     check_tokenizer,
@@ -85,7 +86,15 @@ def run(options: argparse.Namespace) -> None:
         f"{out}: {size:,} parameters ({pruned:.1%} of the linear ones removed"
         f"{f', {extra:,} zeros added' if extra > 0 else ''}), {_widths(stated.config)}"
         f"{f', architecture {architecture_of(stated.config)!r}' if options.format == 'gguf' else ''}"
+        f"{', f16 where rows are no multiple of 32' if options.type == 'q8_0' and _has_odd_rows(stated.config) else ''}"
     )
+
+
+def _has_odd_rows(config: PretrainedConfig) -> bool:
+    """Whether some matrix has rows that q8_0 cannot cut into its blocks."""
+    widths, group = widths_of(config), config.num_attention_heads // config.num_key_value_heads
+    rows = {config.hidden_size, *(group * of.kv_heads * of.v_head_dim for of in widths), *(of.mlp for of in widths)}
+    return any(row % Q8_BLOCK for row in rows)
 
 
 def _widths(config: PretrainedConfig) -> str:

@@ -8,10 +8,11 @@ import transformers
 from safetensors import safe_open
 
 from ..checkpoint import read_pruning
+from ..configuration_transact import TransActConfig
 from ..engines import ENGINES, check_held
 from ..entry import in_one_line
-from ..export import check_exportable
-from ..models import read_config
+from ..export import check_exportable, check_tokenizer
+from ..models import load_tokenizer, read_config
 from ..widths import fraction_removed, kv_elements_per_token, widths_of
 from .parser import add_subcommand
 
@@ -24,7 +25,13 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     config = read_config(options.directory)
+    removed = _fraction_removed(options.directory, config)
     pairs = _rope_pairs(options.directory)
+    if config.model_type == TransActConfig.model_type and len(pairs) < config.num_hidden_layers:
+        raise ValueError(
+            f"{options.directory!r} has the RoPE pairs of {len(pairs)} of {config.num_hidden_layers} layers: its "
+            "*.safetensors are not all there"
+        )
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     widths = widths_of(config)
@@ -39,10 +46,15 @@ def run(options: argparse.Namespace) -> None:
     for row in (columns, *rows):
         print("  ".join(str(cell).rjust(width) for cell, width in zip(row, column_widths, strict=True)))
     print(
-        f"{_fraction_removed(options.directory, config):.1%} of the linear parameters of {len(widths)} decoder layers "
+        f"{removed:.1%} of the linear parameters of {len(widths)} decoder layers "
         f"removed; 'all' counts embeddings and norms too; bytes at {str(config.dtype).removeprefix('torch.')}"
     )
     against = {name: _against(name, config, pairs) for name in ENGINES}
+    if against["llama.cpp"] is None:
+        try:
+            check_tokenizer(load_tokenizer(options.directory), model)
+        except ValueError as error:
+            against["llama.cpp"] = str(error)
     print(f"held by {', '.join(name for name, reason in against.items() if reason is None)}")
     for name, reason in against.items():
         if reason is not None:

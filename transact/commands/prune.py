@@ -15,7 +15,7 @@ from ..criteria import CRITERIA
 from ..devices import resolve_device
 from ..engines import ENGINES
 from ..entry import check_seed
-from ..export import check_exportable
+from ..export import check_exportable, check_tokenizer
 from ..latency import TOKENS
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
 from ..pipeline import Pruned, check_task, prune, stage
@@ -187,6 +187,8 @@ def run(options: argparse.Namespace) -> None:
     with stage(seconds, "load"):
         home = "cpu" if options.layerwise else options.device
         dense, tokenizer = load_model(options.model, dtype=options.dtype, device=home)
+    if format == "gguf":
+        check_tokenizer(tokenizer, dense)
     widths = windows = train = None
     sources: list[Source] = []
     if _names_widths(options):
