@@ -142,7 +142,7 @@ def check_task(
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
     if speedup is not None:
-        _check_speed_task(recipe, speedup, ratio, widths)
+        check_speed_task(recipe, speedup, ratio, widths)
     ratio = DEFAULT_RATIO if ratio is None else ratio
     check_prunable(dense)
     if (format := engine_by_name(recipe.engine).format) is not None:  # what it is for comes after it
@@ -168,7 +168,7 @@ def check_task(
     check_computed(dense)
 
 
-def _check_speed_task(
+def check_speed_task(
     recipe: Recipe, speedup: float | SpeedGoal, ratio: float | None, widths: Sequence[Widths] | None
 ) -> None:
     """Raise ValueError for a speed-up beside another budget, or with a recipe that does not search widths."""

@@ -16,9 +16,9 @@ from ..devices import resolve_device
 from ..engines import ENGINES
 from ..entry import check_seed
 from ..export import check_exportable, check_tokenizer
-from ..latency import TOKENS
+from ..latency import TOKENS, Workload
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
-from ..pipeline import Pruned, check_task, prune, stage
+from ..pipeline import Pruned, check_speed_task, check_task, prune, stage
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
 from ..speedup import DEFAULT_CONTEXT, SpeedGoal, check_speedup, speed_goal
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
@@ -167,13 +167,24 @@ def _ratio(options: argparse.Namespace) -> float | None:
     return DEFAULT_RATIO if options.ratio is None and options.speedup is None else options.ratio
 
 
+def speed_settings(options: argparse.Namespace) -> dict:
+    """What is to be so fast, as `speed_goal` takes it."""
+    batch = 1 if options.speed_batch is None else options.speed_batch
+    return {"tokens": options.speed_of or TOKENS[0], "batch": batch, "context": options.speed_context}
+
+
+def check_speed_settings(options: argparse.Namespace, recipe: Recipe) -> None:
+    """Raise ValueError where a speed-up does not go with the recipe or the model, before that is loaded."""
+    check_speed_task(recipe, options.speedup, options.ratio, None)
+    settings = speed_settings(options)
+    Workload(**settings | {"context": 1 if settings["context"] is None else settings["context"]}).check(
+        read_config(options.model)
+    )
+
+
 def goal_of(options: argparse.Namespace, dense: torch.nn.Module, recipe: Recipe) -> SpeedGoal:
     """The speed-up asked for, once it is measured that it can be had."""
-    return speed_goal(
-        dense, options.speedup, tokens=options.speed_of or TOKENS[0],
-        batch=1 if options.speed_batch is None else options.speed_batch, context=options.speed_context,
-        modules=recipe.modules, progress=True,
-    )  # fmt: skip
+    return speed_goal(dense, options.speedup, modules=recipe.modules, progress=True, **speed_settings(options))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -182,6 +193,8 @@ def run(options: argparse.Namespace) -> None:
     recipe = chosen_recipe(options)
     out = check_destination(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)
+    if options.speedup is not None:
+        check_speed_settings(options, recipe)
     if (format := ENGINES[recipe.engine].format) is not None:  # before it is loaded
         check_exportable(read_config(options.model), format)
     with stage(seconds, "load"):
