@@ -50,16 +50,19 @@ def runs_in_transformers(
 
 
 def runs_in_vllm(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> Iterator[Run]:
-    """A model as a checkpoint that vLLM's server answers for, asked one prompt at a time, in float32."""
+    """A model as a checkpoint that vLLM's server answers for, asked one prompt at a time, in float32.
+
+    Without torch.compile, which takes longer than all that is measured here.
+    """
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "model"
         save_model(model, checkpoint)
         tokenizer.save_pretrained(checkpoint)
-        with vllm_server(ENVIRONMENT, checkpoint, Path(directory) / "log") as server:
+        with vllm_server(ENVIRONMENT, checkpoint, Path(directory) / "log", options=["--enforce-eager"]) as server:
             ask(server, prompts[0], NEW_TOKENS)  # the first warms up
             answers = [ask(server, prompt, NEW_TOKENS) for prompt in prompts]
     speed = statistics.median((NEW_TOKENS - 1) / (answer.last_s - answer.first_s) for answer in answers)
-    yield Run("vLLM f32", [answer.token_ids for answer in answers], speed, weight_bytes(model) / 2**20)
+    yield Run("vLLM f32, eager", [answer.token_ids for answer in answers], speed, weight_bytes(model) / 2**20)
 
 
 ENGINES = {
