@@ -14,10 +14,10 @@ from transact.texts import DEFAULT_CALIBRATION
 EMBEDDED_TEXTS = ("self", "embedded", "sources")  # to calibrate on, from nothing but the model and its installation
 
 PROFILES: Mapping[str, Mapping] = {
-    # embedded model and texts, a quarter of an hour on two CPU cores
+    # embedded model and texts, on two CPU cores; fewer samples are too few for least squares
     "quick": {
         "model": "smollm2-135m", "texts": ("embedded",), "calibration": DEFAULT_CALIBRATION,
-        "domains": EMBEDDED_TEXTS, "samples": 16, "windows": 12,
+        "domains": EMBEDDED_TEXTS, "samples": 24, "windows": 12,
         "others": ("sources", "probes"), "other_windows": 6, "everywhere": False, "compared": 6,
         "seq_len": 256, "tasks": "probes", "limit": 40, "grid": "QUICK",
     },
