@@ -164,8 +164,7 @@ def speed_command(options: argparse.Namespace) -> None:
                 print(f"{case['model']}, {case['prefix']}+{case['decode']} tokens, batch {case['batch']}, "
                       f"{case['mode']}: {record['status']}: {record['error']}", file=sys.stderr)  # fmt: skip
     frame, complaints = read_speed(path)
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
+    print_complaints(complaints)
     print_report(*write_speed_report(frame, options.results))
 
 
@@ -185,8 +184,7 @@ def scale_command(options: argparse.Namespace) -> None:
             print(f"{case['shape']}, {case['way']}, {case['samples']} x {case['seq_len']}: {status}: {said}",
                   file=sys.stderr)  # fmt: skip
     frame, complaints = read_scale(path)
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
+    print_complaints(complaints)
     if len(frame):
         print_report(*write_scale_report(frame, options.results))
 
@@ -219,6 +217,12 @@ def gpu_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def print_complaints(complaints: Sequence[str]) -> None:
+    """Say what could not be read of a file of records."""
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+
+
 @contextmanager
 def results_written(directory: Path) -> Iterator[None]:
     """Make the directory; what cannot be made or written there is the user's to know, in one line."""
@@ -240,8 +244,7 @@ def engines_command(options: argparse.Namespace) -> None:
         for record in compare_engines(engines=options.engines, ratio=options.ratio):
             append_line(path, record)
     frame, complaints = read_engines(path)
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
+    print_complaints(complaints)
     print_report(*write_engines_report(frame, options.results))
 
 

@@ -291,6 +291,10 @@ def test_rows_without_whole_blocks_stay_f16_by_layer(tmp_path):
     assert [types[f"blk.{layer}.ffn_down.weight"] for layer in range(3)] == ["Q8_0", "Q8_0", "F16"]
     assert [types[f"blk.{layer}.ffn_up.weight"] for layer in range(3)] == ["Q8_0"] * 3
     assert_file_is_the_model(path, narrowed, tolerance=0.1)  # 8-bit weights
+    (tmp_path / "again").mkdir()
+    uncut = write_gguf(tmp_path / "again" / "model.gguf", llama_by_layer(narrowed), tokenizer_of(GPT2), kind="q8_0")
+    assert set(uncut) == {name for name, kind in types.items() if kind == "F16"}
+    assert uncut[-1] == "blk.2.ffn_down.weight"
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
@@ -535,6 +539,8 @@ def test_the_command_says_the_architecture(widths, said, tmp_path, capsys):
     assert printed.endswith(f" removed), {said}\n")
     assert "zeros added" not in printed
     assert_file_is_the_model(out, narrowed)
+    assert main(["export", str(tmp_path / "pruned"), str(tmp_path / "q8"), "--format", "gguf", "--type", "q8_0"]) == 0
+    assert capsys.readouterr().out.endswith(f" removed), {said}, f16 where rows are no multiple of 32\n")
 
 
 def test_the_command_pads_heads_only_where_it_is_asked_to(tmp_path, capsys):

@@ -13,7 +13,6 @@ from ..export import (
     FORMATS,
     GGUF_TYPES,
     PROGRAM_TYPES,
-    Q8_BLOCK,
     architecture_of,
     check_exportable,
     check_tokenizer,
@@ -74,9 +73,10 @@ def run(options: argparse.Namespace) -> None:
     stated = (llama_by_layer if options.format == "gguf" else plain_llama)(model, pad=options.pad)
     pruned, size = fraction_removed(model.config, widths_of(model.config)), stated.num_parameters()
     extra = size - model.num_parameters()
+    uncut = []
     with all_or_nothing(out) as partial:
         if options.format == "gguf":
-            write_gguf(partial, stated, tokenizer, kind=options.type or "f16")
+            uncut = write_gguf(partial, stated, tokenizer, kind=options.type or "f16")
         else:
             save_model(stated, partial)
             tokenizer.save_pretrained(partial)
@@ -86,15 +86,8 @@ def run(options: argparse.Namespace) -> None:
         f"{out}: {size:,} parameters ({pruned:.1%} of the linear ones removed"
         f"{f', {extra:,} zeros added' if extra > 0 else ''}), {_widths(stated.config)}"
         f"{f', architecture {architecture_of(stated.config)!r}' if options.format == 'gguf' else ''}"
-        f"{', f16 where rows are no multiple of 32' if options.type == 'q8_0' and _has_odd_rows(stated.config) else ''}"
+        f"{', f16 where rows are no multiple of 32' if uncut else ''}"
     )
-
-
-def _has_odd_rows(config: PretrainedConfig) -> bool:
-    """Whether some matrix has rows that q8_0 cannot cut into its blocks."""
-    widths, group = widths_of(config), config.num_attention_heads // config.num_key_value_heads
-    rows = {config.hidden_size, *(group * of.kv_heads * of.v_head_dim for of in widths), *(of.mlp for of in widths)}
-    return any(row % Q8_BLOCK for row in rows)
 
 
 def _widths(config: PretrainedConfig) -> str:

@@ -49,12 +49,7 @@ def run(options: argparse.Namespace) -> None:
         f"{removed:.1%} of the linear parameters of {len(widths)} decoder layers "
         f"removed; 'all' counts embeddings and norms too; bytes at {str(config.dtype).removeprefix('torch.')}"
     )
-    against = {name: _against(name, config, pairs) for name in ENGINES}
-    if against["llama.cpp"] is None:
-        try:
-            check_tokenizer(load_tokenizer(options.directory), model)
-        except ValueError as error:
-            against["llama.cpp"] = str(error)
+    against = {name: _against(name, options.directory, model, pairs) for name in ENGINES}
     print(f"held by {', '.join(name for name, reason in against.items() if reason is None)}")
     for name, reason in against.items():
         if reason is not None:
@@ -74,12 +69,14 @@ def _rope_pairs(directory: str) -> list[torch.Tensor]:
     return pairs
 
 
-def _against(engine: str, config: transformers.PretrainedConfig, pairs: list[torch.Tensor]) -> str | None:
+def _against(engine: str, directory: str, model: torch.nn.Module, pairs: list[torch.Tensor]) -> str | None:
     """Why an engine cannot hold a checkpoint, in one line; None where it can."""
     try:
         if (format := ENGINES[engine].format) is not None:
-            check_exportable(config, format)
-        check_held(engine, widths_of(config), pairs)
+            check_exportable(model.config, format)
+        check_held(engine, widths_of(model.config), pairs)
+        if format == "gguf":
+            check_tokenizer(load_tokenizer(directory), model)
     except ValueError as error:
         return str(error)
     return None

@@ -18,7 +18,7 @@ from ..entry import check_seed
 from ..export import check_exportable, check_tokenizer
 from ..latency import TOKENS, Workload
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
-from ..pipeline import Pruned, check_speed_task, check_task, prune, stage
+from ..pipeline import DEFAULT_RATIO, Pruned, check_speed_task, check_task, prune, stage
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
 from ..speedup import DEFAULT_CONTEXT, SpeedGoal, check_speedup, speed_goal
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
@@ -39,7 +39,7 @@ from .training import ShotTraining, add_training_options, checkpoints_of, print_
 
 RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "engine", "compensation", "rope", "shots",
                   "ridge", "measurements")  # fmt: skip
-DEFAULT_RATIO, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 0.2, 128, 512
+DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 128, 512
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:

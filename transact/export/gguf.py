@@ -26,12 +26,12 @@ def architecture_of(config: PretrainedConfig) -> str:
     return "llama" if len(set(widths_of(config))) == 1 else "deci"
 
 
-def write_gguf(path: Path, model: Model, tokenizer: PreTrainedTokenizerBase, *, kind: str = "f16") -> None:
+def write_gguf(path: Path, model: Model, tokenizer: PreTrainedTokenizerBase, *, kind: str = "f16") -> list[str]:
     """Write a stock Llama, or what `llama_by_layer` makes of a narrowed one, as a GGUF file that llama.cpp runs.
 
-    Matrices are written in `kind`, norms in float32; rows that "q8_0" cannot cut into blocks of 32 stay "f16". Raises
-    ValueError, before anything is written, for an unknown kind, for weights that it cannot hold, and where llama.cpp
-    would compute or tokenise otherwise; warns where it does so for some texts only.
+    Matrices are written in `kind`, norms in float32; those whose rows "q8_0" cannot cut into blocks of 32 stay "f16",
+    and their names are returned. Raises ValueError, before anything is written, for an unknown kind, for weights that
+    it cannot hold, and where llama.cpp would compute or tokenise otherwise; warns where it does so for some texts only.
     """
     if kind not in GGUF_TYPES:
         raise ValueError(f"unknown GGUF type {kind!r}, allowed: {', '.join(GGUF_TYPES)}")
@@ -50,13 +50,15 @@ def write_gguf(path: Path, model: Model, tokenizer: PreTrainedTokenizerBase, *, 
     writer.add_vocab_size(config.vocab_size)
     _add_rope(writer, model)
     add_tokenizer(writer, tokenizer, model)
+    uncut = []
     for name, tensor in _gguf_tensors(model):
         array = tensor.detach().float().cpu().numpy()
         if tensor.ndim == 1 or kind == "f32":
             writer.add_tensor(name, array)
             continue
-        fits = kind != "q8_0" or array.shape[1] % Q8_BLOCK == 0
-        as_type = gguf.GGMLQuantizationType[kind.upper() if fits else "F16"]
+        if kind == "q8_0" and array.shape[1] % Q8_BLOCK:
+            uncut.append(name)
+        as_type = gguf.GGMLQuantizationType["F16" if name in uncut else kind.upper()]
         largest = abs(array).max()
         if largest > LARGEST.get(as_type.name, largest):
             raise ValueError(f"{name} holds {largest:.3g}, which {as_type.name.lower()} cannot: write bf16 or f32")
@@ -65,6 +67,7 @@ def write_gguf(path: Path, model: Model, tokenizer: PreTrainedTokenizerBase, *, 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return uncut
 
 
 def _check_config(config: PretrainedConfig) -> None:
