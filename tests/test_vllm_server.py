@@ -77,7 +77,7 @@ def made_up(tmp_path, monkeypatch):
 
 
 def workers_of(port: int) -> list[str]:
-    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in lines if line.endswith(f"worker of {port}")]
 
 
