@@ -14,6 +14,7 @@ from bench.records import Record
 from . import findings
 from .answers import Question, answer, file_of, lead_of, table_of, title_of
 from .frames import COLUMNS, pairs_frame, records_frame, tasks_frame
+from .headline import write_benchmark, write_summary
 from .overviews import plot_fidelity, plot_perplexity, plot_tasks, plot_texts
 from .page import Section, page
 from .plots import draw
@@ -56,6 +57,9 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
     parts.insert(0, overview)
     files = [file for _, files, _ in parts for file in files]
     files.append(write_all_cells(chosen, directory / "cells.csv"))
+    if methods := methods_of(chosen):
+        files.append(write_summary(methods, sections, directory, note))
+        files.append(write_benchmark(methods, directory))
     files.append(write_whole(directory / "report.html", page(chosen, sections, note)))
     return "\n\n".join(text for _, _, text in parts if text), files
 

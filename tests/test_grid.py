@@ -121,6 +121,7 @@ def test_texts_of_other_token_ids_make_other_cases(bench):
     assert bench.dense_case.calibration_ids is bench.dense_case.recovery_ids is None
     bench.text(bench.calibration[0])[1][-1] += 1  # what another tokeniser might make of the same text
     bench.ids_hashes.clear()
+    bench._identities.clear()
     again = bench.with_recovery(bench.case(Recipe(), 0.2), "full", 1000)
     assert again.evaluation_ids == case.evaluation_ids
     assert again.calibration_ids != kept[0]
@@ -143,6 +144,22 @@ def test_a_mixture_is_one_text_with_the_same_windows(bench, tiny_text):
     assert other.calibration_sha256 != case.calibration_sha256
     assert other.calibration_ids != case.calibration_ids
     assert bench.measure(case).status == "success"
+
+
+def test_a_text_is_tokenised_once_whatever_is_cut_of_it(bench, tiny_text, monkeypatch):
+    tokenise, tokenised = transact.tokenise, Counter()
+
+    def counting(text, tokenizer):
+        tokenised[text.name] += 1
+        return tokenise(text, tokenizer)
+
+    for module in ("transact", "transact.texts.sources"):
+        monkeypatch.setattr(f"{module}.tokenise", counting)
+    bench._texts.clear()
+    for calibration in (f"self,{tiny_text},{bench.domains[0]}", str(tiny_text)):
+        for samples in (4, 8):
+            bench.case("transact", 0.2, calibration=calibration, samples=samples)
+    assert tokenised == {tiny_text.name: 1, "other.txt": 1}
 
 
 def test_a_text_by_itself_is_known_as_a_whole(bench, tiny_text):

@@ -102,6 +102,37 @@ def test_the_page_holds_everything_in_itself(report):
     assert "prefers-color-scheme: dark" in text
 
 
+def test_one_screen_says_the_most(report):
+    text = (report[0] / "summary.md").read_text()
+    [picture] = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert (report[0] / picture).stat().st_size > 0
+    assert text.count("\n") < 40
+    assert "| best " in text
+    assert "| 0.1 |" not in text  # one fraction is enough
+
+
+def test_figures_for_a_history_of_runs(records, report):
+    figures = json.loads((report[0] / "benchmark.json").read_text())
+    by_name = {figure["name"]: figure for figure in figures}
+    assert len(by_name) == len(figures)
+    assert all({"name", "unit", "value", "extra"} <= {*figure} for figure in figures)
+    best = [record for record in records if record.method == "best" and record.case.ratio == 0.3]
+    found = by_name[f"{best[0].case.model} best, 30 % removed: loss"]
+    assert (found["value"], found["range"]) in {
+        (round(one.metrics["loss_nats"], 5), f"± {one.standard_errors['loss_nats']:.5f}") for one in best
+    }
+    assert found["unit"] == "nats/token"
+    assert by_name[f"{best[0].case.model} best, 30 % removed: rise on other texts"]["value"] > 0
+
+
+def test_a_broken_model_has_no_figure_in_the_history(tmp_path):
+    broken = Maker().record(BASE)
+    broken = replace(broken, metrics={**broken.metrics, "perplexity": math.inf, "loss_nats": math.inf})
+    write_report([Maker().record(DENSE), broken], tmp_path)
+    names = [figure["name"] for figure in json.loads((tmp_path / "benchmark.json").read_text())]
+    assert [name for name in names if name.endswith("loss")] == [f"{DENSE.model} dense: loss"]
+
+
 def test_questions_without_records_are_said_to_have_none(tmp_path):
     write_report([Maker().record(DENSE), Maker().record(BASE)], tmp_path)
     text = (tmp_path / "report.html").read_text()

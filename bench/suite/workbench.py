@@ -85,6 +85,7 @@ class Workbench:
         self._texts: dict[str, tuple[Text, torch.Tensor]] = {}
         self.ids_hashes: dict[str, str] = {}
         self._sources: dict[tuple[str, int, int], list[Source]] = {}
+        self._identities: dict[tuple[str, int, int], tuple[str, str, str]] = {}
         self.calibration_windows(*self.calibration)  # what is wrong with the text is known at once
         counts = windows, *[other_windows] * (len(evaluation_texts) - 1)
         self.evaluation_texts = [
@@ -153,17 +154,13 @@ class Workbench:
         """
         given = name, samples, seq_len
         if given not in self._sources:
-            if (plain := plain_text(name)) is None:
+            try:
                 self._sources[given] = calibration_sources(
-                    name, self.dense, self.tokenizer, count=samples, length=seq_len, seed=self.seed, progress=True
-                )
-            else:
-                try:
-                    text, tokens = self.text(plain)
-                    windows = transact.cut_windows(tokens, length=seq_len, count=samples, seed=self.seed)
-                except ValueError as error:
-                    raise ValueError(f"calibration text {name!r}: {error}") from error
-                self._sources[given] = [Source(text.name, text.sha256, windows)]
+                    name, self.dense, self.tokenizer, count=samples, length=seq_len, seed=self.seed, progress=True,
+                    read=self.text,
+                )  # fmt: skip
+            except ValueError as error:
+                raise ValueError(f"calibration {error}") from error
         return self._sources[given]
 
     def calibration_windows(self, name: str, samples: int, seq_len: int) -> torch.Tensor:
@@ -173,8 +170,14 @@ class Workbench:
     def identity(self, name: str, samples: int, seq_len: int) -> tuple[str, str, str]:
         """What records know a calibration text by: its name, its SHA-256, and a hash of token ids.
 
-        A text is known as a whole; samples and mixtures by the windows that they give.
+        A text is known as a whole; samples and mixtures by the windows that they give. Found once.
         """
+        given = name, samples, seq_len
+        if given not in self._identities:
+            self._identities[given] = self._identity(*given)
+        return self._identities[given]
+
+    def _identity(self, name: str, samples: int, seq_len: int) -> tuple[str, str, str]:
         if (plain := plain_text(name)) is not None:
             text = self.text(plain)[0]
             return text.name, text.sha256, self.ids_of(plain)

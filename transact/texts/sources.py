@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..cache import cache_directory
-from .named import TEXTS, cut_windows, load_text, tokenise
+from .named import TEXTS, Text, cut_windows, load_text, tokenise
 from .samples import own_samples
 
 SELF = "self"
@@ -48,11 +49,13 @@ def calibration_sources(
     length: int,
     seed: int = 0,
     progress: bool = False,
+    read: Callable[[str], tuple[Text, torch.Tensor]] | None = None,
 ) -> list[Source]:
     """The sources of `count` windows of `length` tokens that the names in `calibration` give in turn.
 
     A name that stands there twice has two turns in each round. Windows of a text are chosen by the seed; those of
-    `self` are the model's own samples, kept in the user's cache. Raises ValueError, naming the source, where one is
+    `self` are the model's own samples, kept in the user's cache. `read` gives a text by its name, and its tokens, where
+    they are at hand (read and tokenised here otherwise). Raises ValueError, naming the source, where one is
     missing, too short for its turns, or left without any.
     """
     names = source_names(calibration)
@@ -62,7 +65,7 @@ def calibration_sources(
     sources = []
     for name, windows in turns.items():
         try:
-            sources.append(_source(name, model, tokenizer, windows, length, seed, progress))
+            sources.append(_source(name, model, tokenizer, windows, length, seed, progress, read))
         except ValueError as error:
             raise ValueError(f"text {name!r}: {error}") from error
     return sources
@@ -76,6 +79,7 @@ def _source(
     length: int,
     seed: int,
     progress: bool,
+    read: Callable[[str], tuple[Text, torch.Tensor]] | None,
 ) -> Source:
     if name == SELF:
         windows = own_samples(
@@ -83,7 +87,9 @@ def _source(
             progress=progress,
         )  # fmt: skip
         return Source(SELF, hashlib.sha256(windows.numpy().tobytes()).hexdigest(), windows)
-    return text_source(name, tokenizer, count=count, length=length, seed=seed)
+    if read is None:
+        return text_source(name, tokenizer, count=count, length=length, seed=seed)
+    return _cut(*read(name), count=count, length=length, seed=seed)
 
 
 def text_source(
@@ -91,7 +97,11 @@ def text_source(
 ) -> Source:
     """Windows of `length` tokens of a text, `count` of them chosen by the seed, or all. Raises as `load_text` does."""
     text = load_text(name)
-    return Source(text.name, text.sha256, cut_windows(tokenise(text, tokenizer), length=length, count=count, seed=seed))
+    return _cut(text, tokenise(text, tokenizer), length=length, count=count, seed=seed)
+
+
+def _cut(text: Text, tokens: torch.Tensor, *, length: int, count: int | None, seed: int) -> Source:
+    return Source(text.name, text.sha256, cut_windows(tokens, length=length, count=count, seed=seed))
 
 
 def mixed(sources: list[Source], *, seed: int = 0) -> torch.Tensor:
