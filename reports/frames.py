@@ -6,6 +6,7 @@ from itertools import combinations
 import pandas as pd
 
 from bench.quality.flips import flips
+from bench.quality.significance import Difference
 from bench.quality.significance import differences as task_differences
 from bench.records import Record
 
@@ -65,7 +66,7 @@ def tasks_frame(records: Sequence[Record]) -> pd.DataFrame:
     dense = next((record for record in reversed(same.values()) if record.method == "dense"), None)
     rows = []
     for record in same.values():
-        changes = task_differences(record, dense) if dense and record is not dense else {}
+        changes = _task_changes(record, dense)
         for task, result in record.tasks.items():
             for metric, value in result["metrics"].items():
                 change = changes.get(f"{task} {metric}") if metric != "perplexity" else None
@@ -91,6 +92,16 @@ def tasks_frame(records: Sequence[Record]) -> pd.DataFrame:
 
     columns = ["task", "metric", "method", "ratio"]
     return frame.sort_values(columns, key=in_order, kind="stable", ignore_index=True)
+
+
+def _task_changes(record: Record, dense: Record | None) -> dict[str, Difference]:
+    """`record` less `dense` on each task and metric; nothing where they were asked other items or in another way."""
+    if dense is None or record is dense:
+        return {}
+    try:
+        return task_differences(record, dense)
+    except ValueError:
+        return {}
 
 
 def pairs_frame(records: Sequence[Record]) -> pd.DataFrame:

@@ -452,6 +452,10 @@ def test_flips_of_known_items_are_counted_in_both_directions():
         "“transact” with 30 % removed answers 6 of 8 items otherwise than the dense model: 5 that were right are "
         "wrong, 1 that were wrong are right (McNemar's exact p 0.22)."
     ]
+    other = replace(pruned, tasks={"t": {**pruned.tasks["t"], "sha256": "e" * 64}})  # the data set has changed since
+    alone = tasks_frame([dense, other])
+    assert alone["value"].tolist() == frame["value"].tolist()
+    assert alone[["over_dense", "lost", "mcnemar_p"]].isna().all(axis=None)
 
 
 def test_every_ablation_file_has_a_question():

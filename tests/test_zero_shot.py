@@ -115,6 +115,8 @@ def test_shots_and_limit_are_recorded_and_change_what_is_asked(tiny, tasks_path)
     assert (plain.shots, shown.shots, shown.items) == (0, 3, 10)
     assert plain.sha256 != shown.sha256
     assert results_of(*tiny, resolve_tasks(["shown@3"], tasks_path), limit=10)["shown@3"] == shown
+    again = results_of(*tiny, {"shown@3": tasks["shown@3"]}, limit=10)  # as the next model of a run is asked
+    assert again["shown@3"] == shown
 
 
 WITHOUT_THE_PACKAGE = """

