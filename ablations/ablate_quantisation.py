@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-QUICK = {"preset": ("best",), "ratio": (0.3,), "quantisation": ("", "int8"), "decode_tokens": (16,)}
+QUICK = {"preset": ("best",), "ratio": (0.3,), "quantisation": ("", "int8"), "decode_tokens": (8,)}
 FULL = {"preset": ("best",), "ratio": (0.3, 0.5), "quantisation": ("", "int8", "int4"), "decode_tokens": (64,)}
 
 

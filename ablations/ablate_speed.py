@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-QUICK = {"preset": ("best", "transact", "flap"), "ratio": (0.3,), "decode_tokens": (16,)}
+QUICK = {"preset": ("best", "transact", "flap"), "ratio": (0.3,), "decode_tokens": (8,)}
 FULL = {"preset": ("best", "transact", "flap", "wanda-sp"), "ratio": (0.1, 0.2, 0.3, 0.5), "decode_tokens": (64,)}
 
 

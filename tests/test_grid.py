@@ -78,6 +78,23 @@ def test_each_text_is_calibrated_once_and_each_model_pruned_once(bench, calls):
 
 
 @pytest.mark.filterwarnings("ignore:.* calibration tokens are few")
+def test_ways_of_training_begin_with_the_same_model(bench, calls):
+    bare = bench.case("transact", 0.3)
+    ways = [bench.case("transact", 0.3, recovery=way, recovery_tokens=256) for way in ("full", "lora")]
+    between = bench.case("flap", 0.3)
+    cases = in_order([bare, between, *ways])
+    assert cases == [bare, *ways, between]
+    records = [bench.measure(case) for case in cases]
+    assert calls["prune"] == 2
+    again = bench.measure(ways[0])  # of a model that has not been trained since
+    assert again.losses == records[1].losses != records[0].losses
+    assert again.history == records[1].history != ()
+    train = bench._trainer(ways[0], [])
+    at_once = transact.prune(bench.dense, bench.windows_of(bare), recipe="transact", ratio=0.3, train=train)
+    assert bench.measure_model(at_once.model, {}, ways[0]).losses == records[1].losses
+
+
+@pytest.mark.filterwarnings("ignore:.* calibration tokens are few")
 @pytest.mark.parametrize("preset", ["best", "transact", "flap", "llm-pruner"])
 def test_shared_statistics_give_what_a_cell_gives_by_itself(bench, preset):
     case = bench.case(preset, 0.3)

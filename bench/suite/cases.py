@@ -50,6 +50,14 @@ def pruning_of(case: Case) -> Case:
     return replace(weights_of(case), quantisation="")
 
 
+def untrained_of(case: Case) -> Case:
+    """What decides the model that training begins with; with several shots training is a part of pruning."""
+    case = pruning_of(case)
+    if case.shots > 1:
+        return case
+    return replace(case, recovery="", recovery_tokens=0, recovery_sha256=None, recovery_ids=None, learning_rate=None)
+
+
 def ids_hash(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
     """Short hash of token ids, and of the vocabulary that tasks are read with.
 

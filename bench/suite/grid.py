@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..quality.fidelity import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from ..records import Case, Record
-from .cases import pruning_of, recipe_of, weights_of
+from .cases import pruning_of, recipe_of, untrained_of, weights_of
 from .training import EVALUATIONS
 
 OPERATIONS_PER_SECOND = {"cpu": 2.4e11, "cuda": 3e13}  # of two CPU cores in float32, of a GPU in bfloat16; stated low
@@ -36,22 +36,25 @@ def in_order(cases: Iterable[Case]) -> list[Case]:
     """Distinct cases in the order that calibrates each text once and prunes each model once.
 
     Cases of the same windows follow each other, first one that needs second moments, which serve all others; so do
-    cases of the same pruning, and of the same weights. Beyond that, and for the texts, first come, first served.
+    cases of the same pruning, trained ones after those that are not, and of the same weights. Beyond that, and for the
+    texts, first come, first served.
     """
     cases = list(dict.fromkeys(cases))
     calibrations = list(dict.fromkeys([None, *map(calibration_of, cases)]))
+    untrained = {made: rank for rank, made in enumerate(dict.fromkeys(map(untrained_of, cases)))}
     prunings = {made: rank for rank, made in enumerate(dict.fromkeys(map(pruning_of, cases)))}
     weights = {made: rank for rank, made in enumerate(dict.fromkeys(map(weights_of, cases)))}
 
     serve_others = {}  # of each windows the pruning that makes their second moments
     for case in cases:
         if case.criterion != "dense" and recipe_of(case).needs_moments():
-            serve_others.setdefault(calibration_of(case), pruning_of(case))
+            serve_others.setdefault(calibration_of(case), untrained_of(case))
 
-    def rank(case: Case) -> tuple[int, bool, int, int]:
-        calibration, pruning = calibration_of(case), pruning_of(case)
-        comes_later = serve_others.get(calibration, pruning) != pruning
-        return calibrations.index(calibration), comes_later, prunings[pruning], weights[weights_of(case)]
+    def rank(case: Case) -> tuple[int, bool, int, int, int]:
+        calibration, pruning, before = calibration_of(case), pruning_of(case), untrained_of(case)
+        comes_later = serve_others.get(calibration, before) != before
+        places = untrained[before], prunings[pruning], weights[weights_of(case)]
+        return calibrations.index(calibration), comes_later, *places
 
     return sorted(cases, key=rank)
 

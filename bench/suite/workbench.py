@@ -1,5 +1,6 @@
 """One model, one calibration, many cases: what every ablation measures on."""
 
+import copy
 import hashlib
 import math
 import time
@@ -23,7 +24,7 @@ from ..environment import code_hash, environment, fast_dtype
 from ..quality.texts import load_evaluation_texts, windows_of
 from ..records import Case, Record
 from .calibrations import Calibrations
-from .cases import ids_hash, is_plain_preset, method_of, pruning_of, recipe_fields, recipe_of
+from .cases import ids_hash, is_plain_preset, method_of, pruning_of, recipe_fields, recipe_of, untrained_of
 from .qualities import Qualities
 from .training import trainer_of
 
@@ -132,6 +133,7 @@ class Workbench:
         self.dense_case = self.with_other_texts(dense_case)
         self._calibrations = Calibrations(self.dense)
         self._pruned: tuple[Case, nn.Module, dict[str, float], list[dict[str, float]]] | None = None
+        self._trained: tuple[Case, nn.Module, dict[str, float], list[dict[str, float]]] | None = None
         self._qualities = Qualities(self.dense, self.evaluation_texts, compared_windows or 0)
 
     def text(self, name: str) -> tuple[Text, torch.Tensor]:
@@ -353,14 +355,27 @@ class Workbench:
         return replace(record, metrics=metrics, history=tuple(history))
 
     def pruned(self, case: Case) -> tuple[nn.Module, dict[str, float], list[dict[str, float]]]:
-        """The model of a case before it is quantised, the seconds and history of making it; the last one is kept."""
+        """The model of a case before it is quantised, the seconds and history of making it.
+
+        The last one is kept, and the last before training: ways of training begin with the same model.
+        """
         if case.criterion == "dense":
             return self.dense, {}, []
-        made = pruning_of(case)
-        if self._pruned is None or self._pruned[0] != made:
-            self._pruned = None  # before the next one takes memory
-            self._pruned = made, *self._prune(case)
-        return self._pruned[1:]
+        made, before = pruning_of(case), untrained_of(case)
+        if self._trained is not None and self._trained[0] == made:
+            return self._trained[1:]
+        self._trained = None  # before the next one takes memory
+        if self._pruned is None or self._pruned[0] != before:
+            self._pruned = None
+            self._pruned = before, *self._prune(before)
+        if made == before:
+            return self._pruned[1:]
+        _, model, seconds, _ = self._pruned
+        start, history = time.perf_counter(), []
+        model = self._trainer(made, history)(copy.deepcopy(model), 1)
+        seconds = {**seconds, "prune_s": seconds["prune_s"] + time.perf_counter() - start}
+        self._trained = made, model, seconds, history
+        return self._trained[1:]
 
     def _prune(self, case: Case) -> tuple[nn.Module, dict[str, float], list[dict[str, float]]]:
         recipe, seconds, history = recipe_of(case), {}, []
