@@ -15,7 +15,7 @@ from .answers import percent
 from .findings import is_on_front
 
 METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "dense", "magnitude", "random")
-BARS = "bars: one standard error"
+BARS, INTERVALS = "bars: one standard error", "bars: 95 % interval"
 
 
 def style_of(method: str, others: Sequence[str] = ()) -> tuple[str, str, str]:
@@ -155,6 +155,15 @@ def with_dense(perplexities: pd.Series, dense: float | None) -> pd.Series:
     return pd.concat([perplexities, pd.Series([] if dense is None else [dense], dtype=float)])
 
 
+def bars_of(frame: pd.DataFrame, name: str) -> np.ndarray:
+    """How far a metric's bars reach below and above it, (2, rows): its interval, or one standard error; 0: unknown."""
+    if f"{name}_low" in frame:
+        bars = [frame[name] - frame[f"{name}_low"], frame[f"{name}_high"] - frame[name]]
+    else:
+        bars = [frame.get(f"{name}_standard_error", pd.Series(0.0, frame.index))] * 2
+    return np.stack([one.astype(float).fillna(0).clip(lower=0) for one in bars])
+
+
 def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: dict) -> None:
     """Points of each label, and a line through those that no other beats, with the fraction removed beside these."""
     frame = frame.dropna(subset=["perplexity"])
@@ -163,8 +172,7 @@ def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: di
               drawstyle="default", label="beaten by no other")  # fmt: skip
     for line, points in frame.groupby("line", sort=False):
         colour, marker, _ = styles[line]
-        errors = points.get(f"{x}_standard_error")
-        across = None if errors is None else errors.astype(float).fillna(0) * scale
+        across = bars_of(points, x) * scale
         axes.errorbar(points[x] * scale, points["perplexity"], xerr=across, yerr=perplexity_bars(points), label=line,
                       color=colour, marker=marker, markersize=6, linestyle="none", capsize=2, elinewidth=1)  # fmt: skip
     for place, ratio, perplexity in zip(front[x] * scale, front["ratio"], front["perplexity"], strict=True):

@@ -10,6 +10,7 @@ from bench.quality.significance import Difference
 
 from .answers import Answer, percent
 from .rises import ON, difference, with_interval
+from .sets import SPEED, SPEEDUP
 from .texts import is_near, texts_of
 
 UNTOLD = "and nothing tells whether that is chance"
@@ -191,10 +192,18 @@ def trade_off(found: Answer) -> list[str]:
     ]
 
 
+def speed_column(frame: pd.DataFrame) -> str:
+    """By what cells are told to be faster: how they ran in turn with the dense model, where all did.
+
+    Tokens per second of cells that ran at different times differ by what else the machine did.
+    """
+    return SPEEDUP if SPEEDUP in frame and frame[SPEEDUP].notna().all() else SPEED
+
+
 def speed(found: Answer) -> list[str]:
     """Which cells no other beats in perplexity and decoding speed at once, and what the fastest costs."""
-    frame = found.frame
-    front = frame[is_on_front(frame, ("perplexity",), ("decode_tokens_per_s",))].sort_values("decode_tokens_per_s")
+    frame, column = found.frame, speed_column(found.frame)
+    front = frame[is_on_front(frame, ("perplexity",), (column,))].sort_values(column)
     fastest = front.iloc[-1]
     dense = found.dense.metrics.get("decode_tokens_per_s") if found.dense else None
     times = f" ({plain(fastest['decode_tokens_per_s'] / dense, 3)} times the dense model's)" if dense else ""

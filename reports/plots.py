@@ -15,6 +15,8 @@ from bench.output.figures import FAINT, LOOK
 from .answers import Answer, percent
 from .drawing import (
     BARS,
+    INTERVALS,
+    bars_of,
     draw_dense,
     draw_front,
     draw_line,
@@ -29,7 +31,9 @@ from .drawing import (
     styles_of,
     with_dense,
 )
+from .findings import speed_column
 from .rises import ON
+from .sets import SPEED, SPEEDUP
 from .texts import is_near, texts_of
 
 
@@ -65,12 +69,14 @@ def plot_lines(found: Answer) -> Figure:
     return figure
 
 
-PANELS = {"perplexity": "perplexity", "decode_tokens_per_s": "decoded tokens per second", "weight_mib": "weights (MiB)"}
+PANELS = {"perplexity": "perplexity", SPEED: "decoded tokens per second", "weight_mib": "weights (MiB)",
+          SPEEDUP: "times the dense model's speed, run in turn"}  # fmt: skip
 
 
 def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int = 40) -> Figure:
     """One row for each group, setting and value, one panel for each metric; the `most` rows of the least perplexity."""
     frame = found.frame
+    metrics = [speed_column(frame) if name == SPEED else name for name in metrics]
     left_out = len(frame) - most
     if left_out > 0:
         frame = frame.nsmallest(most, "perplexity").sort_index()
@@ -82,8 +88,7 @@ def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     styles = styles_of(frame["label"], frame["method"])
     for axes, metric in zip(panels, metrics, strict=True):
-        errors = frame.get(f"{metric}_standard_error", pd.Series(0.0, frame.index)).astype(float).fillna(0)
-        bars = perplexity_bars(frame) if metric == "perplexity" else np.stack([errors, errors])
+        bars = perplexity_bars(frame) if metric == "perplexity" else bars_of(frame, metric)
         for place, (label, value) in enumerate(zip(frame["label"], frame[metric], strict=True)):
             colour, marker, _ = styles[label]
             axes.errorbar(value, place, xerr=bars[:, place : place + 1], color=colour, marker=marker, capsize=3)
@@ -92,7 +97,8 @@ def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int
             perplexity_axis(axes, values, "x", f";\n{BARS}" if len(metrics) > 1 else f"; {BARS}")
             draw_dense(axes, _dense_perplexity(found), "x")
         else:
-            axes.set_xlabel(PANELS[metric] + (f"\n({BARS})" if (errors > 0).any() else ""))
+            words = INTERVALS if metric == SPEEDUP else BARS
+            axes.set_xlabel(PANELS[metric] + (f"\n({words})" if bars.any() else ""))
             axes.set_xlim(0, frame[metric].max() * 1.1)
         axes.grid(which="both")
     panels[0].set_yticks(range(len(names)), names)
@@ -192,17 +198,17 @@ def plot_trade_off(found: Answer) -> Figure:
 
 
 def plot_speed(found: Answer) -> Figure:
-    """Perplexity against decoded tokens per second, with the front; small figures: the fraction removed."""
+    """Perplexity against decoding speed, with the front; small figures: the fraction removed."""
     frame = found.frame.assign(line=line_names(found.frame))
-    dense = found.dense
-    if dense and "decode_tokens_per_s" in dense.metrics:
-        row = {"line": "dense", "label": "dense", "method": "dense", "ratio": 0.0, **dense.metrics}
+    dense, column = found.dense, speed_column(frame)
+    if dense and SPEED in dense.metrics:
+        row = {"line": "dense", "label": "dense", "method": "dense", "ratio": 0.0, SPEEDUP: 1.0, **dense.metrics}
         row |= {f"{name}_standard_error": error for name, error in dense.standard_errors.items()}
         frame = pd.concat([pd.DataFrame([row]), frame], ignore_index=True).replace(np.inf, np.nan)
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    draw_front(axes, frame, "decode_tokens_per_s", 1, styles_of(frame["line"], frame["method"]))
-    axes.set_xlabel(f"decoded tokens per second ({BARS})")
+    draw_front(axes, frame, column, 1, styles_of(frame["line"], frame["method"]))
+    axes.set_xlabel(f"{PANELS[column]} ({BARS if column == SPEED else INTERVALS})")
     legend(figure, axes)
     return figure
 

@@ -13,6 +13,7 @@ RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "
           "measurements")  # fmt: skip
 PAPER = {"granularity": ("dims",), "allocation": ("uniform",), "compensation": ("none",), "rope": ("pairs",),
          "shots": (1,)}  # fmt: skip
+IN_TURN = ("decode_speedup", "decode_speedup_low", "decode_speedup_high")  # with the dense model
 TRAINED = ("full", "lora", "distillation", "lora-distillation")
 
 
@@ -101,13 +102,13 @@ QUESTIONS = (
              label=lambda record: "{} round{}".format(record.case.measurements, "s" * (record.case.measurements != 1))),
     Question("alignment", ("head_multiple", "mlp_multiple"),
              partial(plots.plot_dots, metrics=("perplexity", "decode_tokens_per_s")), findings.alternatives,
-             label=multiples_label, columns=("decode_tokens_per_s", "decode_tokens_per_s_standard_error")),
+             label=multiples_label, columns=(*IN_TURN, "decode_tokens_per_s", "decode_tokens_per_s_standard_error")),
     Question("speed", RECIPE, plots.plot_speed, findings.speed, along=("ratio", "kv_ratio"), belongs=is_timed,
-             label=method, columns=("decode_tokens_per_s", "decode_tokens_per_s_standard_error", "weight_mib",
-                                    "kv_bytes_per_token")),
+             label=method, columns=(*IN_TURN, "decode_tokens_per_s", "decode_tokens_per_s_standard_error",
+                                    "weight_mib", "kv_bytes_per_token")),
     Question("budget", ("budget",), plots.plot_dots, findings.budgets, along=("speedup",),
              belongs=lambda record: record.case.speedup is not None, label=lambda record: record.case.budget,
-             columns=("decode_speedup", "decode_speedup_low", "decode_speedup_high", "decode_tokens_per_s")),
+             columns=(*IN_TURN, "decode_tokens_per_s")),
     Question("recovery", TRAINING, plots.plot_training, findings.training, label=recovery_label,
              columns=("recovery_tokens",)),
     Question("recovery_shots", ("shots",), plots.plot_lines, findings.alternatives, where={"recovery": TRAINED},

@@ -11,7 +11,7 @@ from bench.records import Case, Record
 SHARED = ("model", *COMPARED, "code")
 CALIBRATION = ("calibration_text", "calibration_sha256", "calibration_ids", "calibration_samples",
                "calibration_seq_len", "seed")  # fmt: skip
-SPEED = "decode_tokens_per_s"
+SPEED, SPEEDUP = "decode_tokens_per_s", "decode_speedup"
 # measured on the side: they change no other figure
 ASIDE = ("tasks", "task_limit", "decode_tokens", "other_texts", "other_sha256", "other_windows", "compared_windows")
 QUALITY = attrgetter(*(name for name in Case.__dataclass_fields__ if name not in ASIDE))

@@ -309,6 +309,21 @@ def test_pruning_to_a_speed_up(imaginary, make, measurements):
     assert transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3).speed is None
 
 
+def test_what_else_the_machine_does_is_not_priced(monkeypatch):
+    turns, dense = itertools.count(), tiny_llama()
+
+    def disturbed(seconds):  # in seven runs of ten it takes three times as long
+        return lambda: seconds * (3 if next(turns) % 10 < 7 else 1)
+
+    monkeypatch.setattr(latency, "_attention_timer", lambda model, one, *_: disturbed(one.qk_head_dim + one.v_head_dim))
+    monkeypatch.setattr(latency, "_mlp_timer", lambda model, one, *_: disturbed(5 + one.mlp))
+    table = measured_table(dense, Workload(context=4))
+    assert all(seconds == 2 * width for width, seconds in table.equal)
+    assert all(seconds == 5 + width for width, seconds in table.mlp)
+    assert all(seconds == query + value for query, line in table.unequal for value, seconds in line)
+    assert latency.never_falling([(8, 1.0), (16, 4.0), (24, 2.0), (32, 5.0)]) == ((8, 1), (16, 3), (24, 3), (32, 5))
+
+
 def test_what_is_timed_runs_on_every_family(monkeypatch):
     """The real modules and models, whatever they take: every point of a table is there and rises."""
     monkeypatch.setattr(latency, "MODULE_REPEATS", 1)

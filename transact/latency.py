@@ -4,9 +4,8 @@ import copy
 import hashlib
 import itertools
 import json
-import statistics
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from .widths import MODULES, Widths, dense_widths, head_dim_of, widths_of
 TOKENS = ("decode", "prefill")
 STEPS = 8  # tokens decoded in one timed run of a model
 COPIES = 2  # of a module, called after each other in one timed run
-MODULE_REPEATS, MODEL_REPEATS, WARM_UP = 9, 15, 2
+MODULE_REPEATS, MODEL_REPEATS, WARM_UP = 31, 15, 2
 
 Line = tuple[tuple[int, float], ...]  # widths, rising, and seconds
 
@@ -107,7 +106,7 @@ def conditions(dense: nn.Module, workload: Workload) -> dict[str, str | int | fl
         "device": device_name(dense.device), "threads": torch.get_num_threads(), "dtype": str(dense.dtype),
         **asdict(workload), **shapes, "head_dim": head_dim_of(config), **features_of(config),
         "attention": config._attn_implementation, "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": transformers.__version__, "repeats": MODULE_REPEATS,
         "modules": hashlib.sha256(Path(modeling_transact.__file__).read_bytes()).hexdigest()[:12],
     }  # fmt: skip
 
@@ -150,7 +149,11 @@ def spaced(widths: Sequence[int], count: int) -> list[int]:
 
 
 def measured_table(dense: nn.Module, workload: Workload, *, progress: bool = False) -> LatencyTable:
-    """Medians of runs in turn of the narrowed model's own modules, with random weights that no cache holds any more."""
+    """Runs in turn of the narrowed model's own modules, with random weights that no cache holds any more.
+
+    What else a machine does only adds to a run, often twice what it takes: of each module the time that a quarter of
+    its runs stay below counts, and over rising widths the nearest times that never fall (isotonic regression).
+    """
     whole = dense_widths(dense.config)[0]
     queries, values, mlps = allowed_widths(dense.config, whole, MODULES, engine_by_name("transformers"))
     few, mlps = spaced(queries, 3), spaced(mlps, 5)
@@ -166,12 +169,24 @@ def measured_table(dense: nn.Module, workload: Workload, *, progress: bool = Fal
         timers += [_mlp_timer(dense, replace(whole, mlp=width), workload, flush) for width in mlps]
         in_turn(timers, WARM_UP)
         times = in_turn(timers, MODULE_REPEATS, bar="latency" if progress else "")
-    medians = dict(zip([*heads, *mlps], map(statistics.median, times), strict=True))
+    seconds = dict(zip([*heads, *mlps], (lower_quartile(one) for one in times), strict=True))
     return LatencyTable(
-        tuple((width, medians[width, width]) for width in equal),
-        tuple((query, tuple((value, medians[query, value]) for value in others)) for query in few),
-        tuple((width, medians[width]) for width in mlps),
+        never_falling((width, seconds[width, width]) for width in equal),
+        tuple((query, never_falling((value, seconds[query, value]) for value in others)) for query in few),
+        never_falling((width, seconds[width]) for width in mlps),
     )
+
+
+def lower_quartile(seconds: Sequence[float]) -> float:
+    return torch.tensor(seconds, dtype=torch.float64).quantile(0.25).item()
+
+
+def never_falling(points: Iterable[tuple[int, float]]) -> Line:
+    """The nearest seconds, in least squares, that do not fall with the width."""
+    from scipy.optimize import isotonic_regression  # takes a quarter of a second to import
+
+    widths, seconds = zip(*points, strict=True)
+    return tuple(zip(widths, isotonic_regression(seconds).x.tolist(), strict=True))
 
 
 def _attention_timer(
