@@ -70,7 +70,7 @@ def plot_lines(found: Answer) -> Figure:
 
 
 PANELS = {"perplexity": "perplexity", SPEED: "decoded tokens per second", "weight_mib": "weights (MiB)",
-          SPEEDUP: "times the dense model's speed, run in turn"}  # fmt: skip
+          SPEEDUP: "times as fast as dense"}  # fmt: skip
 
 
 def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int = 40) -> Figure:
@@ -99,7 +99,7 @@ def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int
         else:
             words = INTERVALS if metric == SPEEDUP else BARS
             axes.set_xlabel(PANELS[metric] + (f"\n({words})" if bars.any() else ""))
-            axes.set_xlim(0, frame[metric].max() * 1.1)
+            axes.set_xlim(0, (frame[metric] + bars[1]).max() * 1.05)
         axes.grid(which="both")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
