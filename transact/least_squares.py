@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .calibration import Moments, add_products, mirror
+from .calibration import Moments
+from .products import add_products, mirror
 
 RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3)  # of each input's second moment
 SKETCH = 64

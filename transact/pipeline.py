@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .allocate import global_widths, parameter_prices, searched_widths, shared_pairs, widths_within
-from .calibration import Statistics, iterate_statistics
+from .calibration import Statistics, iterate_statistics, set_aside
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
 from .devices import resolve_device
@@ -19,7 +19,7 @@ from .engines import check_held, engine_by_name
 from .entry import check_in_one_place, check_seed, check_trainable, checked_windows, undisturbed
 from .gradients import loss_gradients
 from .latency import compared
-from .measured import fitted_alone, measured_scores
+from .measured import measured_scores
 from .modeling_transact import TransActForCausalLM
 from .plan import Plan, select
 from .prune import apply_plan, check_computed, check_prunable, narrowed_config
@@ -260,27 +260,44 @@ def _scores(
     progress: bool,
 ) -> tuple[list[LayerScores], list]:
     """Scores of all layers, and their statistics where the compensation needs them (they are large)."""
-    layers = model.model.layers
+    layers, is_given = model.model.layers, statistics is not None
     if not recipe.needs_text():
         return [criterion.score(layer, index, None) for index, layer in enumerate(layers)], []
-    if statistics is not None:
+    if is_given:
         streamed = iter(statistics.layers)
     else:
         gradients = None
         if recipe.gradients():
             gradients = loss_gradients(model, windows, of=recipe.gradients(), device=device, progress=progress)
         streamed = iterate_statistics(
-            model, windows, second_moments=recipe.needs_moments(), gradients=gradients, device=device,
-            progress=progress,
+            model, windows, second_moments=recipe.needs_moments(), gradients=gradients and _taken(gradients),
+            device=device, progress=progress,
         )  # fmt: skip
     scores, kept = [], []
-    for index, (layer, layer_statistics) in enumerate(zip(layers, streamed, strict=True)):
+    for index, layer in enumerate(layers):
+        layer_statistics = next(streamed)  # and not by zip, which holds a layer's while the next layer's are collected
         scores.append(criterion.score(layer, index, layer_statistics))
-        if recipe.compensation in ("bias", "dense"):
-            kept.append(layer_statistics)
-        elif recipe.measures(device):
-            kept.append(fitted_alone(layer_statistics))
+        if (parts := _parts_kept(recipe, device)) is not None:
+            kept.append(layer_statistics if is_given else set_aside(layer_statistics, parts))
+        del layer_statistics
+    next(streamed, None)
     return scores, kept
+
+
+def _parts_kept(recipe: Recipe, device: torch.device | None) -> int | None:
+    """How many parts of every layer's moments the stages after scoring read; None where they read no statistics."""
+    if recipe.compensation == "dense":
+        return 2
+    if recipe.measures(device):
+        return 1
+    return 0 if recipe.compensation == "bias" else None
+
+
+def _taken(items: list) -> Iterator:
+    """The items in order; the list loses each of them."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def _placeholder_scores(dense: nn.Module) -> list[LayerScores]:
