@@ -24,6 +24,7 @@ from .modeling_transact import TransActForCausalLM
 from .plan import Plan, select
 from .prune import apply_plan, check_computed, check_prunable, narrowed_config
 from .recipe import PRESETS, Recipe, recipe_by_name
+from .room import check_room_to_prune
 from .scores import LayerScores
 from .speedup import SpeedGoal, check_in_reach_of_a_clock, check_speedup, speed_goal, widths_at_speed
 from .timing import Ratio
@@ -34,6 +35,7 @@ from .widths import (
     check_ratio,
     check_widths,
     dense_widths,
+    fraction_removed,
     head_dim_of,
     uniform_widths,
     widths_after_shot,
@@ -116,6 +118,11 @@ def prune(
     with undisturbed(dense):
         if windows is not None:
             windows = checked_windows(dense, windows)
+        if recipe.needs_text() and statistics is None and widths != dense_widths(dense.config):
+            kept = 0.0 if speedup is not None else 1 - ratio
+            if widths is not None:
+                kept = 1 - fraction_removed(dense.config, widths)
+            check_room_to_prune(dense, recipe, windows.numel(), kept, device)
         criterion = criterion_by_name(recipe.criterion, seed=seed)
         goal = speedup
         if speedup is not None and not isinstance(speedup, SpeedGoal):
@@ -277,20 +284,11 @@ def _scores(
     for index, layer in enumerate(layers):
         layer_statistics = next(streamed)  # and not by zip, which holds a layer's while the next layer's are collected
         scores.append(criterion.score(layer, index, layer_statistics))
-        if (parts := _parts_kept(recipe, device)) is not None:
+        if (parts := recipe.parts_kept(device)) is not None:
             kept.append(layer_statistics if is_given else set_aside(layer_statistics, parts))
         del layer_statistics
     next(streamed, None)
     return scores, kept
-
-
-def _parts_kept(recipe: Recipe, device: torch.device | None) -> int | None:
-    """How many parts of every layer's moments the stages after scoring read; None where they read no statistics."""
-    if recipe.compensation == "dense":
-        return 2
-    if recipe.measures(device):
-        return 1
-    return 0 if recipe.compensation == "bias" else None
 
 
 def _taken(items: list) -> Iterator:
