@@ -1,5 +1,6 @@
 """Memory: it grows with one layer, and with no more of the others than weights and what the planner needs."""
 
+import gc
 import itertools
 from functools import partial
 
@@ -10,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import transact
 from transact import pipeline, room
-from transact.calibration import iterate_statistics
 from transact.products import Half, add_products, mirror
 from transact.recovery import trainer
 from transact.walk import LayerWalk, on_device
@@ -33,6 +33,7 @@ def model_of(layers: int) -> LlamaForCausalLM:
 
 def peak_bytes(work) -> int:
     """The most that tensors made meanwhile hold at once."""
+    gc.collect()  # what earlier work left is not freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -91,14 +92,6 @@ def test_refitting_on_dense_inputs_keeps_halves():
     assert found < planned(model_of(2)) + MATRIX * (0.5 + SIDE / 2 / MLP)  # of tokens held out too
 
 
-def test_two_layers_moments_are_never_held_at_once():
-    def walked(model):
-        for layer in iterate_statistics(model, WINDOWS, second_moments=True):
-            del layer
-
-    assert growth(walked) < bytes_of_a_layer(model_of(2)) + 20_000  # the model's own
-
-
 def test_half_of_a_symmetric_matrix_is_all_of_it():
     rows = torch.randn(50, 83, generator=torch.Generator().manual_seed(0))
     sums = torch.zeros(83, 83)
@@ -112,15 +105,17 @@ def test_half_of_a_symmetric_matrix_is_all_of_it():
     assert torch.equal(whole.float(), sums)
 
 
+@pytest.mark.gpu
 def test_a_block_that_was_elsewhere_is_what_it_was_and_nothing_is_copied_back():
     layer = model_of(1).model.layers[0]
     weight = layer.mlp.up_proj.weight
     before, place = weight.detach().clone(), weight.data_ptr()
     weight.grad = torch.ones_like(weight)
-    with on_device(layer, torch.device("meta")):
-        assert weight.is_meta
+    with on_device(layer, torch.device("cuda")), torch.no_grad():
+        assert weight.is_cuda
         assert weight.grad is None
-    assert weight.data_ptr() == place  # copied back from there it would hold no numbers
+        weight.zero_()
+    assert weight.data_ptr() == place
     assert torch.equal(weight, before)
     assert torch.equal(weight.grad, torch.ones_like(weight))
 

@@ -281,13 +281,10 @@ def _scores(
             device=device, progress=progress,
         )  # fmt: skip
     scores, kept = [], []
-    for index, layer in enumerate(layers):
-        layer_statistics = next(streamed)  # and not by zip, which holds a layer's while the next layer's are collected
+    for index, (layer, layer_statistics) in enumerate(zip(layers, streamed, strict=True)):
         scores.append(criterion.score(layer, index, layer_statistics))
         if (parts := recipe.parts_kept(device)) is not None:
             kept.append(layer_statistics if is_given else set_aside(layer_statistics, parts))
-        del layer_statistics
-    next(streamed, None)
     return scores, kept
 
 
