@@ -49,7 +49,7 @@ def test_output_gradients_are_those_of_the_whole_model(model):
     for index, layer in enumerate(measured):
         for name, moments in (("o", layer.attention_output), ("d", layer.mlp_output)):
             rows = seen[index, name].grad.flatten(0, 1).double()
-            expected = rows.T @ rows / windows.numel()
+            expected = (rows.T @ rows / windows.numel()).float()
             torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
         query = seen[index, "q"]
         gates = (query.grad * query).detach().double().view(-1, 6, 16)

@@ -4,9 +4,9 @@ Legend: T tokens, H query heads, K key-value heads, G = H / K query heads a grou
 V of a value head, A = H V, M MLP dimensions, D hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,17 +14,17 @@ from tqdm.auto import tqdm
 
 from .entry import check_in_one_place, check_model, checked_windows, undisturbed
 from .gradients import LayerGradients, loss_gradients
+from .products import Half, add_products, mirror
 from .walk import LayerWalk, kv_heads_of
 
-SQUARE = 256  # products of activations are summed in squares of this side, almost half of which symmetry saves
 HELD_OUT_EVERY = 8  # of so many windows one is kept aside, to choose the ridge of the least squares on
 
 
 @dataclass
 class Moments:
-    """Sums over tokens of an activation x of width n: x x^T (n, n) and x (n,), float32, and how many tokens."""
+    """Sums over tokens of an activation x of width n: x x^T (n, n), or half of it, and x (n,), float32; the tokens."""
 
-    products: torch.Tensor
+    products: torch.Tensor | Half
     sum: torch.Tensor
     tokens: int
 
@@ -34,7 +34,7 @@ class Moments:
 
     def add(self, rows: torch.Tensor, total: torch.Tensor) -> None:
         """Add tokens, rows (T, n) with the sum `total` (n,); of the products as `add_products` does."""
-        add_products(self.products, rows.float())
+        add_products(self.products, rows)
         self.sum += total
         self.tokens += len(rows)
 
@@ -42,20 +42,6 @@ class Moments:
         """Itself, with the products below the diagonal filled in."""
         mirror(self.products)
         return self
-
-
-def add_products(sums: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add rows^T rows, of tokens (T, n), to `sums` (n, n): only to the squares on and above its diagonal."""
-    for start in range(0, len(sums), SQUARE):
-        stop = start + SQUARE
-        sums[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
-
-
-def mirror(sums: torch.Tensor) -> None:
-    """Fill in what `add_products` leaves out below the diagonal."""
-    for start in range(0, len(sums), SQUARE):
-        stop = start + SQUARE
-        sums[stop:, start:stop] = sums[start:stop, stop:].T
 
 
 @dataclass(frozen=True)
@@ -93,6 +79,23 @@ class LayerStatistics:
     def values(self) -> torch.Tensor:
         """Squares of the attention output summed over the query heads that read a value dimension: (K, V)."""
         return self.attention_output.unflatten(0, (len(self.key), -1)).sum(dim=1)
+
+
+def set_aside(layer: LayerStatistics, parts: int) -> LayerStatistics:
+    """The statistics without gradients, and of the moments the first `parts` alone, half of each, in host memory.
+
+    2: of tokens that are fitted on and of those held out; 1: of the former; 0: none. What it is made of can be freed.
+    """
+
+    def halved(moments: tuple[Moments, Moments] | None) -> tuple[Moments, Moments] | None:
+        if moments is None or not parts:
+            return None
+        kept = [replace(one, products=Half.of(one.products)) for one in moments[:parts]]
+        return kept[0], kept[1] if parts == 2 else Moments.empty(0, moments[1].sum.device)
+
+    return replace(
+        layer, attention_moments=halved(layer.attention_moments), mlp_moments=halved(layer.mlp_moments), gradients=None
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def iterate_statistics(
     windows: torch.Tensor,
     *,
     second_moments: bool = False,
-    gradients: Sequence[LayerGradients] | None = None,
+    gradients: Iterable[LayerGradients] | None = None,
     device: torch.device | None = None,
     tokens_per_batch: int = 2048,
     progress: bool = False,
@@ -225,8 +228,9 @@ def iterate_statistics(
     else:
         walk = LayerWalk(model, [batch for _, batch in batches], device=device)
         finished = _collect_by_layer(walk, collectors, [held_out for held_out, _ in batches], bar)
+    measured = iter(gradients or ())
     for index, collector in enumerate(finished):
-        yield collector.statistics(index, windows.numel(), group, gradients[index] if gradients else None)
+        yield collector.statistics(index, windows.numel(), group, next(measured, None))
         collector.sums.clear()
         collector.moments.clear()
 

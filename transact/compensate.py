@@ -5,6 +5,7 @@ Legend: T tokens, D hidden size, N inputs of a projection before pruning, n thos
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from .calibration import LayerStatistics, held_out_split
 from .least_squares import Fit, NormalEquations, fit_projection
 from .plan import LayerPlan, Plan
-from .walk import LayerWalk, on_device
+from .walk import LayerWalk, is_small, on_device
 
 
 def token_scale(residual: torch.Tensor) -> torch.Tensor:
@@ -152,102 +153,138 @@ def compensate_on_pruned_inputs(
     target_walk, walk = LayerWalk(model, batches, device=device), LayerWalk(narrowed, batches, device=device)
     ridges = []
     for index, before in target_walk.blocks(desc="compensate", disable=None if progress else True):
-        layer = narrowed.model.layers[index]
-        attention, mlp = layer.self_attn, layer.mlp
-        entering, middles = list(target_walk.hidden), []
-        handle = before.post_attention_layernorm.register_forward_pre_hook(
-            lambda module, inputs, into=middles: into.append(inputs[0])
-        )
-        for batch in range(len(batches)):
-            target_walk.advance(index, before, batch)
-        handle.remove()
-        chosen = {}
-        with on_device(layer, device):
-            readers = (attention.q_proj, attention.k_proj, attention.v_proj)
-            norms = layer.input_layernorm, before.input_layernorm
-            chosen["qkv_proj"] = _restore_inputs(readers, norms, walk.hidden, entering, held_out, ridge)
-            inputs = _attention_inputs(walk, index, layer)
-            chosen["o_proj"] = _refit(attention.o_proj, inputs, walk, middles, held_out, bias, ridge)
-            norms = layer.post_attention_layernorm, before.post_attention_layernorm
-            chosen["gate_up_proj"] = _restore_inputs(
-                (mlp.gate_proj, mlp.up_proj), norms, walk.hidden, middles, held_out, ridge
-            )
-            chosen["down_proj"] = _refit(
-                mlp.down_proj, _mlp_inputs(walk, layer), walk, target_walk.hidden, held_out, bias, ridge
-            )
+        layer, chosen = narrowed.model.layers[index], {}
+        with on_device(layer, device, changes=True):
+            for name, half, its in (
+                ("qkv", _Attention(walk, index, layer), _Attention(target_walk, index, before)),
+                ("gate_up", _Mlp(walk, index, layer), _Mlp(target_walk, index, before)),
+            ):
+                chosen[f"{name}_proj"] = _restore_inputs(half, its, held_out, ridge)
+                its.advance()
+                chosen[half.output] = _refit(half, its, held_out, bias, ridge)
         ridges.append(chosen)
     return ridges
 
 
-def _restore_inputs(
-    readers: Sequence[nn.Linear],
-    norms: tuple[nn.Module, nn.Module],
-    hidden: Sequence[torch.Tensor],
-    targets: Sequence[torch.Tensor],
-    held_out: Sequence[int],
-    ridge: float | None,
-) -> float | None:
+@dataclass(frozen=True)
+class _Half:
+    """The attention or the MLP of a block, which reads the normalised residual stream and adds its output to it."""
+
+    walk: LayerWalk
+    index: int
+    layer: nn.Module
+
+    def stream(self, batch: int) -> torch.Tensor:
+        """A batch's residual stream, where the block lies."""
+        return self.walk.hidden[batch].to(self.norm.weight.device)
+
+    def normalised(self, batch: int) -> torch.Tensor:
+        return self.norm(self.stream(batch))
+
+    def add(self, batch: int, output: torch.Tensor) -> None:
+        """Add the output to a batch's residual stream, in place."""
+        self.walk.hidden[batch].copy_(self.stream(batch) + output)
+
+    def advance(self) -> None:
+        """Add its own output to the residual stream of every batch."""
+        for batch in range(len(self.walk.hidden)):
+            self.add(batch, self.given(batch))
+
+
+class _Attention(_Half):
+    output = "o_proj"
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.layer.input_layernorm
+
+    @property
+    def readers(self) -> tuple[nn.Linear, ...]:
+        attention = self.layer.self_attn
+        return attention.q_proj, attention.k_proj, attention.v_proj
+
+    @property
+    def projection(self) -> nn.Linear:
+        return self.layer.self_attn.o_proj
+
+    def given(self, batch: int) -> torch.Tensor:
+        normalised = self.normalised(batch)
+        arguments = self.walk.arguments(self.index, batch, normalised.device)
+        return self.layer.self_attn(hidden_states=normalised, **arguments)[0]
+
+    def entering(self, batch: int) -> torch.Tensor:
+        """What enters the projection, whose own product is left out."""
+        attention = self.layer.self_attn
+        projection, attention.o_proj = attention.o_proj, nn.Identity()
+        try:
+            return self.given(batch)
+        finally:
+            attention.o_proj = projection
+
+
+class _Mlp(_Half):
+    output = "down_proj"
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.layer.post_attention_layernorm
+
+    @property
+    def readers(self) -> tuple[nn.Linear, ...]:
+        return self.layer.mlp.gate_proj, self.layer.mlp.up_proj
+
+    @property
+    def projection(self) -> nn.Linear:
+        return self.layer.mlp.down_proj
+
+    def given(self, batch: int) -> torch.Tensor:
+        return self.layer.mlp(self.normalised(batch))
+
+    def entering(self, batch: int) -> torch.Tensor:
+        """What enters the projection."""
+        mlp, normalised = self.layer.mlp, self.normalised(batch)
+        return mlp.act_fn(mlp.gate_proj(normalised)) * mlp.up_proj(normalised)
+
+
+def _restore_inputs(half: _Half, its: _Half, held_out: Sequence[int], ridge: float | None) -> float | None:
     """Let projections read the best linear guess of the dense model's normalised residual stream; the ridge chosen.
 
     The map (D, D) that takes the narrowed model's normalised stream nearest to the dense model's is multiplied into
-    the weights of all `readers` (their biases stay).
+    the weights of all readers (their biases stay). `its` is the dense model's half.
     """
-    weight = readers[0].weight
+    weight = half.readers[0].weight
     identity = torch.eye(weight.shape[1], device=weight.device)
     equations = [NormalEquations.empty(*identity.shape, weight.device) for _ in range(2)]
-    for batch, (mine, dense) in enumerate(zip(hidden, targets, strict=True)):
-        rows, wanted = norms[0](mine.to(weight.device)), norms[1](dense.to(weight.device))
-        equations[held_out[batch]].add(rows.flatten(0, 1), wanted.flatten(0, 1))
+    for batch, part in enumerate(held_out):
+        rows, wanted = half.normalised(batch), its.normalised(batch)
+        equations[part].add(rows.flatten(0, 1), wanted.to(weight.device).flatten(0, 1))
     fit = fit_projection(identity, *equations, ridge=ridge)
     if fit.ridge is not None:
-        for reader in readers:
+        for reader in half.readers:
             reader.weight.copy_(reader.weight.float() @ fit.weight.float())
     return fit.ridge
 
 
-def _attention_inputs(walk: LayerWalk, index: int, layer: nn.Module):
-    """For each batch, what enters `o_proj`, whose own product is left out."""
-    attention = layer.self_attn
-    projection, attention.o_proj = attention.o_proj, nn.Identity()
-    device = projection.weight.device
-    try:
-        for batch, hidden in enumerate(walk.hidden):
-            normalised = layer.input_layernorm(hidden.to(device))
-            yield attention(hidden_states=normalised, **walk.arguments(index, batch, device))[0]
-    finally:
-        attention.o_proj = projection
+def _refit(half: _Half, its: _Half, held_out: Sequence[int], bias: bool, ridge: float | None) -> float | None:
+    """Refit the projection and add its new output to the narrowed model's residual stream; the ridge chosen.
 
-
-def _mlp_inputs(walk: LayerWalk, layer: nn.Module):
-    """For each batch, what enters `down_proj`."""
-    mlp = layer.mlp
-    for hidden in walk.hidden:
-        normalised = layer.post_attention_layernorm(hidden.to(mlp.down_proj.weight.device))
-        yield mlp.act_fn(mlp.gate_proj(normalised)) * mlp.up_proj(normalised)
-
-
-def _refit(
-    linear: nn.Linear,
-    inputs,
-    walk: LayerWalk,
-    targets: Sequence[torch.Tensor],
-    held_out: Sequence[int],
-    bias: bool,
-    ridge: float | None,
-) -> float | None:
-    """Refit one projection and add its new output to the narrowed model's residual stream; the ridge chosen."""
-    device, size = linear.weight.device, (linear.in_features, linear.out_features)
-    equations = [NormalEquations.empty(*size, device) for _ in range(2)]
-    kept = []
-    for batch, entering in enumerate(inputs):
-        target = targets[batch].to(device).float()
-        missing = target - walk.hidden[batch].to(device).float()
+    The target is the residual stream of the dense model, whose half `its` has been added to it.
+    """
+    linear, kept = half.projection, []
+    size = sum(hidden.nbytes for hidden in half.walk.hidden) * linear.in_features // linear.out_features
+    is_kept = is_small(size, linear.weight.device) and half.walk.hidden[0].device == linear.weight.device
+    equations = [NormalEquations.empty(linear.in_features, linear.out_features, linear.weight.device) for _ in range(2)]
+    for batch, part in enumerate(held_out):
+        entering, target = half.entering(batch), its.stream(batch).to(linear.weight.device).float()
+        missing = target - half.stream(batch).float()
         if linear.bias is not None:
             missing = missing - linear.bias.float()
-        equations[held_out[batch]].add(entering.flatten(0, 1), missing.flatten(0, 1), token_scale(target))
-        kept.append(entering.to(walk.hidden[batch].device))
+        equations[part].add(entering.flatten(0, 1), missing.flatten(0, 1), token_scale(target))
+        if is_kept:
+            kept.append(entering)
     fit = fit_projection(linear.weight, *equations, bias=bias, ridge=ridge)
+    del equations
     _install(linear, fit)
-    for batch, entering in enumerate(kept):
-        walk.hidden[batch] += linear(entering.to(device)).to(walk.hidden[batch].device)
+    for batch in range(len(held_out)):  # what is not kept is computed once more: that takes less time than to move it
+        half.add(batch, linear(kept[batch] if is_kept else half.entering(batch)))
     return fit.ridge

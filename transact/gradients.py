@@ -12,7 +12,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .entry import check_in_one_place, check_model, check_trainable, checked_windows, undisturbed
-from .walk import LayerWalk, kv_heads_of, on_device
+from .products import add_products, mirror
+from .walk import HOST, LayerWalk, hidden_bytes, kv_heads_of, on_device, resting_place
 
 OUTPUTS_EVERY = 8  # every eighth window is enough for second moments of D-vectors
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -20,11 +21,12 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """Gradients of the summed next-token loss (nats) in one layer, float64, per token.
+    """Gradients of the summed next-token loss (nats) in one layer, per token; float64, but for the two matrices.
 
-    `attention_output` and `mlp_output` (D, D): second moments G of the gradient at the module's output; half of
-    tr(G E[d d^T]) predicts the loss per token that a small error d of the output costs (empirical Fisher, its two
-    factors taken as independent: K-FAC, Martens and Grosse 2015; for pruning LLMs van der Ouderaa et al., 2024).
+    `attention_output` and `mlp_output` (D, D), float32 and in host memory, for there are those of every layer: second
+    moments G of the gradient at the module's output; half of tr(G E[d d^T]) predicts the loss per token that a small
+    error d of the output costs (empirical Fisher, its two factors taken as independent: K-FAC, Martens and Grosse 2015;
+    for pruning LLMs van der Ouderaa et al., 2024).
     `rope_pairs` (K, Q / 2): half the second moment of the gradient of a gate on each query-key pair, the same for a
     pair that is removed.
     `weights`: by projection, |gradient| summed over batches, times |weight|, summed over the inputs of each output
@@ -64,7 +66,7 @@ def loss_gradients(
         windows = checked_windows(model, windows)
         if of == "outputs":
             windows = windows[::OUTPUTS_EVERY]
-        check_room(model, windows, device)
+        check_room(model, windows, device, of)
         wanted_gradient = [parameter.requires_grad for parameter in model.parameters()]
         model.requires_grad_(False)
         try:
@@ -85,13 +87,8 @@ def _by_layer(
     """All blocks forwards, keeping their inputs, then backwards, one after the other."""
     batches = windows.split(max(1, tokens_per_batch // windows.shape[1]))
     walk = LayerWalk(model, batches, device=device)
-    inputs = []
     bar = {"disable": None if progress else True}
-    with torch.no_grad():
-        for index, layer in walk.blocks(desc="forward", **bar):
-            inputs.append(list(walk.hidden))
-            for batch in range(len(batches)):
-                walk.advance(index, layer, batch)
+    inputs = walk.inputs(desc="forward", **bar)
     with on_device(model.lm_head, device) as where, on_device(model.model.norm, device):
         above = _gradients_of_the_head(model, walk, batches, where)
     layers = model.model.layers
@@ -104,13 +101,16 @@ def _by_layer(
     return result[::-1]
 
 
-def check_room(model: nn.Module, windows: torch.Tensor, device: torch.device | None) -> None:
+def check_room(model: nn.Module, windows: torch.Tensor, device: torch.device | None, of: str = "outputs") -> None:
     """Raise ValueError, naming the bytes, where the inputs of all blocks do not fit into free memory."""
-    layers, size = len(model.model.layers), next(model.parameters()).element_size()
-    needed = (layers + 2) * windows.numel() * model.config.hidden_size * size
+    layers, hidden = len(model.model.layers), hidden_bytes(model, windows.numel())
+    where = HOST if device is not None else resting_place(layers * hidden, model.device)
+    needed = (layers + 2) * hidden
+    if of == "outputs" and where.type == "cpu":
+        needed += layers * 2 * 4 * model.config.hidden_size**2  # what comes of all blocks
     weights = sum(p.numel() for p in model.model.layers[0].parameters())
-    needed += weights * (size + 8)  # one block's gradients, and their sums in float32
-    free = free_memory(model.device if device is None else torch.device("cpu"))
+    needed += weights * (next(model.parameters()).element_size() + 8)  # one block's gradients, and their sums
+    free = free_memory(where)
     if needed > free:
         raise ValueError(
             f"gradients over {windows.numel():,} tokens need {needed / 2**30:.1f} GiB of memory beside the model, "
@@ -140,16 +140,6 @@ def _gradients_of_the_head(
     return gradients
 
 
-def _backward(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch.Tensor], batch: int) -> None:
-    """One batch back through one block; `above[batch]` becomes the gradient at the block's input."""
-    walk.hidden[batch] = walk.hidden[batch].detach().requires_grad_()
-    with torch.enable_grad():
-        output = walk.run(index, layer, batch)
-    output.backward(above[batch].to(output.device))
-    above[batch] = walk.hidden[batch].grad
-    walk.hidden[batch] = None
-
-
 def _of_outputs(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch.Tensor]) -> LayerGradients:
     attention, seen = layer.self_attn, {}
 
@@ -159,29 +149,31 @@ def _of_outputs(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch
 
     handles = [module.register_forward_hook(keep) for module in (attention.o_proj, attention.q_proj)]
     handles.append(layer.mlp.down_proj.register_forward_hook(keep))
-    moments = {"attention": 0, "mlp": 0, "pairs": 0}
-    tokens = 0
     config = walk.model.config
+    size, where = (config.hidden_size, config.hidden_size), attention.o_proj.weight.device
+    moments = {module: torch.zeros(size, device=where) for module in (attention.o_proj, layer.mlp.down_proj)}
+    pairs, tokens = 0, 0
     group = config.num_attention_heads // config.num_key_value_heads
     width = attention.q_proj.out_features // (group * kv_heads_of(layer))
     try:
         for batch in range(len(above)):
-            _backward(walk, index, layer, above, batch)
-            for name, module in (("attention", attention.o_proj), ("mlp", layer.mlp.down_proj)):
-                rows = seen[module].grad.flatten(0, 1).float()
-                moments[name] = moments[name] + (rows.T @ rows).double()
+            walk.back(index, layer, above, batch)
+            for module, sums in moments.items():
+                add_products(sums, seen[module].grad.flatten(0, 1))
             query = seen[attention.q_proj]
             gates = (query.grad * query.detach()).float().flatten(0, 1).unflatten(1, (-1, group, 2, width // 2))
-            moments["pairs"] = moments["pairs"] + gates.sum(dim=(2, 3)).square().sum(dim=0).double()
-            tokens += len(rows)
+            pairs = pairs + gates.sum(dim=(2, 3)).square().sum(dim=0).double()
+            tokens += len(gates)
             seen.clear()
     finally:
         for handle in handles:
             handle.remove()
+    for sums in moments.values():
+        mirror(sums)
     return LayerGradients(
-        attention_output=moments["attention"] / tokens,
-        mlp_output=moments["mlp"] / tokens,
-        rope_pairs=moments["pairs"] / tokens / 2,
+        attention_output=moments[attention.o_proj].div_(tokens).to(HOST),
+        mlp_output=moments[layer.mlp.down_proj].div_(tokens).to(HOST),
+        rope_pairs=pairs / tokens / 2,
     )
 
 
@@ -193,7 +185,7 @@ def _of_weights(walk: LayerWalk, index: int, layer: nn.Module, above: list[torch
         linear.weight.requires_grad_(True)
         linear.weight.grad = None
     for batch in range(len(above)):
-        _backward(walk, index, layer, above, batch)
+        walk.back(index, layer, above, batch)
         for name, linear in linears.items():
             sums[name] += linear.weight.grad.abs()
             linear.weight.grad = None

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .calibration import Moments, add_products, mirror
+from .calibration import Moments
+from .products import add_products, mirror
 
 RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3)  # of each input's second moment
 SKETCH = 64
@@ -49,12 +50,13 @@ class NormalEquations:
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Add tokens: inputs (T, n), targets (T, D), and by how much (T, 1) each token's error is scaled, if it is."""
-        inputs, targets = inputs.float(), targets.float()
+        targets = targets.float()
         if scale is None:
             scale = torch.ones_like(targets[:, :1])
         else:
-            inputs, targets = inputs * scale, targets * scale
+            inputs, targets = inputs.float() * scale, targets * scale
         add_products(self.inputs, inputs)
+        inputs = inputs.float()
         self.cross.addmm_(inputs.T, targets)
         self.input_sum.addmv_(inputs.T, scale[:, 0])
         self.target_sum.addmv_(targets.T, scale[:, 0])

@@ -19,6 +19,7 @@ from .compensate import compensate_on_dense_inputs
 from .plan import select
 from .prune import apply_plan
 from .scores import LayerScores
+from .walk import LayerWalk
 from .widths import Widths
 
 TOKENS, TOKENS_PER_BATCH = 2048, 1024
@@ -64,7 +65,7 @@ def measured_scores(
 
 
 def fitted_alone(layer: LayerStatistics) -> LayerStatistics:
-    """The statistics without gradients and without moments of held-out tokens: what measuring keeps of every layer."""
+    """The statistics without gradients and without moments of held-out tokens: what measuring needs of every layer."""
 
     def alone(moments: tuple[Moments, Moments]) -> tuple[Moments, Moments]:
         return moments[0], Moments.empty(0, moments[0].sum.device)
@@ -120,17 +121,33 @@ def error_slopes(
     model's `final_states` of the windows, where they are at hand.
     """
     final = final_states(dense, windows) if final is None else final
-    slopes = torch.zeros(len(dense.model.layers), 3, dtype=torch.float64)
-    per_batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
-    for batch, wanted in zip(windows.split(per_batch), final.split(per_batch), strict=True):
-        with _seen(narrowed) as seen:
-            entering = narrowed.model.embed_tokens(batch.to(dense.device)).requires_grad_()
-            given = narrowed.model(inputs_embeds=entering, use_cache=False).last_hidden_state
-            given.backward(_divergence_gradient(narrowed, dense, given.detach(), wanted))
-        with torch.no_grad():
-            for index, (layer, before) in enumerate(zip(narrowed.model.layers, dense.model.layers, strict=True)):
+    batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+    walk = LayerWalk(narrowed, batches)
+    inputs, above = walk.inputs(disable=True), []
+    for entering, wanted in zip(walk.hidden, final.split([len(batch) for batch in batches]), strict=True):
+        above.append(_gradient_of_the_heads(narrowed, dense, entering, wanted))
+    slopes = torch.zeros(len(inputs), 3, dtype=torch.float64)
+    for index, (layer, before) in reversed([*enumerate(zip(narrowed.model.layers, dense.model.layers, strict=True))]):
+        walk.hidden = inputs.pop()
+        for batch in range(len(batches)):
+            with _seen(layer) as seen:
+                walk.back(index, layer, above, batch)
+            with torch.no_grad():
                 slopes[index] += _slopes_of_layer(layer, before, seen)
     return slopes / windows.numel()
+
+
+def _gradient_of_the_heads(
+    narrowed: nn.Module, dense: nn.Module, entering: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of the summed KL(dense || narrowed) at `entering`, the narrowed model's last hidden states.
+
+    `wanted` is what enters the dense model's head.
+    """
+    hidden = entering.detach().to(narrowed.model.norm.weight.device).requires_grad_()
+    given = narrowed.model.norm(hidden)
+    given.backward(_divergence_gradient(narrowed, dense, given.detach(), wanted))
+    return hidden.grad.to(entering.device)
 
 
 def _divergence_gradient(
@@ -149,8 +166,8 @@ def _divergence_gradient(
 
 
 @contextmanager
-def _seen(model: nn.Module) -> Iterator[dict]:
-    """Of every attention and MLP what it is called with and its output, whose gradient is kept."""
+def _seen(layer: nn.Module) -> Iterator[dict]:
+    """Of a layer's attention and MLP what it is called with and its output, whose gradient is kept."""
     seen = {}
 
     def keep(module: nn.Module, inputs: tuple, keywords: dict, output):
@@ -158,8 +175,9 @@ def _seen(model: nn.Module) -> Iterator[dict]:
         output.retain_grad()
         seen[module] = inputs, keywords, output
 
-    modules = [module for layer in model.model.layers for module in (layer.self_attn, layer.mlp)]
-    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
+    handles = [
+        module.register_forward_hook(keep, with_kwargs=True) for module in (layer.self_attn, layer.mlp)
+    ]  # fmt: skip
     try:
         yield seen
     finally:

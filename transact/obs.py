@@ -94,7 +94,9 @@ def greedy_losses(readers: torch.Tensor, moments: torch.Tensor, tokens: int, *, 
     moments = moments / unit
     # float32: the ridge keeps the inverse well conditioned, and the down-dates are bound by memory
     dtype = torch.float32 if fraction > LEAST_RIDGE else moments.dtype
-    inverse = inverse_with_ridge(moments.to(dtype), (fraction * moments.diagonal()).to(dtype))
+    ridge, moments = (fraction * moments.diagonal()).to(dtype), moments.to(dtype)
+    inverse = inverse_with_ridge(moments, ridge)
+    del moments  # the widest matrices of all: none is held for longer than it is read
     losses, is_sound = _removed_greedily(readers, inverse, torch.float32, steps)
     if not is_sound:
         losses, _ = _removed_greedily(readers, inverse, torch.float64, steps)

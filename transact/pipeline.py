@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .allocate import global_widths, parameter_prices, searched_widths, shared_pairs, widths_within
-from .calibration import Statistics, iterate_statistics
+from .calibration import Statistics, iterate_statistics, set_aside
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
 from .devices import resolve_device
@@ -19,11 +19,12 @@ from .engines import check_held, engine_by_name
 from .entry import check_in_one_place, check_seed, check_trainable, checked_windows, undisturbed
 from .gradients import loss_gradients
 from .latency import compared
-from .measured import fitted_alone, measured_scores
+from .measured import measured_scores
 from .modeling_transact import TransActForCausalLM
 from .plan import Plan, select
 from .prune import apply_plan, check_computed, check_prunable, narrowed_config
 from .recipe import PRESETS, Recipe, recipe_by_name
+from .room import check_room_to_prune
 from .scores import LayerScores
 from .speedup import SpeedGoal, check_in_reach_of_a_clock, check_speedup, speed_goal, widths_at_speed
 from .timing import Ratio
@@ -34,6 +35,7 @@ from .widths import (
     check_ratio,
     check_widths,
     dense_widths,
+    fraction_removed,
     head_dim_of,
     uniform_widths,
     widths_after_shot,
@@ -116,6 +118,11 @@ def prune(
     with undisturbed(dense):
         if windows is not None:
             windows = checked_windows(dense, windows)
+        if recipe.needs_text() and statistics is None and widths != dense_widths(dense.config):
+            kept = 0.0 if speedup is not None else 1 - ratio
+            if widths is not None:
+                kept = 1 - fraction_removed(dense.config, widths)
+            check_room_to_prune(dense, recipe, windows.numel(), kept, device)
         criterion = criterion_by_name(recipe.criterion, seed=seed)
         goal = speedup
         if speedup is not None and not isinstance(speedup, SpeedGoal):
@@ -260,27 +267,32 @@ def _scores(
     progress: bool,
 ) -> tuple[list[LayerScores], list]:
     """Scores of all layers, and their statistics where the compensation needs them (they are large)."""
-    layers = model.model.layers
+    layers, is_given = model.model.layers, statistics is not None
     if not recipe.needs_text():
         return [criterion.score(layer, index, None) for index, layer in enumerate(layers)], []
-    if statistics is not None:
+    if is_given:
         streamed = iter(statistics.layers)
     else:
         gradients = None
         if recipe.gradients():
             gradients = loss_gradients(model, windows, of=recipe.gradients(), device=device, progress=progress)
         streamed = iterate_statistics(
-            model, windows, second_moments=recipe.needs_moments(), gradients=gradients, device=device,
-            progress=progress,
+            model, windows, second_moments=recipe.needs_moments(), gradients=gradients and _taken(gradients),
+            device=device, progress=progress,
         )  # fmt: skip
     scores, kept = [], []
     for index, (layer, layer_statistics) in enumerate(zip(layers, streamed, strict=True)):
         scores.append(criterion.score(layer, index, layer_statistics))
-        if recipe.compensation in ("bias", "dense"):
-            kept.append(layer_statistics)
-        elif recipe.measures(device):
-            kept.append(fitted_alone(layer_statistics))
+        if (parts := recipe.parts_kept(device)) is not None:
+            kept.append(layer_statistics if is_given else set_aside(layer_statistics, parts))
     return scores, kept
+
+
+def _taken(items: list) -> Iterator:
+    """The items in order; the list loses each of them."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def _placeholder_scores(dense: nn.Module) -> list[LayerScores]:

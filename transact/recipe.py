@@ -96,6 +96,14 @@ class Recipe:
         """Whether the pruned model's sensitivity is measured: it runs as a whole, not block by block on a `device`."""
         return self.measurements > 0 and self.allocation == "searched" and device is None
 
+    def parts_kept(self, device: torch.device | None) -> int | None:
+        """Parts (fitted, held out) of all layers' moments that stages after scoring read; None: no statistics."""
+        if self.compensation == "dense":
+            return 2
+        if self.measures(device):
+            return 1
+        return 0 if self.compensation == "bias" else None
+
     def gradients(self) -> str | None:
         """Which gradients the criterion needs, if any."""
         return next((of for of in (OUTPUT_GRADIENTS, WEIGHT_GRADIENTS) if of in CRITERIA[self.criterion].needs), None)

@@ -3,9 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import psutil
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+
+SHARE = 0.05  # of a device's memory, what may wait there
+HOST = torch.device("cpu")
 
 
 class _Recorder(nn.Module):
@@ -22,26 +26,56 @@ def kv_heads_of(layer: nn.Module) -> int:
     return getattr(attention, "kv_heads", None) or attention.config.num_key_value_heads
 
 
+def is_small(size: int, device: torch.device) -> bool:
+    """Whether so many bytes are a small part of a device's memory, and may stay there for the whole of a walk."""
+    if device.type == "cuda":
+        return size <= SHARE * torch.cuda.mem_get_info(device)[1]
+    return size <= SHARE * psutil.virtual_memory().total
+
+
+def hidden_bytes(model: nn.Module, tokens: int) -> int:
+    """Bytes of one hidden state for each of so many tokens."""
+    return tokens * model.config.hidden_size * next(model.parameters()).element_size()
+
+
+def resting_place(size: int, device: torch.device) -> torch.device:
+    """Where so many bytes of hidden states wait: with what computes them, or in host memory where they are many."""
+    return device if is_small(size, device) else HOST
+
+
 @contextmanager
-def on_device(layer: nn.Module, device: torch.device | None) -> Iterator[torch.device]:
-    """The layer on `device` for a while (None: where it lies); yields the device."""
+def on_device(layer: nn.Module, device: torch.device | None, *, changes: bool = False) -> Iterator[torch.device]:
+    """The layer on `device` for a while (None: where it lies); yields the device.
+
+    What the layer was before comes back afterwards; where the weights are changed meanwhile (`changes`), what they
+    became is copied into it.
+    """
     home = next(layer.parameters()).device
     if device is None or device == home:
         yield home
         return
-    layer.to(device)
+    tensors = [*layer.parameters(), *layer.buffers()]
+    before = [(tensor, tensor.data, tensor.grad) for tensor in tensors]
+    for tensor, data, _ in before:
+        tensor.grad = None  # of a user's training: no use here
+        tensor.data = data.to(device)
     try:
         yield device
     finally:
-        layer.to(home)
+        for tensor, data, gradient in before:
+            tensor.grad = None
+            there, tensor.data = tensor.data, data
+            tensor.grad = gradient
+            if changes:
+                data.copy_(there)
 
 
 class LayerWalk:
     """Hidden states of batches of token ids, taken through a decoder one block after the other.
 
     What the model gives its blocks (masks, rotary tables) is recorded from its own forward pass, so every family's
-    peculiarities are kept. `hidden[batch]` (samples, length, D) is what enters the next block; it lies with the model,
-    or, where a `device` is named to compute on, in host memory.
+    peculiarities are kept. `hidden[batch]` (samples, length, D) is what enters the next block; all of them lie with the
+    model, or, where they are a large part of its device or a `device` is named to compute on, in host memory.
     """
 
     @torch.no_grad()
@@ -50,13 +84,18 @@ class LayerWalk:
         self.hidden: list[torch.Tensor] = []
         self._arguments: dict[torch.Size, list[dict]] = {}  # by batch shape: masks depend on nothing else
         self._shapes = [batch.shape for batch in batches]
+        computing = device or model.device
+        size = hidden_bytes(model, sum(batch.numel() for batch in batches))
+        home = HOST if device is not None else resting_place(size, computing)
+        is_pinned = home.type == "cpu" and computing.type == "cuda"  # or copies take several times as long
         layers = model.model.layers
         recorders = nn.ModuleList(_Recorder() for _ in layers)
         model.model.layers = recorders
         try:
             for batch in batches:
                 model.model(input_ids=batch.to(model.device), use_cache=False)
-                self.hidden.append(recorders[0].hidden_states)
+                hidden = recorders[0].hidden_states.to(home)
+                self.hidden.append(hidden.pin_memory() if is_pinned else hidden)
                 if batch.shape not in self._arguments:
                     self._arguments[batch.shape] = [recorder.arguments for recorder in recorders]
         finally:
@@ -78,8 +117,36 @@ class LayerWalk:
         return layer(self.hidden[batch].to(device), **self.arguments(index, batch, device))
 
     def advance(self, index: int, layer: nn.Module, batch: int) -> None:
-        """Replace the hidden states of a batch by the block's output."""
-        self.hidden[batch] = self.run(index, layer, batch).to(self.hidden[batch].device)
+        """Replace the hidden states of a batch, in place, by the block's output."""
+        self.hidden[batch].copy_(self.run(index, layer, batch))
+
+    @torch.no_grad()
+    def inputs(self, **bar) -> list[list[torch.Tensor]]:
+        """What enters each block, by batch, once all blocks have been run; `hidden` is then what enters the head.
+
+        They lie with the hidden states, or in host memory where they are many.
+        """
+        size = sum(hidden.nbytes for hidden in self.hidden) * len(self.model.model.layers)
+        home = resting_place(size, self.hidden[0].device)
+        found = []
+        for index, layer in self.blocks(**bar):
+            found.append([hidden.to(home, copy=True) for hidden in self.hidden])
+            for batch in range(len(self.hidden)):
+                self.advance(index, layer, batch)
+        return found
+
+    def back(self, index: int, layer: nn.Module, above: list[torch.Tensor], batch: int) -> None:
+        """One batch back through one block; `above[batch]` becomes the gradient at the block's input.
+
+        That input, `hidden[batch]`, is dropped.
+        """
+        entering = self.hidden[batch].detach().requires_grad_()
+        self.hidden[batch] = entering
+        with torch.enable_grad():
+            output = self.run(index, layer, batch)
+        output.backward(above[batch].to(output.device))
+        above[batch] = entering.grad
+        self.hidden[batch] = None
 
 
 def _to(value, device: torch.device):

@@ -291,12 +291,12 @@ class _RecoveryTrainer(Trainer):
         ids, with_layers = inputs["input_ids"], self.layer_weight > 0
         outputs = model(input_ids=ids, use_cache=False, output_hidden_states=with_layers)
         if self.teacher is None:
-            loss = functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            loss = _PerWindow.apply(outputs.logits[:, :-1], ids[:, 1:], _surprise)
         else:
             with torch.no_grad():
                 given = ids.to(self.teacher.device)
                 wanted = self.teacher(input_ids=given, use_cache=False, output_hidden_states=with_layers)
-            loss = divergence(outputs.logits, wanted.logits.to(outputs.logits.device))
+            loss = _PerWindow.apply(outputs.logits, wanted.logits, _divergence)
             if with_layers:
                 pairs = zip(outputs.hidden_states[1:], wanted.hidden_states[1:], strict=True)
                 errors = [_relative_error(mine, its.to(mine.device)).to(loss.device) for mine, its in pairs]
@@ -316,7 +316,40 @@ def _relative_error(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (given - wanted).float().square().mean() / wanted.float().square().mean()
 
 
-def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean over all tokens of KL(wanted || given), in nats, of logits (batch, T, V)."""
-    given, wanted = (functional.log_softmax(one.float(), dim=-1).flatten(0, 1) for one in (logits, wanted))
-    return functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
+class _PerWindow(torch.autograd.Function):
+    """The mean over all tokens of a loss of logits (batch, T, V) and targets, and its gradient, window by window.
+
+    In float32 logits are the largest that training holds, so those of one window are at a time; what is kept for the
+    backward pass is the gradient alone, in the logits' dtype. `loss_of` gives the summed loss of one window and its
+    gradient.
+    """
+
+    @staticmethod
+    def forward(context, logits: torch.Tensor, targets: torch.Tensor, loss_of: Callable) -> torch.Tensor:
+        tokens, total, gradient = logits[..., 0].numel(), 0, torch.empty_like(logits)
+        for given, target, into in zip(logits, targets, gradient, strict=True):
+            loss, slope = loss_of(given.float(), target.to(given.device))
+            total = total + loss
+            into.copy_(slope.div_(tokens))
+        context.save_for_backward(gradient)
+        return total / tokens
+
+    @staticmethod
+    def backward(context, above: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = context.saved_tensors
+        return gradient * above.to(gradient.dtype), None, None
+
+
+def _divergence(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(wanted || given) of logits (T, V), in nats, and its gradient at those given."""
+    given, wanted = given.log_softmax(dim=-1), wanted.float().log_softmax(dim=-1)
+    loss = functional.kl_div(given, wanted, log_target=True, reduction="sum")
+    return loss, given.exp_().sub_(wanted.exp_())
+
+
+def _surprise(given: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cross-entropy of targets (T,) by logits (T, V), in nats, and its gradient at these."""
+    loss = functional.cross_entropy(given, targets, reduction="sum")
+    slope = given.softmax(dim=-1)
+    slope[torch.arange(len(targets), device=slope.device), targets] -= 1
+    return loss, slope

@@ -1,0 +1,210 @@
+"""Memory: it grows with one layer, and with no more of the others than weights and what the planner needs."""
+
+import gc
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import transact
+from transact import pipeline, room
+from transact.products import Half, add_products, mirror
+from transact.recovery import trainer
+from transact.walk import LayerWalk, on_device
+
+HIDDEN, MLP, SIDE = 32, 320, 32
+WINDOWS = torch.randint(1, 97, (16, 24), generator=torch.Generator().manual_seed(0))
+MATRIX = 4 * MLP**2  # bytes of a layer's second moments in float32
+few_tokens = pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
+
+
+def model_of(layers: int) -> LlamaForCausalLM:
+    """A Llama whose statistics of a layer are several times its weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def peak_bytes(work) -> int:
+    """The most that tensors made meanwhile hold at once."""
+    gc.collect()  # what earlier work left is not freed meanwhile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def bytes_of_a_layer(model: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+
+
+def growth(work) -> float:
+    """Bytes by which the peak of work(model) grows with each layer."""
+    models = [model_of(layers) for layers in (2, 6)]
+    few, many = (peak_bytes(partial(work, model)) for model in models)
+    return (many - few) / 4
+
+
+def planned(model) -> float:
+    """Bytes a layer of a pruned model and of what the planner needs: half of the moments, gradients, inputs."""
+    halves = (MATRIX + 4 * HIDDEN**2) * (0.5 + SIDE / 2 / MLP)
+    gradients, inputs = 2 * 4 * HIDDEN**2, 4 * HIDDEN * WINDOWS.numel() / 8
+    return bytes_of_a_layer(model) + halves + gradients + 2 * inputs + 20_000
+
+
+@pytest.fixture(autouse=True)
+def small_squares(monkeypatch):
+    """Halves of matrices as small as these are halves."""
+    monkeypatch.setattr("transact.products.SQUARE", SIDE)
+
+
+@few_tokens
+def test_what_best_holds_of_every_layer_is_weights_and_half_of_the_moments():
+    assert growth(lambda model: transact.prune(model, WINDOWS, ratio=0.3)) < planned(model_of(2))
+
+
+@few_tokens
+def test_block_by_block_nothing_but_the_pruned_model_grows_with_the_layers():
+    device = torch.device("cpu")
+    found = growth(lambda model: transact.prune(model, WINDOWS, ratio=0.3, device=device))
+    assert found < 2 * bytes_of_a_layer(model_of(2))
+
+
+@few_tokens
+def test_moments_that_are_not_let_go_of_are_seen(monkeypatch):
+    held = []
+    plain = pipeline.set_aside
+    monkeypatch.setattr(pipeline, "set_aside", lambda layer, parts: held.append(layer) or plain(layer, parts))
+    assert growth(lambda model: transact.prune(model, WINDOWS, ratio=0.3)) > planned(model_of(2)) + MATRIX
+
+
+@few_tokens
+def test_refitting_on_dense_inputs_keeps_halves():
+    recipe = transact.Recipe("obs", compensation="dense")
+    found = growth(lambda model: transact.prune(model, WINDOWS, recipe=recipe, ratio=0.3))
+    assert found < planned(model_of(2)) + MATRIX * (0.5 + SIDE / 2 / MLP)  # of tokens held out too
+
+
+def test_half_of_a_symmetric_matrix_is_all_of_it():
+    rows = torch.randn(50, 83, generator=torch.Generator().manual_seed(0))
+    sums = torch.zeros(83, 83)
+    add_products(sums, rows)
+    mirror(sums)
+    torch.testing.assert_close(sums, rows.T @ rows)
+    half = Half.of(sums)
+    assert sum(strip.numel() for strip in half.strips) < 0.72 * sums.numel()
+    whole = half.to(torch.zeros(1, dtype=torch.float64))
+    assert whole.dtype == torch.float64
+    assert torch.equal(whole.float(), sums)
+
+
+@pytest.mark.gpu
+def test_a_block_that_was_elsewhere_is_what_it_was_and_nothing_is_copied_back():
+    layer = model_of(1).model.layers[0]
+    weight = layer.mlp.up_proj.weight
+    before, place = weight.detach().clone(), weight.data_ptr()
+    weight.grad = torch.ones_like(weight)
+    with on_device(layer, torch.device("cuda")), torch.no_grad():
+        assert weight.is_cuda
+        assert weight.grad is None
+        weight.zero_()
+    assert weight.data_ptr() == place
+    assert torch.equal(weight, before)
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+@pytest.mark.gpu
+def test_a_block_that_was_changed_elsewhere_stays_changed():
+    layer = model_of(1).model.layers[0]
+    weight = layer.mlp.up_proj.weight
+    place = weight.data_ptr()
+    with on_device(layer, torch.device("cuda"), changes=True), torch.no_grad():
+        weight.add_(1)
+        wanted = weight.cpu()
+    assert weight.data_ptr() == place
+    assert torch.equal(weight, wanted)
+
+
+@few_tokens
+def test_hidden_states_too_many_for_the_device_change_nothing(monkeypatch):
+    expected = transact.prune(model_of(2), WINDOWS, ratio=0.3)
+    monkeypatch.setattr("transact.walk.SHARE", 0.0)
+    monkeypatch.setattr("transact.compensate.is_small", lambda size, device: False)
+    pruned = transact.prune(model_of(2), WINDOWS, ratio=0.3)
+    for name, tensor in pruned.model.state_dict().items():
+        torch.testing.assert_close(tensor, expected.model.state_dict()[name])
+
+
+@pytest.mark.gpu
+def test_many_hidden_states_wait_in_host_memory(monkeypatch):
+    model = model_of(2).to("cuda")
+    assert LayerWalk(model, [WINDOWS]).hidden[0].is_cuda
+    monkeypatch.setattr("transact.walk.SHARE", 0.0)
+    walk = LayerWalk(model, [WINDOWS])
+    assert {hidden.device.type for hidden in walk.hidden} == {"cpu"}
+    assert {hidden.device.type for block in walk.inputs(disable=True) for hidden in block} == {"cpu"}
+    assert all(moments.is_cpu for layer in transact.loss_gradients(model, WINDOWS)
+               for moments in (layer.attention_output, layer.mlp_output))  # fmt: skip
+
+
+def test_memory_that_will_not_do_is_known_before_the_work(monkeypatch):
+    model, recipe = model_of(4), transact.PRESETS["best"]
+    squares = HIDDEN**2 + MLP**2
+    needed = room.least_needed(model, recipe, 384, 0.7)
+    weights = 0.7 * 4 * (bytes_of_a_layer(model) - 2 * 4 * HIDDEN)  # but for two norms a layer
+    assert needed.total() == pytest.approx(weights + 2 * 4 * 384 * HIDDEN + 8 * squares + 4 * 2 * squares)
+    block_by_block = room.least_needed(model, recipe, 384, 0.7, torch.device("meta"))
+    assert block_by_block[torch.device("meta")] == 8 * squares
+    assert block_by_block[torch.device("cpu")] == pytest.approx(weights + 2 * 4 * 384 * HIDDEN)
+    monkeypatch.setattr(room, "free_memory", lambda device: needed.total() - 1)
+    monkeypatch.setattr(pipeline, "loss_gradients", lambda *arguments, **options: pytest.fail("work has begun"))
+    with pytest.raises(ValueError, match=r"pruning holds at least 0\.0 GiB on cpu beside the model, 0\.0 GiB are free"):
+        transact.prune(model, WINDOWS, ratio=0.3)
+
+
+def test_room_is_asked_for_on_each_device_with_a_way_out(monkeypatch):
+    monkeypatch.setattr(room, "least_needed", lambda *arguments: {torch.device("cuda", 0): 3 * 2**30})
+    monkeypatch.setattr(room, "free_memory", lambda device: 2 * 2**30)
+    with pytest.raises(ValueError, match=r"3\.0 GiB on cuda:0 .* 2\.0 GiB are free: block by block \(--layerwise"):
+        room.check_room_to_prune(model_of(1), transact.PRESETS["best"], 384, 0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_window_by_window_have_the_gradients_of_the_whole(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits, wanted = (torch.randn(3, 5, 11, generator=generator).to(dtype) for _ in range(2))
+    ids = torch.randint(0, 11, (3, 5), generator=generator)
+
+    def divergence(given):
+        pairs = (one.float().log_softmax(dim=-1).flatten(0, 1) for one in (given, wanted))
+        return torch.nn.functional.kl_div(*pairs, log_target=True, reduction="batchmean")
+
+    def surprise(given):
+        return torch.nn.functional.cross_entropy(given.flatten(0, 1).float(), ids.flatten())
+
+    for whole, targets, loss_of in (
+        (divergence, wanted, trainer._divergence), (surprise, ids, trainer._surprise)
+    ):  # fmt: skip
+        mine, theirs = (logits.clone().requires_grad_() for _ in range(2))
+        loss = trainer._PerWindow.apply(mine, targets, loss_of)
+        (2 * loss).backward()
+        (2 * whole(theirs)).backward()
+        torch.testing.assert_close(loss, whole(theirs), rtol=1e-5, atol=0)
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_a_loss_holds_one_windows_logits_in_float32():
+    def peak(samples: int) -> int:
+        logits, wanted = (torch.randn(samples, 64, 512, dtype=torch.bfloat16) for _ in range(2))
+        logits.requires_grad_()
+        return peak_bytes(lambda: trainer._PerWindow.apply(logits, wanted, trainer._divergence))
+
+    each = 64 * 512 * 2  # of a window's gradient
+    assert (peak(6) - peak(2)) / 4 < 1.1 * each
