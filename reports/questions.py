@@ -10,9 +10,9 @@ from .rises import ON, text_named
 from .sets import is_timed
 
 RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots",
-          "measurements")  # fmt: skip
+          "measurements", "depth")  # fmt: skip
 PAPER = {"granularity": ("dims",), "allocation": ("uniform",), "compensation": ("none",), "rope": ("pairs",),
-         "shots": (1,)}  # fmt: skip
+         "shots": (1,), "depth": ("none",)}  # fmt: skip
 TRAINED = ("full", "lora", "distillation", "lora-distillation")
 
 
