@@ -15,7 +15,7 @@ from .answers import percent
 from .findings import is_on_front
 
 METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "dense", "magnitude", "random",
-           "shortgpt", "replaceme")  # fmt: skip
+           "shortgpt", "replaceme", "crash")  # fmt: skip
 BARS = "bars: one standard error"
 
 

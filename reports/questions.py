@@ -12,7 +12,7 @@ from .sets import is_timed
 RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots",
           "measurements", "depth")  # fmt: skip
 PAPER = {"granularity": ("dims",), "allocation": ("uniform",), "compensation": ("none",), "rope": ("pairs",),
-         "shots": (1,), "depth": ("none",)}  # fmt: skip
+         "shots": (1,)}  # fmt: skip
 TRAINED = ("full", "lora", "distillation", "lora-distillation")
 
 

@@ -24,7 +24,16 @@ from tests.tiny import FAMILIES, tiny_llama, tiny_relative
 from transact import PRESETS, Recipe, without_layers
 from transact.__main__ import main
 from transact.calibration import held_out_split
-from transact.depth import DEPTHS, block_influences, layers_to_drop, least_influential, linear_map, nearest_run
+from transact.depth import (
+    DEPTHS,
+    block_influences,
+    clustered_layers,
+    layers_to_drop,
+    least_influential,
+    linear_cka,
+    linear_map,
+    nearest_run,
+)
 from transact.export import llama_by_layer, plain_llama
 from transact.recovery import check_recoverable
 
@@ -199,6 +208,35 @@ def test_the_run_is_that_whose_ends_are_nearest(count):
     assert nearest_run(dense, WINDOWS, count) == range(start, start + count)
 
 
+def test_kernel_alignment_is_that_of_centred_kernels():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 30, 8, generator=generator).double() + 2
+    centring = torch.eye(30).double() - 1 / 30
+
+    def shared(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.trace(centring @ left @ left.T @ centring @ right @ right.T)
+
+    rotated = one @ torch.linalg.qr(torch.randn(8, 8, generator=generator).double()).Q * 3
+    found = linear_cka([one, other, rotated, torch.ones(30, 8).double()])
+    wanted = shared(one, other) / (shared(one, one) * shared(other, other)).sqrt()
+    assert found[0, 1].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert found[0, 2].item() == pytest.approx(1, rel=1e-5)
+    assert found[0, 3] == 0  # the same for all tokens: like nothing
+
+
+def test_of_each_cluster_of_neighbours_the_middle_stays():
+    dense = tiny(layers=7)
+    some = [stream[:, (WINDOWS.shape[1] - 1) % 7 :: 7].flatten(0, 1) for stream in streams_of(dense)[1:]]
+    alike = linear_cka(some)
+    clusters = [[layer] for layer in range(7)]
+    for count in range(1, 7):
+        joint = [alike[one][:, other].mean() for one, other in pairwise(clusters)]
+        place = joint.index(max(joint))
+        clusters[place : place + 2] = [clusters[place] + clusters[place + 1]]
+        middles = [cluster[(len(cluster) - 1) // 2] for cluster in clusters]
+        assert clustered_layers(dense, WINDOWS, count) == middles
+
+
 @pytest.mark.parametrize("ridge", [0.01, None])
 def test_the_map_is_optimal(ridge):
     dense, run = tiny(), range(2, 4)
@@ -311,9 +349,9 @@ def test_a_ratio_of_no_layer_or_of_all_is_refused_before_work(preset):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"depth": "most"}, "unknown depth 'most', allowed: none, influence, run"),
-        ({"depth": None}, "unknown depth None, allowed: none, influence, run"),
-        ({"depth": []}, r"unknown depth \[\], allowed: none, influence, run"),
+        ({"depth": "most"}, "unknown depth 'most', allowed: none, influence, run, clusters"),
+        ({"depth": None}, "unknown depth None, allowed: none, influence, run, clusters"),
+        ({"depth": []}, r"unknown depth \[\], allowed: none, influence, run, clusters"),
         ({"compensation": "linear"}, "depth 'influence' is made up for by none or magnitude, not by 'linear'"),
         ({"compensation": "pruned"}, "depth 'influence' is made up for by none or magnitude, not by 'pruned'"),
         ({"depth": "run", "compensation": "magnitude"}, "depth 'run' is made up for by none or linear, not by"),
@@ -492,7 +530,7 @@ def test_commands_go_on_from_there(prune, tiny_text, tmp_path):
         (["--for", "plain"], "engine is for narrowing, got 'plain'"),
         (["--shots", "2"], "shots is for narrowing, got 2"),
         (["--criterion", "wanda"], "criterion is for narrowing, got 'wanda'"),
-        (["--depth", "most"], "unknown depth 'most', allowed: none, influence, run"),
+        (["--depth", "most"], "unknown depth 'most', allowed: none, influence, run, clusters"),
         (["--compensation", "bias"], "depth 'influence' is made up for by none or magnitude, not by 'bias'"),
         (["--tokens", "512", "--way", "distillation", "--layer-weight", "0.1"], "--layer-weight compares layer by"),
     ],

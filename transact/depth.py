@@ -7,7 +7,8 @@ import copy
 import math
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import accelerate
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from .allocate import TOLERANCE
 from .calibration import held_out_split
 from .entry import has_own_head
 from .least_squares import Fit, NormalEquations, fit_projection
@@ -22,8 +24,7 @@ from .plan import KEPT_LAYERS, kept_layers_of
 from .walk import LayerWalk
 
 # how layers to drop are found, and what may make up for them
-DEPTHS = {"influence": ("none", "magnitude"), "run": ("none", "linear")}
-TOLERANCE = 0.005  # of the fraction removed, as widths have it
+DEPTHS = {"influence": ("none", "magnitude"), "run": ("none", "linear"), "clusters": ("none",)}
 TOKENS_PER_BATCH = 2048
 
 
@@ -210,23 +211,67 @@ def nearest_run(
     2505.02819). One walk; of every window one in `count` + 1 tokens is compared, the last among them, so that the
     streams which are kept take no more memory than one of all tokens.
     """
-    walk, step = _walk(model, windows, device), count + 1
-    some = slice((windows.shape[1] - 1) % step, None, step)
-
-    def stream() -> torch.Tensor:
-        return torch.cat([hidden[:, some].flatten(0, 1) for hidden in walk.hidden])
-
-    kept, distances = deque(maxlen=step), {}
-    for index, layer in walk.blocks(desc="distances", disable=None if progress else True):
-        for batch in range(len(walk.hidden)):
-            walk.advance(index, layer, batch)
-        kept.append(stream())
-        _check_finite(index, kept[-1])
-        if len(kept) == step:
+    kept, distances = deque(maxlen=count + 1), {}
+    for index, stream in _thinned_streams(model, windows, count + 1, device, progress):
+        kept.append(stream)
+        if len(kept) == count + 1:
             cosine = cosine_similarity(kept[0].float(), kept[-1].float(), dim=-1).mean()
             distances[index + 1 - count] = 1 - cosine.item()
     start = min(distances, key=distances.get)
     return range(start, start + count)
+
+
+def _thinned_streams(
+    model: nn.Module, windows: torch.Tensor, step: int, device: torch.device | None, progress: bool
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each layer's index and what leaves it, (tokens, D): of every window one token in `step`, the last among them."""
+    walk = _walk(model, windows, device)
+    some = slice((windows.shape[1] - 1) % step, None, step)
+    for index, layer in walk.blocks(desc="streams", disable=None if progress else True):
+        for batch in range(len(walk.hidden)):
+            walk.advance(index, layer, batch)
+        stream = torch.cat([hidden[:, some].flatten(0, 1) for hidden in walk.hidden])
+        _check_finite(index, stream)
+        yield index, stream
+
+
+@torch.no_grad()
+def clustered_layers(
+    model: nn.Module,
+    windows: torch.Tensor,
+    count: int,
+    *,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> list[int]:
+    """The layers that stay where `count` go: the middle one of each cluster of layers in a row (the lower of two).
+
+    Every layer begins as a cluster, and the neighbours whose layers are most alike on average become one until enough
+    are left (Zhang et al., "CRaSh", 2310.15477, without the sharing: a stock model has no layers that share weights).
+    Alike are layers whose outputs have a high CKA with a linear kernel. One walk; of every window one token for
+    each layer there is is compared, so that all outputs take no more memory than one stream of all tokens.
+    """
+    layers = model.config.num_hidden_layers
+    streams = [stream.float() for _, stream in _thinned_streams(model, windows, layers, device, progress)]
+    alike = linear_cka(streams)
+    clusters = [range(layer, layer + 1) for layer in range(layers)]
+    while len(clusters) > layers - count:
+        joint = [alike[one.start : one.stop, other.start : other.stop].mean() for one, other in pairwise(clusters)]
+        place = max(range(len(joint)), key=joint.__getitem__)
+        clusters[place : place + 2] = [range(clusters[place].start, clusters[place + 1].stop)]
+    return [(cluster.start + cluster.stop - 1) // 2 for cluster in clusters]
+
+
+def linear_cka(streams: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How alike every two of L streams (tokens, D) are, (L, L): centred kernel alignment with a linear kernel.
+
+    |X^T Y|^2 / (|X^T X| |Y^T Y|) of centred X and Y (Kornblith et al., 1905.00414); 1 are rotations of each other.
+    """
+    centred = [stream - stream.mean(dim=0) for stream in streams]
+    centred = [stream / stream.norm().clamp(min=torch.finfo(stream.dtype).tiny) for stream in centred]
+    shared = torch.tensor([[(one.mT @ other).square().sum().item() for other in centred] for one in centred])
+    own = shared.diagonal().sqrt()
+    return shared / torch.outer(own, own).clamp(min=torch.finfo(shared.dtype).tiny)
 
 
 @torch.no_grad()
@@ -248,25 +293,25 @@ def linear_map(
     per_batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
     batches = [(part, batch) for part, some in enumerate(parts) if len(some) for batch in some.split(per_batch)]
     walk = LayerWalk(model, [batch for _, batch in batches], device=device)
-    bar = {"desc": "linear map", "disable": None if progress else True}
-    for index, layer in walk.blocks(range(run.stop), **bar):
-        given: list[torch.Tensor] = []
-        handle = layer.mlp.register_forward_hook(lambda module, inputs, output, given=given: given.append(output))
-        for batch in range(len(walk.hidden)):
-            walk.advance(index, layer, batch)
-            if index < run.start - 1:
-                given.clear()
+    home, outputs, starts = walk.hidden[0].device, [], []
+    mlp = model.model.layers[run.start - 1].mlp
+    handle = mlp.register_forward_hook(lambda module, inputs, output: outputs.append(output.to(home)))
+    try:
+        for index, layer in walk.blocks(range(run.stop), desc="linear map", disable=None if progress else True):
+            if index == run.start:
+                starts = list(walk.hidden)
+            for batch in range(len(batches)):
+                walk.advance(index, layer, batch)
+    finally:
         handle.remove()
-        if index == run.start - 1:
-            before, outputs = list(walk.hidden), [output.to(walk.hidden[0].device) for output in given]
-    size = model.config.hidden_size
-    equations = [NormalEquations.empty(size, size, before[0].device) for _ in parts]
-    for (part, _), output, start, end in zip(batches, outputs, before, walk.hidden, strict=True):
-        target = end.float() - (start.float() - output.float())
-        equations[part].add(output.flatten(0, 1), target.flatten(0, 1))
+    size, where = model.config.hidden_size, device or home
+    equations = [NormalEquations.empty(size, size, where) for _ in parts]
+    for (part, _), output, start, end in zip(batches, outputs, starts, walk.hidden, strict=True):
+        output, start, end = (stream.flatten(0, 1).to(where).float() for stream in (output, start, end))
+        equations[part].add(output, end - (start - output))
     for sums in equations:
         _check_finite(run[-1], sums.target_sum)
-    return fit_projection(torch.eye(size, device=before[0].device), *equations, ridge=ridge)
+    return fit_projection(torch.eye(size, device=where), *equations, ridge=ridge)
 
 
 @torch.inference_mode(False)

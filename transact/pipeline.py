@@ -16,6 +16,7 @@ from .calibration import Statistics, iterate_statistics
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
 from .depth import (
+    clustered_layers,
     fold_factors,
     fold_map,
     layers_to_drop,
@@ -304,8 +305,10 @@ def _in_depth(
         if count and recipe.depth == "influence":
             repair = recipe.compensation == "magnitude"
             dropped = least_influential(dense, windows, count, repair=repair, **options)
-        elif count:
+        elif count and recipe.depth == "run":
             dropped = nearest_run(dense, windows, count, **options)
+        elif count:
+            dropped = set(layers) - set(clustered_layers(dense, windows, count, **options))
     with stage(seconds, "plan"):
         kept = tuple(layer for layer in layers if layer not in dropped)
         plan = select([_placeholder_scores(dense)[layer] for layer in kept], dense_widths(dense.config)[: len(kept)])

@@ -38,8 +38,8 @@ class Recipe:
     of which one block at a time is on the device.
 
     `depth` drops whole layers instead of narrowing any (`transact.depth`): "none", by block "influence" one after the
-    other, or a "run" of them. What makes up for them is a "magnitude", of layers that went by influence, or a "linear"
-    map, of a run, or nothing; all else is for narrowing.
+    other, a "run" of them, or all but one in each of "clusters". What makes up for them is a "magnitude", of layers
+    that went by influence, or a "linear" map, of a run, or nothing; all else is for narrowing.
     """
 
     criterion: str = "activation"
@@ -146,9 +146,10 @@ PRESETS = {
     "wanda-sp": Recipe(criterion="wanda", granularity="heads"),
     "flap": Recipe(criterion="fluctuation", granularity="heads", allocation="global", compensation="bias"),
     "llm-pruner": Recipe(criterion="taylor", granularity="heads"),
-    # rivals that drop whole layers: ShortGPT's influence with the repair of Prune&Comp, and ReplaceMe
+    # rivals that drop whole layers: ShortGPT's influence with the repair of Prune&Comp, ReplaceMe, and CRaSh untrained
     "shortgpt": Recipe(depth="influence", compensation="magnitude"),
     "replaceme": Recipe(depth="run", compensation="linear"),
+    "crash": Recipe(depth="clusters"),
 }
 
 

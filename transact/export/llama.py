@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..configuration_transact import TransActConfig
-from ..entry import check_same_function, has_own_head
+from ..entry import check_model, check_same_function, has_own_head
 from ..modeling_transact import TransActForCausalLM
 from ..plan import kept_layers_of
 from ..prune import whole_model
@@ -54,7 +54,7 @@ def _narrowed(model: nn.Module, pad: bool, format: str) -> TransActForCausalLM:
     """
     by_layer = format == "gguf"
     if not isinstance(model, TransActForCausalLM) and kept_layers_of(model.config) is not None:
-        check_exportable(model.config, format)
+        check_model(model)
         check_weights(model)
         model = whole_model(model)
     config = model.config
