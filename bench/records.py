@@ -27,7 +27,7 @@ class Case:
     """Everything that decides a result and nothing else. `criterion` is "dense" for the unpruned model.
 
     From `granularity` to `shots` these are the fields of a recipe, `modules` joined by "+", as are `ridge`,
-    `measurements` and `engine`. So are `tasks` joined, each with its shots where they are not the task's own
+    `measurements`, `engine` and `depth`. So are `tasks` joined, each with its shots where they are not the task's own
     (`name@shots`), and measured on the first `task_limit` items.
 
     `mha_dim` and `mlp_dim` name widths where there is no ratio; `speedup` asks for so many times the dense model's
@@ -94,6 +94,7 @@ class Case:
     engine: str = "transformers"
     speedup: float | None = None
     budget: str = ""
+    depth: str = "none"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from bench.output.figures import FAINT, STYLES
 from .answers import percent
 from .findings import is_on_front
 
-METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "dense", "magnitude", "random")
+METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "dense", "magnitude", "random",
+           "shortgpt", "replaceme", "crash")  # fmt: skip
 BARS, INTERVALS = "bars: one standard error", "bars: 95 % interval"
 
 

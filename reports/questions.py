@@ -10,7 +10,7 @@ from .rises import ON, text_named
 from .sets import is_timed
 
 RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots",
-          "measurements")  # fmt: skip
+          "measurements", "depth")  # fmt: skip
 PAPER = {"granularity": ("dims",), "allocation": ("uniform",), "compensation": ("none",), "rope": ("pairs",),
          "shots": (1,)}  # fmt: skip
 IN_TURN = ("decode_speedup", "decode_speedup_low", "decode_speedup_high")  # with the dense model

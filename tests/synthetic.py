@@ -18,6 +18,9 @@ PRESETS = {
     "wanda-sp": {"criterion": "wanda", "granularity": "heads"},
     "flap": {"criterion": "fluctuation", "granularity": "heads", "allocation": "global", "compensation": "bias"},
     "llm-pruner": {"criterion": "taylor", "granularity": "heads"},
+    "shortgpt": {"depth": "influence", "compensation": "magnitude"},
+    "replaceme": {"depth": "run", "compensation": "linear"},
+    "crash": {"depth": "clusters"},
 }
 COST = {"predicted-loss": 1.0, "activation": 1.9, "random": 6.0, "magnitude": 4.0, "taylor": 2.4, "wanda": 2.1,
         "fluctuation": 2.0, "leverage": 1.8, "obs": 1.5}  # fmt: skip

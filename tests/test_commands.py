@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import transact
 from bench.__main__ import main as bench_main
 from tests.test_measures import independent_loss
-from tests.tiny import tiny_llama, zeroed
+from tests.tiny import NARROWING, tiny_llama, zeroed
 from transact.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -275,7 +275,7 @@ def test_everyone_can_read_a_checkpoint(prune, tmp_path):
     assert modes == {(False, 0o644), (True, 0o755)}
 
 
-@pytest.mark.parametrize("preset", transact.PRESETS)
+@pytest.mark.parametrize("preset", NARROWING)
 def test_presets_by_command(prune, tmp_path, preset):
     assert prune("--preset", preset, "--ratio", "0.3", "--layerwise") == 0
     pruning = json.loads((tmp_path / "out" / "pruning.json").read_text())

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import transact
-from tests.tiny import FAMILIES, random_plan, scores_of, tiny_relative, zeroed
+from tests.tiny import FAMILIES, NARROWING, random_plan, scores_of, tiny_relative, zeroed
 from transact.widths import dense_widths
 
 IDS = torch.randint(1, 97, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -56,7 +56,7 @@ def test_keeping_everything_changes_nothing(family):
     assert_same(logits(transact.apply_plan(dense, everything)), logits(dense))
 
 
-@pytest.mark.parametrize("preset", transact.PRESETS)
+@pytest.mark.parametrize("preset", NARROWING)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
 def test_every_preset_prunes_every_family(family, preset):

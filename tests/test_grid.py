@@ -61,17 +61,17 @@ def grid(bench: Workbench) -> list:
     return cases + [bench.case(preset, 0.3, calibration=bench.domains[0]) for preset in ("best", "transact")]
 
 
-@pytest.mark.filterwarnings("ignore:.* calibration tokens are few")
+@pytest.mark.filterwarnings("ignore:.* calibration tokens are few", "ignore:ratio .* of 2 layers")
 def test_each_text_is_calibrated_once_and_each_model_pruned_once(bench, calls):
     cases = in_order(grid(bench))
-    assert len(cases) == 1 + 20 + 4 + 5 + 6 + 2  # what several questions ask is there once
+    assert len(cases) == 1 + 20 + 4 + 8 + 9 + 2  # what several questions ask is there once
     records = [bench.measure(case) for case in cases]
     assert [one.case for one in records] == cases
     assert calls["calibrate"] == 2
     assert (calls["outputs"], calls["weights"]) == (2, 1)
     assert calls["prune"] == len({weights_of(case) for case in cases}) - 1
     timed = [one for one in records if one.case.decode_tokens]
-    assert len(timed) == 6
+    assert len(timed) == 9
     for one in timed:
         assert one.metrics["decode_tokens_per_s"] > 0
         assert one.standard_errors["decode_tokens_per_s"] > 0

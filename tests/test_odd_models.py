@@ -30,7 +30,7 @@ from transformers import (
 import bench.__main__
 import transact
 from bench.efficiency.costs import memory_needed, weight_elements
-from tests.tiny import random_plan, tiny_llama, zeroed
+from tests.tiny import NARROWING, random_plan, tiny_llama, zeroed
 from transact.__main__ import main
 from transact.export import plain_llama
 
@@ -166,7 +166,7 @@ def test_memory_counts_biases_of_compensation():
     assert memory_needed(pruned.config, context=0, batch=1, element_size=4) == 4 * pruned.num_parameters()
 
 
-@pytest.mark.parametrize("preset", transact.PRESETS)
+@pytest.mark.parametrize("preset", NARROWING)
 def test_every_preset_keeps_everything_at_ratio_0(preset):
     dense = tiny_llama()
     for wanted in ({"ratio": 0.0}, {"widths": list(transact.dense_widths(dense.config))}):

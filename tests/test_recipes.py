@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import transact
-from tests.tiny import random_plan, scores_of, tiny_llama, zeroed
+from tests.tiny import NARROWING, random_plan, scores_of, tiny_llama, zeroed
 from transact import PRESETS, Recipe, fraction_removed, kv_fraction_removed
 from transact.allocate import removal_losses, searched_widths
 from transact.compensate import compensate_by_bias, compensate_on_dense_inputs
@@ -29,7 +29,7 @@ def logits(model, ids=WINDOWS) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("variant", ["mha", "gqa", "mqa", "tied", "biases"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", NARROWING)
 def test_presets_meet_the_ratio_and_survive_a_round_trip(preset, variant, tmp_path):
     dense = tiny_llama(variant)
     ratio = 0.3 if variant != "mqa" else 0.15  # one key-value head cannot be dropped
@@ -221,7 +221,7 @@ def test_a_fixed_ridge_is_taken_everywhere():
     for compensation in ("dense", "pruned"):
         pruned = transact.prune(model, windows, recipe=Recipe(compensation=compensation, ridge=0.3), ratio=0.3)
         assert {ridge for layer in pruned.ridges for ridge in layer.values()} == {0.3}
-    with pytest.raises(ValueError, match="least squares: dense or pruned, not none"):
+    with pytest.raises(ValueError, match="least squares: dense, pruned or linear, not none"):
         Recipe(ridge=0.3).check()
     with pytest.raises(ValueError, match="must be positive, got 0"):
         Recipe(compensation="dense", ridge=0.0).check()

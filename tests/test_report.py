@@ -159,7 +159,7 @@ def test_the_expected_cells_answer(records):
     chosen = newest_set(records)
     sizes = {name: len(answer(question, chosen).frame) for name, question in BY_NAME.items()}
     assert sizes["criterion"] == 8 * 4
-    assert sizes["preset"] == 6 * 3
+    assert sizes["preset"] == len(PRESETS) * 3
     assert sizes["redundancy"] == 15
     assert sizes["allocation"] == 3 * 6 + 3  # FLAP's has no cache budget
     assert sizes["layer"] == 8

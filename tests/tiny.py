@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from transact import CRITERIA, LayerPlan, LayerScores, Plan, calibrate
+from transact import CRITERIA, PRESETS, LayerPlan, LayerScores, Plan, calibrate
 from transact.widths import has_query_key_norm, head_dim_of
 
 VARIANTS = {
@@ -56,6 +56,7 @@ ROPES = {
 }  # fmt: skip
 
 
+NARROWING = [name for name, recipe in PRESETS.items() if recipe.depth == "none"]  # presets; others drop whole layers
 FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
@@ -63,7 +64,7 @@ FAMILIES = {
 }
 
 
-def tiny_relative(family: str, *, seed: int = 0) -> torch.nn.Module:
+def tiny_relative(family: str, *, seed: int = 0, layers: int = 2) -> torch.nn.Module:
     """A tiny GQA model of a family that is pruned as Llama is."""
     torch.manual_seed(seed)
     config_class, model_class, settings = FAMILIES[family]
@@ -71,7 +72,7 @@ def tiny_relative(family: str, *, seed: int = 0) -> torch.nn.Module:
         vocab_size=97,
         hidden_size=64,
         intermediate_size=40,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,

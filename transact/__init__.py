@@ -12,6 +12,7 @@ from .calibration import LayerStatistics, Statistics, calibrate
 from .checkpoint import load_plan, save_checkpoint
 from .configuration_transact import TransActConfig
 from .criteria import CRITERIA, criterion_by_name
+from .depth import without_layers
 from .gradients import LayerGradients, loss_gradients
 from .modeling_transact import TransActForCausalLM, TransActForSequenceClassification, TransActModel
 from .models import load_model
@@ -85,6 +86,7 @@ __all__ = [
     "widths_by_name",
     "widths_of",
     "widths_of_one_layer",
+    "without_layers",
 ]
 
 AutoConfig.register(TransActConfig.model_type, TransActConfig)

@@ -4,16 +4,28 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .allocate import global_widths, parameter_prices, searched_widths, shared_pairs, widths_within
 from .calibration import Statistics, iterate_statistics, set_aside
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
+from .depth import (
+    clustered_layers,
+    fold_factors,
+    fold_map,
+    layers_to_drop,
+    least_influential,
+    linear_map,
+    nearest_run,
+    warn_of_whole_layers,
+    without_layers,
+)
 from .devices import resolve_device
 from .engines import check_held, engine_by_name
 from .entry import check_in_one_place, check_seed, check_trainable, checked_windows, undisturbed
@@ -49,10 +61,11 @@ DEFAULT_RATIO = 0.2
 class Pruned:
     """A narrowed model, its plan in terms of the dense one, seconds of each stage and the ridges of the refit.
 
-    `speed`: how many times as fast as the dense model it was measured to be, where a speed-up was asked for.
+    Where whole layers go it is a stock model of the dense one's class. `speed`: how many times as fast as the dense
+    model it was measured to be, where a speed-up was asked for.
     """
 
-    model: TransActForCausalLM
+    model: TransActForCausalLM | PreTrainedModel
     plan: Plan
     seconds: dict[str, float] = field(default_factory=dict)
     ridges: list[dict[str, float | None]] = field(default_factory=list)
@@ -108,6 +121,10 @@ def prune(
             "speedup is measured of a model that runs as a whole, not block by block on a device: drop one"
         )
     check_task(dense, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths, speedup=speedup)
+    if recipe.depth != "none" and statistics is not None:
+        raise ValueError(f"statistics are for narrowing, depth {recipe.depth!r} drops whole layers: leave them out")
+    if recipe.depth != "none" and windows is None:
+        raise ValueError(f"depth {recipe.depth!r} needs windows of text")
     if recipe.needs_text() and windows is None:
         raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
     ratio = DEFAULT_RATIO if ratio is None else ratio
@@ -118,18 +135,21 @@ def prune(
     with undisturbed(dense):
         if windows is not None:
             windows = checked_windows(dense, windows)
-        if recipe.needs_text() and statistics is None and widths != dense_widths(dense.config):
-            kept = 0.0 if speedup is not None else 1 - ratio
-            if widths is not None:
-                kept = 1 - fraction_removed(dense.config, widths)
-            check_room_to_prune(dense, recipe, windows.numel(), kept, device)
-        criterion = criterion_by_name(recipe.criterion, seed=seed)
-        goal = speedup
-        if speedup is not None and not isinstance(speedup, SpeedGoal):
-            goal = speed_goal(dense, speedup, modules=recipe.modules, progress=progress)
-        result = _in_shots(
-            dense, windows, recipe, criterion, ratio, kv_ratio, widths, goal, statistics, device, train, progress
-        )
+        if recipe.depth != "none":
+            result = _in_depth(dense, windows, recipe, ratio, device, train, progress)
+        else:
+            if recipe.needs_text() and statistics is None and widths != dense_widths(dense.config):
+                kept = 0.0 if speedup is not None else 1 - ratio
+                if widths is not None:
+                    kept = 1 - fraction_removed(dense.config, widths)
+                check_room_to_prune(dense, recipe, windows.numel(), kept, device)
+            criterion = criterion_by_name(recipe.criterion, seed=seed)
+            goal = speedup
+            if speedup is not None and not isinstance(speedup, SpeedGoal):
+                goal = speed_goal(dense, speedup, modules=recipe.modules, progress=progress)
+            result = _in_shots(
+                dense, windows, recipe, criterion, ratio, kv_ratio, widths, goal, statistics, device, train, progress
+            )
     if train is None:
         result.model.train(dense.training)
     return result
@@ -148,6 +168,7 @@ def check_task(
     recipe.check()
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
+    check_depth_task(recipe, kv_ratio, widths is not None)
     if speedup is not None:
         check_speed_task(recipe, speedup, ratio, widths)
     ratio = DEFAULT_RATIO if ratio is None else ratio
@@ -155,6 +176,10 @@ def check_task(
     if (format := engine_by_name(recipe.engine).format) is not None:  # what it is for comes after it
         check_exportable(dense.config, format)
     check_modules(dense.config, recipe.modules, recipe.granularity)
+    if recipe.depth != "none":
+        layers_to_drop(dense.config, ratio)
+        check_computed(dense)
+        return
     if recipe.gradients():
         check_trainable(dense)
     if speedup is not None:
@@ -175,6 +200,16 @@ def check_task(
     check_computed(dense)
 
 
+def check_depth_task(recipe: Recipe, kv_ratio: float | None, by_widths: bool) -> None:
+    """Raise ValueError for a recipe that drops whole layers beside what only narrowing can meet."""
+    if recipe.depth == "none":
+        return
+    if by_widths:
+        raise ValueError(f"widths are for narrowing, depth {recipe.depth!r} drops whole layers: give a ratio")
+    if kv_ratio is not None:
+        raise ValueError(f"kv-ratio is for narrowing, depth {recipe.depth!r} drops whole layers: leave it out")
+
+
 def check_speed_task(
     recipe: Recipe, speedup: float | SpeedGoal, ratio: float | None, widths: Sequence[Widths] | None
 ) -> None:
@@ -182,6 +217,8 @@ def check_speed_task(
     check_speedup(speedup.speedup if isinstance(speedup, SpeedGoal) else speedup)
     if ratio is not None or widths is not None:
         raise ValueError("speedup and ratio or widths both say how much goes: give one of them")
+    if recipe.depth != "none":
+        raise ValueError(f"a speedup is reached by widths that are searched, not by depth {recipe.depth!r}")
     if recipe.allocation != "searched":
         raise ValueError(f"a speedup is reached by widths that are searched, not by allocation {recipe.allocation!r}")
     if recipe.engine != "transformers":
@@ -255,6 +292,47 @@ def _in_shots(
         result.plan = plan.after(result.plan, head_dim_of(dense.config)) if result.plan else plan
         statistics = None
     return result
+
+
+def _in_depth(
+    dense: nn.Module,
+    windows: torch.Tensor,
+    recipe: Recipe,
+    ratio: float,
+    device: torch.device | None,
+    train: Callable[[PreTrainedModel, int], PreTrainedModel] | None,
+    progress: bool,
+) -> Pruned:
+    """Whole layers dropped, once."""
+    seconds, options = {}, {"device": device, "progress": progress}
+    count, layers = layers_to_drop(dense.config, ratio), range(dense.config.num_hidden_layers)
+    warn_of_whole_layers(dense.config, ratio)
+    dropped, ridges = {}, []
+    with stage(seconds, "calibrate and score"):
+        if count and recipe.depth == "influence":
+            repair = recipe.compensation == "magnitude"
+            dropped = least_influential(dense, windows, count, repair=repair, **options)
+        elif count and recipe.depth == "run":
+            dropped = nearest_run(dense, windows, count, **options)
+        elif count:
+            dropped = set(layers) - set(clustered_layers(dense, windows, count, **options))
+    with stage(seconds, "plan"):
+        kept = tuple(layer for layer in layers if layer not in dropped)
+        plan = select([_placeholder_scores(dense)[layer] for layer in kept], dense_widths(dense.config)[: len(kept)])
+        plan = replace(plan, kept_layers=kept)
+    with stage(seconds, "prune"):
+        model = without_layers(dense, kept)
+    with stage(seconds, "compensate"):
+        if count and recipe.compensation == "magnitude":
+            fold_factors(model, kept, dropped)
+        if count and recipe.compensation == "linear":
+            fit = linear_map(dense, windows, dropped, ridge=recipe.ridge, **options)
+            fold_map(model.model.layers[dropped.start - 1].mlp.down_proj, fit.weight)
+            ridges = [{"down_proj": fit.ridge} if layer == dropped.start - 1 else {} for layer in kept]
+    if train is not None:
+        with stage(seconds, "train"):
+            model = train(model, 1)
+    return Pruned(model, plan, seconds, ridges)
 
 
 def _scores(

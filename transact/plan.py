@@ -68,13 +68,15 @@ class LayerPlan:
 
 
 OPTIONAL = {"rope_pairs", "value_into", "value_back"}
+KEPT_LAYERS = "kept_layers"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One LayerPlan per decoder layer."""
+    """One LayerPlan per decoder layer; where whole layers go, one per layer of those that `kept_layers` names."""
 
     layers: tuple[LayerPlan, ...]
+    kept_layers: tuple[int, ...] | None = None
 
     @property
     def widths(self) -> tuple[Widths, ...]:
@@ -87,7 +89,8 @@ class Plan:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The plan as named tensors, `layers.{i}.kv_heads` and so on: what `pruning/plan.safetensors` holds."""
-        return {
+        whole = {} if self.kept_layers is None else {KEPT_LAYERS: torch.tensor(self.kept_layers)}
+        return whole | {
             f"layers.{index}.{field.name}": getattr(layer, field.name).contiguous()
             for index, layer in enumerate(self.layers)
             for field in fields(LayerPlan)
@@ -98,13 +101,16 @@ class Plan:
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "Plan":
         """The inverse of `tensors`. Raises ValueError where a layer or a part of it is missing."""
         names = [field.name for field in fields(LayerPlan)]
+        kept_layers = tensors.get(KEPT_LAYERS)
+        tensors = {name: tensor for name, tensor in tensors.items() if name != KEPT_LAYERS}
         count = 1 + max((int(name.split(".")[1]) for name in tensors), default=0)
         wanted = [f"layers.{i}.{name}" for i in range(count) for name in names if name not in OPTIONAL]
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise ValueError(f"not a plan: {missing[0]} is missing")
         return cls(
-            tuple(LayerPlan(**{name: tensors.get(f"layers.{i}.{name}") for name in names}) for i in range(count))
+            tuple(LayerPlan(**{name: tensors.get(f"layers.{i}.{name}") for name in names}) for i in range(count)),
+            None if kept_layers is None else tuple(kept_layers.tolist()),
         )
 
     def check(self, config: PretrainedConfig) -> None:
@@ -127,6 +133,14 @@ class Plan:
                         f"layers.{index}.{name} must have one row for each of {len(layer.kv_heads)} kept "
                         "key-value heads"
                     )
+
+
+def kept_layers_of(config: PretrainedConfig) -> tuple[int, ...] | None:
+    """The layers of the dense model that a stock model is made of, by its configuration; None where it says nothing."""
+    kept = getattr(config, KEPT_LAYERS, None)
+    if not isinstance(kept, list | tuple) or len(kept) != config.num_hidden_layers:
+        return None
+    return tuple(kept) if all(isinstance(layer, int) for layer in kept) else None
 
 
 def _check_indices(where: str, kept: torch.Tensor, limit: int) -> None:

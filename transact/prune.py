@@ -59,6 +59,18 @@ def _whole(model: nn.Module) -> TransActForCausalLM:
         return TransActForCausalLM(narrowed_config(model.config, dense_widths(model.config)))
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+def whole_model(model: nn.Module) -> TransActForCausalLM:
+    """The narrowed model that keeps everything of `model`, whose weights it shares."""
+    whole = _whole(model)
+    _take_weights(whole, model)
+    whole.config.tie_word_embeddings = not has_own_head(model)
+    whole.tie_weights()
+    whole.generation_config = model.generation_config
+    return whole
+
+
 def check_computed(model: nn.Module) -> None:
     """Raise ValueError unless a model that can be pruned computes what its weights and configuration say.
 

@@ -1,18 +1,22 @@
 """Recipes: a criterion, what may be cut, how widths are found and what makes up for the loss; presets by name."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from .criteria import CRITERIA, lookup
+from .depth import DEPTHS
 from .engines import engine_by_name
 from .obs import ObsPruning
 from .scores import MOMENTS, OUTPUT_GRADIENTS, WEIGHT_GRADIENTS
 from .widths import GRANULARITIES, MODULES
 
 ALLOCATIONS = ("uniform", "searched", "global")
-COMPENSATIONS = ("none", "bias", "dense", "pruned")
+COMPENSATIONS = ("none", "bias", "dense", "pruned", "magnitude", "linear")
+FOR_LAYERS = ("magnitude", "linear")  # compensations of whole layers that go
+LEAST_SQUARES = ("dense", "pruned", "linear")
+OF_DEPTH = ("depth", "compensation", "ridge")  # all that a recipe says that drops whole layers
 ROPES = ("pairs", "released")
 
 
@@ -32,6 +36,10 @@ class Recipe:
     held-out tokens, for each projection. `measurements`: rounds in which the pruned model's sensitivity corrects the
     losses that an allocation "searched" goes by (`measured_scores`); no other allocation measures, nor does a model
     of which one block at a time is on the device.
+
+    `depth` drops whole layers instead of narrowing any (`transact.depth`): "none", by block "influence" one after the
+    other, a "run" of them, or all but one in each of "clusters". What makes up for them is a "magnitude", of layers
+    that went by influence, or a "linear" map, of a run, or nothing; all else is for narrowing.
     """
 
     criterion: str = "activation"
@@ -45,13 +53,14 @@ class Recipe:
     ridge: float | None = None
     measurements: int = 0
     engine: str = "transformers"
+    depth: str = "none"
 
     def check(self) -> None:
         """Raise ValueError for a value that is not known or settings that exclude each other."""
         criterion = lookup(CRITERIA, self.criterion, "criterion")
         for name, allowed in (
             ("granularity", GRANULARITIES), ("allocation", ALLOCATIONS), ("compensation", COMPENSATIONS),
-            ("rope", ROPES),
+            ("rope", ROPES), ("depth", ("none", *DEPTHS)),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}, allowed: {', '.join(allowed)}")
@@ -61,8 +70,11 @@ class Recipe:
             raise ValueError(f"measurements must be at least 0, got {self.measurements}")
         if self.ridge is not None and not 0 < self.ridge < math.inf:
             raise ValueError(f"ridge must be positive, got {self.ridge}")
-        if self.ridge is not None and self.compensation not in ("dense", "pruned"):
-            raise ValueError(f"a ridge is for compensation by least squares: dense or pruned, not {self.compensation}")
+        if self.ridge is not None and self.compensation not in LEAST_SQUARES:
+            raise ValueError(
+                f"a ridge is for compensation by least squares: dense, pruned or linear, not {self.compensation}"
+            )
+        self._check_depth()
         predicts = [name for name, one in CRITERIA.items() if isinstance(one, ObsPruning) and one.weighted]
         by_loss = self.allocation == "searched"
         if by_loss and not (isinstance(criterion, ObsPruning) and criterion.weighted):
@@ -85,9 +97,32 @@ class Recipe:
         if self.rope == "released" and getattr(criterion, "value_basis", False):
             raise ValueError(f"rope 'released' keeps dimensions of the model: {self.criterion} changes their basis")
 
+    def _check_depth(self) -> None:
+        """Raise ValueError where whole layers go and something is said that only narrowing has, or the other way."""
+        if self.depth == "none":
+            if self.compensation in FOR_LAYERS:
+                raise ValueError(
+                    f"compensation {self.compensation!r} makes up for dropped layers, and none are: depth is 'none'"
+                )
+            return
+        for field in fields(self):
+            if field.name not in OF_DEPTH and (value := getattr(self, field.name)) != field.default:
+                raise ValueError(
+                    f"depth {self.depth!r} drops whole layers: {field.name} is for narrowing, got {value!r}"
+                )
+        if self.compensation not in DEPTHS[self.depth]:
+            raise ValueError(
+                f"depth {self.depth!r} is made up for by {' or '.join(DEPTHS[self.depth])}, not by "
+                f"{self.compensation!r}"
+            )
+
     def needs_text(self) -> bool:
         """Whether calibration windows are needed."""
-        return bool(CRITERIA[self.criterion].needs) or self.compensation != "none"
+        return bool(CRITERIA[self.criterion].needs) or self.compensation != "none" or self.depth != "none"
+
+    def needs_statistics(self) -> bool:
+        """Whether it goes by the statistics of `calibrate`, which serve many recipes: narrowing on text does."""
+        return self.needs_text() and self.depth == "none"
 
     def needs_moments(self) -> bool:
         return MOMENTS in CRITERIA[self.criterion].needs or self.compensation == "dense"
@@ -119,6 +154,10 @@ PRESETS = {
     "wanda-sp": Recipe(criterion="wanda", granularity="heads"),
     "flap": Recipe(criterion="fluctuation", granularity="heads", allocation="global", compensation="bias"),
     "llm-pruner": Recipe(criterion="taylor", granularity="heads"),
+    # rivals that drop whole layers: ShortGPT's influence with the repair of Prune&Comp, ReplaceMe, and CRaSh untrained
+    "shortgpt": Recipe(depth="influence", compensation="magnitude"),
+    "replaceme": Recipe(depth="run", compensation="linear"),
+    "crash": Recipe(depth="clusters"),
 }
 
 

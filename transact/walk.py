@@ -1,6 +1,6 @@
 """A decoder computed block by block: one block on the device at a time, hidden states kept in host memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import psutil
@@ -101,11 +101,15 @@ class LayerWalk:
         finally:
             model.model.layers = layers
 
-    def blocks(self, **bar) -> Iterator[tuple[int, nn.Module]]:
-        """Index and block, in order, each on the device while it is the turn; `bar` are options of the progress bar."""
-        for index, layer in enumerate(tqdm(self.model.model.layers, unit="layer", **bar)):
-            with on_device(layer, self.device):
-                yield index, layer
+    def blocks(self, indices: Iterable[int] | None = None, **bar) -> Iterator[tuple[int, nn.Module]]:
+        """Index and block, in order, each on the device while it is the turn; `bar` are options of the progress bar.
+
+        Of all blocks, or of those that `indices` name.
+        """
+        layers = self.model.model.layers
+        for index in tqdm(range(len(layers)) if indices is None else indices, unit="layer", **bar):
+            with on_device(layers[index], self.device):
+                yield index, layers[index]
 
     def arguments(self, index: int, batch: int, device: torch.device) -> dict:
         """What the model passes to block `index` beside the hidden states of a batch, on `device`."""

@@ -26,11 +26,16 @@ def recipe_of(case: Case) -> transact.Recipe:
 
 
 def method_of(case: Case) -> str:
-    """What tables call a case: dense, its preset if it has one, or its criterion (that of the paper's preset)."""
+    """What tables call a case: dense, its preset if it has one, or its criterion (that of the paper's preset).
+
+    Where whole layers go and it is no preset, how they are found and what makes up for them.
+    """
     if case.criterion == "dense":
         return "dense"
     recipe = recipe_of(case)
     presets = [name for name, preset in transact.PRESETS.items() if preset == recipe]
+    if case.depth != "none" and not presets:
+        return f"{case.depth}, {case.compensation}"
     return presets[0] if presets else case.criterion
 
 

@@ -16,6 +16,8 @@ SCORING_PASSES = {"obs": 2.0, "predicted-loss": 0.7, "leverage": 0.4}
 TRAINING_PASSES = 6.0  # over the text trained on: forward, backward, the teacher's, and their vocabularies
 COMPENSATING_PASSES = {"dense": 0.4, "pruned": 3.5}
 MEASURING_PASSES = 0.8  # of each round
+# where whole layers go: passes whatever the ratio, and for the whole ratio, of models of about 30 layers
+DEPTH_PASSES = {"influence": (0.0, 26.0), "run": (2.0, 0.0), "clusters": (1.0, 0.0)}
 COMPARING_PASSES = 0.3  # over windows that are compared with the dense model: its head, two softmaxes
 WINDOWS_WITHOUT_A_LIMIT = 1000
 GREEDY_TOKENS = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS)
@@ -121,7 +123,7 @@ def kind_of(case: Case) -> tuple:
         case.model_hash, case.criterion, case.allocation, case.compensation, case.shots, case.calibration_samples,
         case.calibration_seq_len, case.evaluation_windows, case.evaluation_seq_len, case.other_texts,
         case.other_windows, case.compared_windows, case.tasks, case.task_limit, case.decode_tokens, case.recovery,
-        case.recovery_tokens, case.quantisation, case.dtype, case.device,
+        case.recovery_tokens, case.quantisation, case.dtype, case.device, case.depth,
     )  # fmt: skip
 
 
@@ -148,8 +150,11 @@ def _forward_tokens(case: Case, made: set) -> float:
     if case.calibration_sha256 is None or pruning in made:
         return beside + evaluation
     made.add(pruning)
-    recipe = recipe_of(case)
+    recipe, calibration_tokens = recipe_of(case), case.calibration_samples * case.calibration_seq_len
     steps = ["second moments" if recipe.needs_moments() else "first moments", recipe.gradients()]
+    if not recipe.needs_statistics():
+        fixed, whole = DEPTH_PASSES[case.depth]
+        return beside + evaluation + training + (fixed + whole * case.ratio) * calibration_tokens
     passes = [PASSES[step] for step in steps if step] * (case.shots - 1)
     for step in steps:
         served = {(calibration_of(case), step)}
@@ -160,4 +165,4 @@ def _forward_tokens(case: Case, made: set) -> float:
             made.add((calibration_of(case), step))
     passes += [SCORING_PASSES.get(case.criterion, 0) * case.shots, COMPENSATING_PASSES.get(case.compensation, 0)]
     passes.append(MEASURING_PASSES * case.measurements * (case.allocation == "searched"))
-    return beside + evaluation + training + sum(passes) * case.calibration_samples * case.calibration_seq_len
+    return beside + evaluation + training + sum(passes) * calibration_tokens

@@ -14,7 +14,8 @@ from torch import nn
 
 import transact
 from transact.checkpoint import model_hash
-from transact.pipeline import check_task
+from transact.depth import layers_to_drop
+from transact.pipeline import check_depth_task, check_task
 from transact.texts import SELF, Source, Text, calibration_sources, mixed, source_names
 
 from ..efficiency.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
@@ -243,6 +244,10 @@ class Workbench:
         )  # fmt: skip
         if speedup is not None:
             check_task(self.dense, recipe, kv_ratio=kv_ratio, speedup=speedup)
+        if recipe.depth != "none":
+            named = only_layer, mha_dim, mlp_dim, head_multiple, mlp_multiple
+            check_depth_task(recipe, kv_ratio, any(width is not None for width in named))
+            layers_to_drop(self.dense.config, ratio)
         self.widths(case)
         case = self.with_other_texts(case, everywhere=everywhere)
         return self.with_quantisation(self.with_recovery(case, recovery, recovery_tokens), quantisation)
@@ -306,7 +311,10 @@ class Workbench:
         return resolve_tasks(self.task_names, self.tasks_path)
 
     def widths(self, case: Case) -> tuple[transact.Widths, ...] | None:
-        """The widths that a case names; None where scores decide. Raises ValueError for widths out of reach."""
+        """The widths that a case names; None where scores decide, or whole layers go.
+
+        Raises ValueError for widths out of reach.
+        """
         config, recipe = self.dense.config, recipe_of(case)
         narrowed = {"granularity": recipe.granularity, "modules": recipe.modules}
         if case.only_layer is not None:
@@ -315,7 +323,7 @@ class Workbench:
             return transact.widths_by_name(
                 config, mha_dim=case.mha_dim, mlp_dim=case.mlp_dim, granularity=recipe.granularity
             )
-        if recipe.allocation == "uniform":
+        if recipe.allocation == "uniform" and recipe.depth == "none":
             return transact.uniform_widths(
                 config, case.ratio, kv_ratio=case.kv_ratio, head_multiple=case.head_multiple,
                 mlp_multiple=case.mlp_multiple, **narrowed,
@@ -382,6 +390,7 @@ class Workbench:
         statistics = windows = None
         if recipe.needs_text():
             windows = self.windows_of(case)
+        if recipe.needs_statistics():
             statistics, seconds["calibrate_s"] = self._calibrations.statistics(windows, recipe)
         start = time.perf_counter()
         goal = None

@@ -1,6 +1,7 @@
 """`transact inspect`: print widths, parameters and KV bytes per token of a checkpoint, and which engines hold it."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from ..engines import ENGINES, check_held
 from ..entry import in_one_line
 from ..export import check_exportable, check_tokenizer
 from ..models import load_tokenizer, read_config
+from ..plan import kept_layers_of
 from ..widths import fraction_removed, kv_elements_per_token, widths_of
 from .parser import add_subcommand
 
@@ -45,8 +47,11 @@ def run(options: argparse.Namespace) -> None:
     column_widths = [max(len(str(row[i])) for row in (columns, *rows)) for i in range(len(columns))]
     for row in (columns, *rows):
         print("  ".join(str(cell).rjust(width) for cell, width in zip(row, column_widths, strict=True)))
+    kept = kept_layers_of(config)
+    if kept is not None:
+        print(f"the layers {_in_words(kept)} of the dense model")
     print(
-        f"{removed:.1%} of the linear parameters of {len(widths)} decoder layers "
+        f"{removed:.1%} of the linear parameters of {'the dense' if kept else len(widths)} decoder layers "
         f"removed; 'all' counts embeddings and norms too; bytes at {str(config.dtype).removeprefix('torch.')}"
     )
     against = {name: _against(name, options.directory, model, pairs) for name in ENGINES}
@@ -54,6 +59,17 @@ def run(options: argparse.Namespace) -> None:
     for name, reason in against.items():
         if reason is not None:
             print(f"not by {name}: {reason}")
+
+
+def _in_words(layers: Sequence[int]) -> str:
+    """Numbers in ascending order, those in a row by their ends: "0 to 9, 12"."""
+    rows = []
+    for layer in layers:
+        if rows and layer == rows[-1][1] + 1:
+            rows[-1][1] = layer
+        else:
+            rows.append([layer, layer])
+    return ", ".join(f"{first} to {last}" if last > first else str(first) for first, last in rows)
 
 
 def _rope_pairs(directory: str) -> list[torch.Tensor]:

@@ -12,13 +12,14 @@ import transformers
 from .. import __version__
 from ..checkpoint import check_destination, save_checkpoint
 from ..criteria import CRITERIA
+from ..depth import DEPTHS
 from ..devices import resolve_device
 from ..engines import ENGINES
 from ..entry import check_seed
 from ..export import check_exportable, check_tokenizer
 from ..latency import TOKENS, Workload
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
-from ..pipeline import DEFAULT_RATIO, Pruned, check_speed_task, check_task, prune, stage
+from ..pipeline import DEFAULT_RATIO, Pruned, check_depth_task, check_speed_task, check_task, prune, stage
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
 from ..speedup import DEFAULT_CONTEXT, SpeedGoal, check_speedup, speed_goal
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
@@ -38,7 +39,7 @@ from .parser import add_model_options, add_output_options, add_subcommand, tell
 from .training import ShotTraining, add_training_options, checkpoints_of, print_recovery, training_of
 
 RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "engine", "compensation", "rope", "shots",
-                  "ridge", "measurements")  # fmt: skip
+                  "ridge", "measurements", "depth")  # fmt: skip
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 128, 512
 
 
@@ -81,6 +82,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     what.add_argument("--granularity", metavar="NAME", help=f"what attention loses: {', '.join(GRANULARITIES)}")
     what.add_argument("--modules", metavar="NAMES", help=f"what may be narrowed, with commas: {','.join(MODULES)}")
     what.add_argument("--rope", metavar="NAME", help=f"what queries and keys keep: {', '.join(ROPES)}")
+    what.add_argument(
+        "--depth", metavar="NAME", help=f"instead of narrowing, whole layers go: {', '.join(('none', *DEPTHS))} (none)"
+    )
     what.add_argument("--allocation", metavar="NAME", help=f"how widths are found: {', '.join(ALLOCATIONS)}")
     what.add_argument("--measurements", metavar="N", type=int, help="rounds that correct searched widths (best: 3)")
     what.add_argument(
@@ -113,13 +117,13 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def chosen_recipe(options: argparse.Namespace) -> Recipe:
-    """The preset with what the options change; a criterion or rope without a preset changes the paper's."""
+    """The preset with what the options change; a criterion, rope or depth without a preset changes the paper's."""
     changes = {name: getattr(options, name) for name in RECIPE_OPTIONS if getattr(options, name) is not None}
     if "modules" in changes:
         changes["modules"] = tuple(changes["modules"].split(","))
     if options.output_bias:
         changes["output_bias"] = True
-    papers = {"criterion", "rope", "granularity"} & changes.keys()
+    papers = {"criterion", "rope", "granularity", "depth"} & changes.keys()
     recipe = replace(recipe_by_name(options.preset or ("transact" if papers else "best")), **changes)
     recipe.check()
     return recipe
@@ -182,6 +186,13 @@ def check_speed_settings(options: argparse.Namespace, recipe: Recipe) -> None:
     )
 
 
+def check_depth_options(options: argparse.Namespace, recipe: Recipe) -> None:
+    """Raise ValueError where whole layers are to go and an option is for narrowing, before the model is loaded."""
+    check_depth_task(recipe, options.kv_ratio, _names_widths(options))
+    if recipe.depth != "none" and options.tokens is not None and options.layer_weight:
+        raise ValueError(f"--layer-weight compares layer by layer, and depth {recipe.depth!r} drops some: leave it out")
+
+
 def goal_of(options: argparse.Namespace, dense: torch.nn.Module, recipe: Recipe) -> SpeedGoal:
     """The speed-up asked for, once it is measured that it can be had."""
     return speed_goal(dense, options.speedup, modules=recipe.modules, progress=True, **speed_settings(options))
@@ -193,6 +204,7 @@ def run(options: argparse.Namespace) -> None:
     recipe = chosen_recipe(options)
     out = check_destination(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)
+    check_depth_options(options, recipe)
     if options.speedup is not None:
         check_speed_settings(options, recipe)
     if (format := ENGINES[recipe.engine].format) is not None:  # before it is loaded
@@ -241,7 +253,7 @@ def run(options: argparse.Namespace) -> None:
         "model": lasting_name(options.model),
         "preset": options.preset,
         "recipe": asdict(recipe),
-        "criterion": recipe.criterion,
+        "criterion": recipe.criterion if recipe.depth == "none" else None,
         "ratio_asked": None if widths else _ratio(options),
         "kv_ratio_asked": options.kv_ratio,
         "speed": speed_summary(goal, pruned.speed) if goal else None,
@@ -312,6 +324,8 @@ def pruning_summary(dense: torch.nn.Module, pruned: Pruned) -> dict:
         "kv_elements_per_token_before": kv_elements_per_token(before),
         "kv_elements_per_token_after": kv_elements_per_token(after),
         "layers": [vars(layer_widths) for layer_widths in after],
+        "layers_before": len(before),
+        "kept_layers": pruned.plan.kept_layers,
         "ridges": pruned.ridges,
         "dtype": str(dense.dtype).removeprefix("torch."),
         "seconds": {name: round(value, 3) for name, value in pruned.seconds.items()},

@@ -18,8 +18,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..configuration_transact import TransActConfig
-from ..entry import check_same_function, has_own_head
+from ..entry import check_model, check_same_function, has_own_head
 from ..modeling_transact import TransActForCausalLM
+from ..plan import kept_layers_of
+from ..prune import whole_model
 from ..whitelist import ROPE_TYPES, check_exportable, check_rope, check_weights
 from ..widths import Widths, fraction_removed, widths_of
 
@@ -44,12 +46,18 @@ def padded_widths(model: nn.Module, *, by_layer: bool = False) -> tuple[tuple[Wi
     return (Widths(kv_heads, head_dim, head_dim, max(w.mlp for w in widths)),) * len(widths), pairs
 
 
-def _check_model(model: nn.Module, pad: bool, format: str) -> None:
-    """Raise ValueError where this format cannot hold what `model` computes, or only in a much larger one.
+def _narrowed(model: nn.Module, pad: bool, format: str) -> TransActForCausalLM:
+    """The model as a narrowed one, which a model that only lost whole layers is not yet.
 
-    With `pad` it may be as large as the dense model.
+    Raises ValueError where this format cannot hold what it computes, or only in a much larger one. With `pad` it may
+    be as large as the dense model.
     """
-    config, by_layer = model.config, format == "gguf"
+    by_layer = format == "gguf"
+    if not isinstance(model, TransActForCausalLM) and kept_layers_of(model.config) is not None:
+        check_model(model)
+        check_weights(model)
+        model = whole_model(model)
+    config = model.config
     if not isinstance(model, TransActForCausalLM):
         raise ValueError(
             f"a pruned checkpoint is exported, this one is of type {config.model_type!r} ({type(model).__name__})"
@@ -69,6 +77,7 @@ def _check_model(model: nn.Module, pad: bool, format: str) -> None:
             f"{holds}: of the {narrow:.1%} of the linear parameters that were removed only {wide:.1%} would stay "
             f"removed; prune with --for {'llama.cpp' if by_layer else 'plain'} or pass --pad"
         )
+    return model
 
 
 def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
@@ -77,7 +86,7 @@ def plain_llama(model: nn.Module, *, pad: bool = False) -> LlamaForCausalLM:
     Raises ValueError where `check_exportable` does, where weights or logits are not those of the configuration, or
     where padding would make it much larger, unless `pad` allows that.
     """
-    _check_model(model, pad, "llama")
+    model = _narrowed(model, pad, "llama")
     config, (widths, pairs) = model.config, padded_widths(model)
     group = config.num_attention_heads // config.num_key_value_heads
     settings = _settings(model, LlamaConfig, widths[0].qk_head_dim, pairs) | {
@@ -93,7 +102,7 @@ def llama_by_layer(model: nn.Module, *, pad: bool = False) -> TransActForCausalL
 
     It computes the same. Raises ValueError as `plain_llama` does.
     """
-    _check_model(model, pad, "gguf")
+    model = _narrowed(model, pad, "gguf")
     widths, pairs = padded_widths(model, by_layer=True)
     head_dims = [w.qk_head_dim for w in widths]
     settings = _settings(model, TransActConfig, head_dims[0], pairs)

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PrinterCallback, Trainer
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PrinterCallback, Trainer
 
 from ..checkpoint import plain_generation
 from ..configuration_transact import TransActConfig
 from ..devices import has_bfloat16
 from ..entry import check_model, check_trainable, check_unquantised, checked_windows, undisturbed
 from ..modeling_transact import TransActForCausalLM
+from ..plan import kept_layers_of
 from .callbacks import Bar, Milestones
 from .checkpoints import last_checkpoint, settings_of
 from .placement import Arguments, current, own_forward
@@ -52,10 +53,10 @@ class Recovered:
 
 
 def check_recoverable(model: nn.Module, training: Training, teacher: nn.Module | None) -> None:
-    """Raise ValueError unless this is a narrowed model that can be trained so, by this teacher."""
+    """Raise ValueError unless this is a pruned model that can be trained so, by this teacher."""
     training.check()
     check_model(model)
-    if model.config.model_type != TransActConfig.model_type:
+    if model.config.model_type != TransActConfig.model_type and kept_layers_of(model.config) is None:
         raise ValueError(f"the model is not pruned (type {model.config.model_type!r}): prune it first")
     check_unquantised(model)
     check_trainable(model)
@@ -195,11 +196,11 @@ def _own_randomness() -> Iterator[None]:
         random.setstate(state)
 
 
-def gathered(model: nn.Module, config: TransActConfig) -> TransActForCausalLM:
+def gathered(model: nn.Module, config: PretrainedConfig) -> PreTrainedModel:
     """The whole model, in float32 on the CPU of every process, from one that FSDP (1 or 2) has spread over them."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    whole = TransActForCausalLM(config).float()
+    whole = AutoModelForCausalLM.from_config(config).float()
     whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
     return whole
 
