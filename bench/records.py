@@ -34,8 +34,9 @@ class Case:
     decoding speed, reached by a `budget` of "latency" or "parameters". `only_layer` is the one layer that is narrowed,
     by `ratio` of its own parameters; the multiples are what widths are rounded to (None: what fits the model), `ridge`
     the one ridge of the refit (None: the best of several on held-out tokens). `decode_tokens` is how many were
-    generated to time it. `recovery` is how it was trained ("": not), on `recovery_tokens` of the text with that hash;
-    `quantisation` the format of linear weights ("": the dtype).
+    generated to time it. `recovery` is how it was trained ("": not), on `recovery_tokens` of the text with that hash,
+    `recovery_frugal` with one window at once and activations recomputed; `quantisation` the format of linear weights
+    ("": the dtype).
 
     `model_hash` is of configuration and weights; `evaluation_ids`, `calibration_ids` and `recovery_ids` are hashes of
     what the tokeniser makes of the texts (see `suite.cases.ids_hash`; empty in records older than these fields).
@@ -94,6 +95,7 @@ class Case:
     engine: str = "transformers"
     speedup: float | None = None
     budget: str = ""
+    recovery_frugal: bool = False
 
 
 @dataclass(frozen=True)
