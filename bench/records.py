@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 T = TypeVar("T")
 SCHEMA, SPEED_SCHEMA, SCALE_SCHEMA, GPU_SCHEMA = 4, 1, 1, 1  # of records of quality, speed, scale, a GPU run
 ENGINES_SCHEMA = 1  # and of models in other engines
+PEERS_SCHEMA = 1  # and of models that other packages pruned
 HIGHEST_LOSS = math.log(sys.float_info.max)  # in nats: no float holds the perplexity of a higher one
 
 
@@ -27,8 +28,8 @@ class Case:
     """Everything that decides a result and nothing else. `criterion` is "dense" for the unpruned model.
 
     From `granularity` to `shots` these are the fields of a recipe, `modules` joined by "+", as are `ridge`,
-    `measurements` and `engine`. So are `tasks` joined, each with its shots where they are not the task's own
-    (`name@shots`), and measured on the first `task_limit` items.
+    `measurements`, `engine` and `sparsity`. So are `tasks` joined, each with its shots where they are not the task's
+    own (`name@shots`), and measured on the first `task_limit` items.
 
     `mha_dim` and `mlp_dim` name widths where there is no ratio; `speedup` asks for so many times the dense model's
     decoding speed, reached by a `budget` of "latency" or "parameters". `only_layer` is the one layer that is narrowed,
@@ -96,6 +97,7 @@ class Case:
     speedup: float | None = None
     budget: str = ""
     recovery_frugal: bool = False
+    sparsity: str = "none"
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """Pruning by a recipe: calibrate, score, plan, prune and compensate, once or in several shots."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
-from .allocate import global_widths, parameter_prices, searched_widths, shared_pairs, widths_within
+from .allocate import allowed_widths, global_widths, parameter_prices, searched_widths, shared_pairs, widths_within
 from .calibration import Statistics, iterate_statistics
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
@@ -25,6 +27,7 @@ from .plan import Plan, select
 from .prune import apply_plan, check_computed, check_prunable, narrowed_config
 from .recipe import PRESETS, Recipe, recipe_by_name
 from .scores import LayerScores
+from .sparsity import check_sparse_widths, make_sparse
 from .speedup import SpeedGoal, check_in_reach_of_a_clock, check_speedup, speed_goal, widths_at_speed
 from .timing import Ratio
 from .whitelist import check_exportable
@@ -165,7 +168,33 @@ def check_task(
             _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio=ratio, kv_ratio=kv_ratio)
     else:
         check_held(recipe.engine, dense_widths(dense.config))
+    check_sparsity(dense.config, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths, speedup=speedup)
     check_computed(dense)
+
+
+def check_sparsity(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    *,
+    ratio: float | None = None,
+    kv_ratio: float | None = None,
+    widths: Sequence[Widths] | None = None,
+    speedup: float | SpeedGoal | None = None,
+) -> None:
+    """Raise ValueError where a sparsity does not go with some widths that the recipe may find."""
+    if recipe.sparsity == "none":
+        return
+    if widths is None and speedup is None and not ratio and not kv_ratio:
+        widths = dense_widths(config)
+    if widths is None and recipe.allocation == "uniform":
+        widths = uniform_widths(
+            config, ratio, kv_ratio=kv_ratio, granularity=recipe.granularity, modules=recipe.modules
+        )
+    if widths is None:  # searched: each may become any
+        dense = dense_widths(config)[0]
+        _, *narrower = allowed_widths(config, dense, recipe.modules, engine_by_name(recipe.engine))
+        widths = [replace(dense, v_head_dim=values, mlp=mlp) for values, mlp in itertools.product(*narrower)]
+    check_sparse_widths(recipe.sparsity, config, widths)
 
 
 def check_speed_task(
@@ -247,6 +276,9 @@ def _in_shots(
                 result.model = train(result.model, recipe.shots - shots_left + 1)
         result.plan = plan.after(result.plan, head_dim_of(dense.config)) if result.plan else plan
         statistics = None
+    if recipe.sparsity != "none":
+        with stage(result.seconds, "sparsify"):
+            make_sparse(result.model, recipe.sparsity, windows, device=device, progress=progress)
     return result
 
 

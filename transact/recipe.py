@@ -9,6 +9,7 @@ from .criteria import CRITERIA, lookup
 from .engines import engine_by_name
 from .obs import ObsPruning
 from .scores import MOMENTS, OUTPUT_GRADIENTS, WEIGHT_GRADIENTS
+from .sparsity import SPARSITIES
 from .widths import GRANULARITIES, MODULES
 
 ALLOCATIONS = ("uniform", "searched", "global")
@@ -32,6 +33,7 @@ class Recipe:
     held-out tokens, for each projection. `measurements`: rounds in which the pruned model's sensitivity corrects the
     losses that an allocation "searched" goes by (`measured_scores`); no other allocation measures, nor does a model
     of which one block at a time is on the device.
+    `sparsity`: at last two of every four weights become zero, by "wanda-2:4" or "magnitude-2:4" (`make_sparse`).
     """
 
     criterion: str = "activation"
@@ -45,13 +47,14 @@ class Recipe:
     ridge: float | None = None
     measurements: int = 0
     engine: str = "transformers"
+    sparsity: str = "none"
 
     def check(self) -> None:
         """Raise ValueError for a value that is not known or settings that exclude each other."""
         criterion = lookup(CRITERIA, self.criterion, "criterion")
         for name, allowed in (
             ("granularity", GRANULARITIES), ("allocation", ALLOCATIONS), ("compensation", COMPENSATIONS),
-            ("rope", ROPES),
+            ("rope", ROPES), ("sparsity", SPARSITIES),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}, allowed: {', '.join(allowed)}")
@@ -80,6 +83,10 @@ class Recipe:
             raise ValueError("allocation 'global' drops whole heads and MLP dimensions: granularity must be heads")
         if self.allocation == "global" and self.criterion != "fluctuation":
             raise ValueError("allocation 'global' compares z-scores across layers: its criterion is fluctuation")
+        if self.allocation == "global" and self.sparsity != "none":
+            raise ValueError(
+                f"sparsity {self.sparsity!r} wants widths in fours, which allocation 'global' does not give"
+            )
         if self.rope == "released" and (set(self.modules) != set(MODULES) or by_loss):
             raise ValueError("rope 'released' gives q, k, v and o the same width: all modules, and not searched")
         if self.rope == "released" and getattr(criterion, "value_basis", False):
@@ -87,7 +94,8 @@ class Recipe:
 
     def needs_text(self) -> bool:
         """Whether calibration windows are needed."""
-        return bool(CRITERIA[self.criterion].needs) or self.compensation != "none"
+        needs_inputs = self.compensation != "none" or self.sparsity == "wanda-2:4"
+        return bool(CRITERIA[self.criterion].needs) or needs_inputs
 
     def needs_moments(self) -> bool:
         return MOMENTS in CRITERIA[self.criterion].needs or self.compensation == "dense"

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,11 +15,13 @@ from torch import nn
 
 import transact
 from transact.checkpoint import model_hash
-from transact.pipeline import check_task
+from transact.pipeline import check_sparsity, check_task
+from transact.sparsity import zero_fraction
 from transact.texts import SELF, Source, Text, calibration_sources, mixed, source_names
 
 from ..efficiency.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
 from ..efficiency.quantise import check_format, packed_weight_bytes, quantised, torchao_version
+from ..efficiency.semi_structured import semi_structured
 from ..efficiency.speed import PREFIX, decode_rate, speedup_metrics
 from ..environment import code_hash, environment, fast_dtype
 from ..quality.texts import load_evaluation_texts, windows_of
@@ -244,7 +247,9 @@ class Workbench:
         )  # fmt: skip
         if speedup is not None:
             check_task(self.dense, recipe, kv_ratio=kv_ratio, speedup=speedup)
-        self.widths(case)
+        check_sparsity(
+            self.dense.config, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=self.widths(case), speedup=speedup
+        )
         case = self.with_other_texts(case, everywhere=everywhere)
         case = self.with_recovery(case, recovery, recovery_tokens, frugal=recovery_frugal)
         return self.with_quantisation(case, quantisation)
@@ -361,7 +366,7 @@ class Workbench:
         return replace(record, metrics=metrics, history=tuple(history))
 
     def pruned(self, case: Case) -> tuple[nn.Module, dict[str, float], list[dict[str, float]]]:
-        """The model of a case before it is quantised, the seconds and history of making it.
+        """The model of a case before it is quantised, figures (seconds, peaks, zeros) and history of making it.
 
         The last one is kept, and the last before training: ways of training begin with the same model.
         """
@@ -377,9 +382,9 @@ class Workbench:
         if made == before:
             return self._pruned[1:]
         _, model, seconds, _ = self._pruned
-        start, history = time.perf_counter(), []
-        model = self._trainer(made, history)(copy.deepcopy(model), 1)
-        seconds = {**seconds, "prune_s": seconds["prune_s"] + time.perf_counter() - start}
+        start, history, peaks = time.perf_counter(), [], {}
+        model = self._trainer(made, history, peaks)(copy.deepcopy(model), 1)
+        seconds = {**seconds, **peaks, "prune_s": seconds["prune_s"] + time.perf_counter() - start}
         self._trained = made, model, seconds, history
         return self._trained[1:]
 
@@ -402,7 +407,19 @@ class Workbench:
             statistics=statistics, seed=case.seed, train=self._trainer(case, history, peaks), progress=True,
         )  # fmt: skip
         seconds["prune_s"] = time.perf_counter() - start
+        if case.sparsity != "none":
+            seconds["zeros"] = zero_fraction(pruned.model)
         return pruned.model, seconds | peaks, history
+
+    def _as_timed(self, model: nn.Module, case: Case) -> nn.Module:
+        """The model, or where kernels skip the zeros of a sparse one, a copy for these; else why not is said."""
+        if case.sparsity == "none" or case.quantisation:
+            return model
+        try:
+            return semi_structured(model)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return model
 
     def measure_model(self, model: nn.Module, seconds: Mapping[str, float], case: Case) -> Record:
         """The record of a model: quality on the evaluation texts, and sizes. Peak memory counts the dense model too."""
@@ -430,6 +447,7 @@ class Workbench:
             metrics["packed_weight_bytes"] = packed_weight_bytes(model)
             environment = {**environment, "torchao": torchao_version()}
         if case.decode_tokens:
+            model = self._as_timed(model, case)
             reference = None if case.criterion == "dense" and not case.quantisation else self.dense
             rate, error, speedup = decode_rate(model, case.decode_tokens, reference=reference)
             metrics["decode_tokens_per_s"], figures["standard_errors"]["decode_tokens_per_s"] = rate, error

@@ -25,6 +25,7 @@ from ..configuration_transact import TransActConfig
 from ..devices import has_bfloat16
 from ..entry import check_model, check_trainable, check_unquantised, checked_windows, undisturbed
 from ..modeling_transact import TransActForCausalLM
+from ..sparsity import is_sparse
 from .callbacks import Bar, Milestones
 from .checkpoints import last_checkpoint, settings_of
 from .placement import Arguments, current, own_forward
@@ -60,6 +61,8 @@ def check_recoverable(model: nn.Module, training: Training, teacher: nn.Module |
         raise ValueError(f"the model is not pruned (type {model.config.model_type!r}): prune it first")
     check_unquantised(model)
     check_trainable(model)
+    if is_sparse(model):
+        raise ValueError("weights are 2:4 sparse, and training would fill the zeros: train before, by prune --tokens")
     if "lora" not in training.way and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"all weights are frozen (requires_grad): way {training.way!r} has nothing to train")
     if not training.needs_teacher():
