@@ -140,7 +140,7 @@ def test_inputs_that_are_not_finite_are_named():
         (preset("best"), {"ratio": 0.3}, "of down_proj do not divide into: name --mlp-dim"),
         (preset("best"), {"kv_ratio": 0.3, "ratio": 0.0}, "of down_proj do not divide into"),
         (preset("flap"), {"ratio": 0.3}, "which allocation 'global' does not give"),
-        ({}, {"windows": None}, "need windows of text"),
+        ({}, {"windows": None, "ratio": 0.0}, "need windows of text"),
     ],
 )
 def test_refused_before_anything_is_calibrated(changes, options, message, monkeypatch):
