@@ -260,8 +260,8 @@ def peers_command(options: argparse.Namespace) -> None:
         for case, row in peer_rows(options.model, peers=options.peers, ratio=options.ratio, evaluation=options.text):
             line = {"case": case, "row": row, "environment": where, "schema": PEERS_SCHEMA}
             append_line(options.results / "peers.jsonl", line)
-            shown = {f"perplexity on {text}": value for text, value in row["perplexity"].items()}
-            rows.append({name: row[name] for name in ("method", "fraction_removed", "parameters", "prune_s")} | shown)
+            shown = {name: row[name] for name in ("method", "fraction_removed", "parameters", "prune_s")}
+            rows += [shown | {"text": text, "perplexity": value} for text, value in row["perplexity"].items()]
         frame = pd.DataFrame(rows)
         note = (
             f"{where['device']}, float32; {options.ratio:.0%} of the decoder layers' linear parameters asked of each, "

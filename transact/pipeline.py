@@ -110,7 +110,10 @@ def prune(
         )
     check_task(dense, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths, speedup=speedup)
     if recipe.needs_text() and windows is None:
-        raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
+        raise ValueError(
+            f"criterion {recipe.criterion}, compensation {recipe.compensation} and sparsity {recipe.sparsity} need "
+            "windows of text"
+        )
     ratio = DEFAULT_RATIO if ratio is None else ratio
     if speedup is None and widths is None and not ratio and not kv_ratio:
         widths = dense_widths(dense.config)
