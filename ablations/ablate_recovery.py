@@ -1,9 +1,13 @@
-"""Which way of training recovers most of what pruning lost? Perplexity against the tokens trained on."""
+"""Which way of training recovers most of what pruning lost? Perplexity against tokens, and memory."""
 
+FRUGALLY = " frugally"  # one window at once and no activations kept: what a way gives for the least memory
 QUICK = {"preset": ("best",), "ratio": (0.3,), "recovery": ("", "distillation", "lora"), "tokens": (2_048,)}
 FULL = {"preset": ("best", "transact"), "ratio": (0.3, 0.5),
-        "recovery": ("", "distillation", "full", "lora", "lora-distillation"), "tokens": (2_000_000,)}  # fmt: skip
+        "recovery": ("", "distillation", "full", "lora", "lora-distillation", "lozo", "lozo-distillation",
+                     f"lora{FRUGALLY}", f"lozo{FRUGALLY}"), "tokens": (2_000_000,)}  # fmt: skip
 
 
 def test_recovery(workbench, record, preset, ratio, recovery, tokens):
-    record(workbench.case(preset, ratio, recovery=recovery, recovery_tokens=tokens))
+    frugal = recovery.endswith(FRUGALLY)
+    way = recovery.removesuffix(FRUGALLY)
+    record(workbench.case(preset, ratio, recovery=way, recovery_tokens=tokens, recovery_frugal=frugal))

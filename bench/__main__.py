@@ -14,7 +14,7 @@ from pathlib import Path
 from transact.commands.parser import OneLineParser, add_model_options, run_command
 from transact.devices import resolve_device
 from transact.entry import check_vocabulary
-from transact.models import DTYPES, load_model, load_tokenizer, read_config
+from transact.models import DTYPES, EMBEDDED_MODEL, load_model, load_tokenizer, read_config
 from transact.texts import TEXTS, load_text
 
 from . import gpu
@@ -24,9 +24,10 @@ from .efficiency.quantise import FORMATS, check_format, packed_weight_bytes, qua
 from .efficiency.scale import SIZES, SIZES_OF_A_CPU, WAYS, run_scale
 from .efficiency.shapes import SHAPES
 from .efficiency.speed import GRIDS, MODES, PREFIX, REPEATS, decode_rate
+from .quality.peers import PEERS, peer_rows
 from .quality.perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
 from .quality.texts import EVALUATION_TEXTS, load_evaluation_texts, windows_of
-from .records import append_line, finite, sole_writer
+from .records import PEERS_SCHEMA, append_line, finite, sole_writer
 from .suite import regression
 
 
@@ -248,6 +249,29 @@ def engines_command(options: argparse.Namespace) -> None:
     print_report(*write_engines_report(frame, options.results))
 
 
+def peers_command(options: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from .environment import environment
+    from .output.tables import markdown_table, write_table
+
+    rows, where = [], environment(resolve_device("cpu"))
+    with results_written(options.results):
+        for case, row in peer_rows(options.model, peers=options.peers, ratio=options.ratio, evaluation=options.text):
+            line = {"case": case, "row": row, "environment": where, "schema": PEERS_SCHEMA}
+            append_line(options.results / "peers.jsonl", line)
+            shown = {name: row[name] for name in ("method", "fraction_removed", "parameters", "prune_s")}
+            rows += [shown | {"text": text, "perplexity": value} for text, value in row["perplexity"].items()]
+        frame = pd.DataFrame(rows)
+        note = (
+            f"{where['device']}, float32; {options.ratio:.0%} of the decoder layers' linear parameters asked of each, "
+            f"on the same {case['samples']} calibration windows of {case['seq_len']} tokens, without training; "
+            f"perplexity of {case['windows']} windows."
+        )
+        files = write_table(options.results / "peers", "Other packages' pruning beside ours", note, frame, list(frame))
+    print_report(markdown_table(frame, list(frame)), files)
+
+
 def served_command(options: argparse.Namespace) -> None:
     import pandas as pd
 
@@ -387,6 +411,14 @@ def build_parser() -> argparse.ArgumentParser:
     engines.add_argument("--ratio", type=float, default=0.3, help="fraction removed of the pruned ones (0.3)")
     engines.add_argument("--engines", type=some_of("engine", ENGINES), default=[*ENGINES],
                          help=f"of {', '.join(ENGINES)}, with commas (all)")  # fmt: skip
+    peers = commands.add_parser("peers", help="other packages' pruning beside ours, on the same windows and texts")
+    peers.set_defaults(run=peers_command)
+    peers.add_argument("model", nargs="?", default=EMBEDDED_MODEL, help=f"a dense model ({EMBEDDED_MODEL})")
+    peers.add_argument("--ratio", type=float, default=0.3, help="fraction to remove (0.3)")
+    peers.add_argument(
+        "--peers", type=some_of("peer", PEERS), default=[*PEERS], help=f"of {', '.join(PEERS)}, with commas (all)"
+    )
+    peers.add_argument("--text", default="embedded", help=texts)
     served = commands.add_parser("served", help="checkpoints in vLLM's server: tokens, throughput, first token")
     served.set_defaults(run=served_command)
     served.add_argument("models", nargs="+", help="smollm2-135m (embedded) or checkpoint directories, asked in turn")
@@ -400,7 +432,7 @@ def build_parser() -> argparse.ArgumentParser:
     served.add_argument("--eager", action="store_true", help="without torch.compile: servers start sooner")
     served.add_argument("--dtype", default="float32", choices=DTYPES, help=f"{', '.join(DTYPES)} (float32)")
     served.add_argument("--device", default="auto", help="that is named in the table: vLLM takes its own (auto)")
-    for command in (speed, scale, engines, served):
+    for command in (speed, scale, engines, served, peers):
         command.add_argument("--results", type=Path, default=Path("results"), help="directory to write (results)")
     check = commands.add_parser("regression", help="compare with the baseline; exit code 1 where something moved")
     check.set_defaults(run=regression_command)

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 T = TypeVar("T")
 SCHEMA, SPEED_SCHEMA, SCALE_SCHEMA, GPU_SCHEMA = 4, 1, 1, 1  # of records of quality, speed, scale, a GPU run
 ENGINES_SCHEMA = 1  # and of models in other engines
+PEERS_SCHEMA = 1  # and of models that other packages pruned
 HIGHEST_LOSS = math.log(sys.float_info.max)  # in nats: no float holds the perplexity of a higher one
 
 
@@ -27,15 +28,16 @@ class Case:
     """Everything that decides a result and nothing else. `criterion` is "dense" for the unpruned model.
 
     From `granularity` to `shots` these are the fields of a recipe, `modules` joined by "+", as are `ridge`,
-    `measurements`, `engine` and `depth`. So are `tasks` joined, each with its shots where they are not the task's own
-    (`name@shots`), and measured on the first `task_limit` items.
+    `measurements`, `engine`, `depth` and `sparsity`. So are `tasks` joined, each with its shots where they are not the
+    task's own (`name@shots`), and measured on the first `task_limit` items.
 
     `mha_dim` and `mlp_dim` name widths where there is no ratio; `speedup` asks for so many times the dense model's
     decoding speed, reached by a `budget` of "latency" or "parameters". `only_layer` is the one layer that is narrowed,
     by `ratio` of its own parameters; the multiples are what widths are rounded to (None: what fits the model), `ridge`
     the one ridge of the refit (None: the best of several on held-out tokens). `decode_tokens` is how many were
-    generated to time it. `recovery` is how it was trained ("": not), on `recovery_tokens` of the text with that hash;
-    `quantisation` the format of linear weights ("": the dtype).
+    generated to time it. `recovery` is how it was trained ("": not), on `recovery_tokens` of the text with that hash,
+    `recovery_frugal` with one window at once and activations recomputed; `quantisation` the format of linear weights
+    ("": the dtype).
 
     `model_hash` is of configuration and weights; `evaluation_ids`, `calibration_ids` and `recovery_ids` are hashes of
     what the tokeniser makes of the texts (see `suite.cases.ids_hash`; empty in records older than these fields).
@@ -95,6 +97,8 @@ class Case:
     speedup: float | None = None
     budget: str = ""
     depth: str = "none"
+    recovery_frugal: bool = False
+    sparsity: str = "none"
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,11 @@ def recovery_label(record: Record) -> str:
     if not case.recovery:
         return "untrained"
     rate = "" if case.learning_rate is None else f", rate {case.learning_rate:.3g}"
-    return f"{case.recovery}, {case.recovery_tokens:,} tokens{rate}"
+    frugal = ", one window at once" if case.recovery_frugal else ""
+    return f"{case.recovery}, {case.recovery_tokens:,} tokens{rate}{frugal}"
 
 
-TRAINING = ("recovery", "recovery_tokens", "recovery_sha256", "recovery_ids", "learning_rate")
+TRAINING = ("recovery", "recovery_tokens", "recovery_sha256", "recovery_ids", "learning_rate", "recovery_frugal")
 QUESTIONS = (
     Question("preset", RECIPE, plots.plot_lines, findings.alternatives, along=("ratio", "kv_ratio"),
              belongs=is_preset, label=method),
@@ -110,11 +111,14 @@ QUESTIONS = (
              belongs=lambda record: record.case.speedup is not None, label=lambda record: record.case.budget,
              columns=(*IN_TURN, "decode_tokens_per_s")),
     Question("recovery", TRAINING, plots.plot_training, findings.training, label=recovery_label,
-             columns=("recovery_tokens",)),
+             columns=("recovery_tokens", "recovery_peak_mib")),
     Question("recovery_shots", ("shots",), plots.plot_lines, findings.alternatives, where={"recovery": TRAINED},
              label=lambda record: f"{record.case.shots} shot" + "s" * (record.case.shots != 1)),
     Question("recovery_criterion", ("criterion",), plots.plot_lines, findings.alternatives,
              where={"recovery": TRAINED}),
+    Question("sparsity", ("sparsity",), plots.plot_lines, findings.alternatives,
+             label=lambda record: "narrowed only" if record.case.sparsity == "none" else record.case.sparsity,
+             columns=("zeros",)),
     Question("quantisation", ("quantisation",),
              partial(plots.plot_dots, metrics=("perplexity", "weight_mib", "decode_tokens_per_s")),
              findings.alternatives, along=(), label=lambda record: record.case.quantisation or record.case.dtype,

@@ -43,7 +43,7 @@ def method_of(case: Case) -> str:
     for name, fields in PRESETS.items():
         recipe = replace(BASE, **fields)
         if all(getattr(case, field) == getattr(recipe, field) for field in RECIPE):
-            return name
+            return name if case.sparsity == "none" else f"{name}, {case.sparsity}"
     return case.criterion
 
 
@@ -69,6 +69,7 @@ class Maker:
         cost *= 1 + 2 / (1 + case.only_layer) if share else 1
         cost *= {"": 1, "full": 0.4, "lora": 0.6, "distillation": 0.35}[case.recovery]
         cost += {"": 0, "int8": 0.004, "int4": 0.08}[case.quantisation]
+        cost += {"none": 0, "wanda-2:4": 0.3, "magnitude-2:4": 0.5}[case.sparsity]
         losses = self.windows + cost + self.generator.normal(0, 0.02 + 0.05 * cost, len(self.windows))
         if case == DENSE:
             losses = self.windows
@@ -161,6 +162,8 @@ class Maker:
             yield self.record(replace(BASE, head_multiple=heads, mlp_multiple=mlp, decode_tokens=64))
         for budget, speedup in product(("latency", "parameters"), (1.1, 1.3)):
             yield self.record(replace(best, ratio=0.0, speedup=speedup, budget=budget, decode_tokens=64))
+        for sparsity, ratio in product(("magnitude-2:4", "wanda-2:4"), (0.0, 0.3)):
+            yield self.record(replace(best, ratio=ratio, sparsity=sparsity))
         yield from self.recoveries()
         for quantisation in ("", "int8", "int4"):
             yield self.record(replace(DENSE, quantisation=quantisation, decode_tokens=64))

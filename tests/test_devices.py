@@ -354,7 +354,7 @@ def test_a_roofline_that_finds_no_memory_is_recorded(tiny_directory, monkeypatch
     [
         ([], "--layerwise keeps one block at a time on the device"),
         (["--layerwise"], "fewer --samples and a smaller --seq-len need less"),
-        (["--tokens", "100"], "a smaller --device-batch, --gradient-checkpointing and --way lora need less"),
+        (["--tokens", "100"], "a smaller --device-batch, --gradient-checkpointing and --way lora or lozo need less"),
     ],
 )
 def test_a_command_out_of_memory_names_its_own_options(more, advice, tiny_directory, tmp_path, monkeypatch, capsys):

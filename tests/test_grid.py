@@ -89,7 +89,7 @@ def test_ways_of_training_begin_with_the_same_model(bench, calls):
     again = bench.measure(ways[0])  # of a model that has not been trained since
     assert again.losses == records[1].losses != records[0].losses
     assert again.history == records[1].history != ()
-    train = bench._trainer(ways[0], [])
+    train = bench._trainer(ways[0], [], {})
     at_once = transact.prune(bench.dense, bench.windows_of(bare), recipe="transact", ratio=0.3, train=train)
     assert bench.measure_model(at_once.model, {}, ways[0]).losses == records[1].losses
 

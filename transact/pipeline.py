@@ -1,5 +1,6 @@
 """Pruning by a recipe: calibrate, score, plan, prune and compensate, once or in several shots."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +10,9 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from .allocate import global_widths, parameter_prices, searched_widths, shared_pairs, widths_within
+from .allocate import allowed_widths, global_widths, parameter_prices, searched_widths, shared_pairs, widths_within
 from .calibration import Statistics, iterate_statistics, set_aside
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
@@ -38,6 +39,7 @@ from .prune import apply_plan, check_computed, check_prunable, narrowed_config
 from .recipe import PRESETS, Recipe, recipe_by_name
 from .room import check_room_to_prune
 from .scores import LayerScores
+from .sparsity import check_sparse_widths, make_sparse
 from .speedup import SpeedGoal, check_in_reach_of_a_clock, check_speedup, speed_goal, widths_at_speed
 from .timing import Ratio
 from .whitelist import check_exportable
@@ -126,7 +128,10 @@ def prune(
     if recipe.depth != "none" and windows is None:
         raise ValueError(f"depth {recipe.depth!r} needs windows of text")
     if recipe.needs_text() and windows is None:
-        raise ValueError(f"criterion {recipe.criterion} and compensation {recipe.compensation} need windows of text")
+        raise ValueError(
+            f"criterion {recipe.criterion}, compensation {recipe.compensation} and sparsity {recipe.sparsity} need "
+            "windows of text"
+        )
     ratio = DEFAULT_RATIO if ratio is None else ratio
     if speedup is None and widths is None and not ratio and not kv_ratio:
         widths = dense_widths(dense.config)
@@ -197,6 +202,7 @@ def check_task(
             _target_widths(recipe, dense, dense, _placeholder_scores(dense), ratio=ratio, kv_ratio=kv_ratio)
     else:
         check_held(recipe.engine, dense_widths(dense.config))
+    check_sparsity(dense.config, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths, speedup=speedup)
     check_computed(dense)
 
 
@@ -208,6 +214,31 @@ def check_depth_task(recipe: Recipe, kv_ratio: float | None, by_widths: bool) ->
         raise ValueError(f"widths are for narrowing, depth {recipe.depth!r} drops whole layers: give a ratio")
     if kv_ratio is not None:
         raise ValueError(f"kv-ratio is for narrowing, depth {recipe.depth!r} drops whole layers: leave it out")
+
+
+def check_sparsity(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    *,
+    ratio: float | None = None,
+    kv_ratio: float | None = None,
+    widths: Sequence[Widths] | None = None,
+    speedup: float | SpeedGoal | None = None,
+) -> None:
+    """Raise ValueError where a sparsity does not go with some widths that the recipe may find."""
+    if recipe.sparsity == "none":
+        return
+    if widths is None and speedup is None and not ratio and not kv_ratio:
+        widths = dense_widths(config)
+    if widths is None and recipe.allocation == "uniform":
+        widths = uniform_widths(
+            config, ratio, kv_ratio=kv_ratio, granularity=recipe.granularity, modules=recipe.modules
+        )
+    if widths is None:  # searched: each may become any
+        dense = dense_widths(config)[0]
+        _, *narrower = allowed_widths(config, dense, recipe.modules, engine_by_name(recipe.engine))
+        widths = [replace(dense, v_head_dim=values, mlp=mlp) for values, mlp in itertools.product(*narrower)]
+    check_sparse_widths(recipe.sparsity, config, widths)
 
 
 def check_speed_task(
@@ -291,6 +322,9 @@ def _in_shots(
                 result.model = train(result.model, recipe.shots - shots_left + 1)
         result.plan = plan.after(result.plan, head_dim_of(dense.config)) if result.plan else plan
         statistics = None
+    if recipe.sparsity != "none":
+        with stage(result.seconds, "sparsify"):
+            make_sparse(result.model, recipe.sparsity, windows, device=device, progress=progress)
     return result
 
 

@@ -10,6 +10,7 @@ from .depth import DEPTHS
 from .engines import engine_by_name
 from .obs import ObsPruning
 from .scores import MOMENTS, OUTPUT_GRADIENTS, WEIGHT_GRADIENTS
+from .sparsity import SPARSITIES
 from .widths import GRANULARITIES, MODULES
 
 ALLOCATIONS = ("uniform", "searched", "global")
@@ -40,6 +41,8 @@ class Recipe:
     `depth` drops whole layers instead of narrowing any (`transact.depth`): "none", by block "influence" one after the
     other, a "run" of them, or all but one in each of "clusters". What makes up for them is a "magnitude", of layers
     that went by influence, or a "linear" map, of a run, or nothing; all else is for narrowing.
+
+    `sparsity`: at last two of every four weights become zero, by "wanda-2:4" or "magnitude-2:4" (`make_sparse`).
     """
 
     criterion: str = "activation"
@@ -54,13 +57,14 @@ class Recipe:
     measurements: int = 0
     engine: str = "transformers"
     depth: str = "none"
+    sparsity: str = "none"
 
     def check(self) -> None:
         """Raise ValueError for a value that is not known or settings that exclude each other."""
         criterion = lookup(CRITERIA, self.criterion, "criterion")
         for name, allowed in (
             ("granularity", GRANULARITIES), ("allocation", ALLOCATIONS), ("compensation", COMPENSATIONS),
-            ("rope", ROPES), ("depth", ("none", *DEPTHS)),
+            ("rope", ROPES), ("depth", ("none", *DEPTHS)), ("sparsity", SPARSITIES),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}, allowed: {', '.join(allowed)}")
@@ -92,6 +96,10 @@ class Recipe:
             raise ValueError("allocation 'global' drops whole heads and MLP dimensions: granularity must be heads")
         if self.allocation == "global" and self.criterion != "fluctuation":
             raise ValueError("allocation 'global' compares z-scores across layers: its criterion is fluctuation")
+        if self.allocation == "global" and self.sparsity != "none":
+            raise ValueError(
+                f"sparsity {self.sparsity!r} wants widths in fours, which allocation 'global' does not give"
+            )
         if self.rope == "released" and (set(self.modules) != set(MODULES) or by_loss):
             raise ValueError("rope 'released' gives q, k, v and o the same width: all modules, and not searched")
         if self.rope == "released" and getattr(criterion, "value_basis", False):
@@ -118,7 +126,8 @@ class Recipe:
 
     def needs_text(self) -> bool:
         """Whether calibration windows are needed."""
-        return bool(CRITERIA[self.criterion].needs) or self.compensation != "none" or self.depth != "none"
+        needs_inputs = self.compensation != "none" or self.sparsity == "wanda-2:4" or self.depth != "none"
+        return bool(CRITERIA[self.criterion].needs) or needs_inputs
 
     def needs_statistics(self) -> bool:
         """Whether it goes by the statistics of `calibrate`, which serve many recipes: narrowing on text does."""

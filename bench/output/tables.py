@@ -20,6 +20,7 @@ TABLE_FORMATS = {
     "parameters": "{:,.0f}", "weight_mib": "{:.1f}", "packed_weight_mib": "{:.1f}", "prune_s": "{:.2f}",
     "perplexity_s": "{:.1f}",
     "peak_memory_mib": "{:,.0f}", "calibration_tokens": "{:,.0f}", "recovery_tokens": "{:,.0f}", "ratio": "{:g}",
+    "recovery_peak_mib": "{:,.0f}", "zeros": "{:.3f}",
     "kv_ratio": "{:g}", "other_texts_rise_nats": "{:.3f}", "mean_rise_nats": "{:.3f}", "kl_nats": "{:.3f}",
     "kl_nats_standard_error": "{:.3f}", "top1_agreement": "{:.3f}", "top1_agreement_standard_error": "{:.3f}",
     "calibrate_s": "{:.1f}", "plan_s": "{:.1f}", "compensate_s": "{:.1f}", "total_s": "{:.1f}",

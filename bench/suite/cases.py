@@ -26,17 +26,23 @@ def recipe_of(case: Case) -> transact.Recipe:
 
 
 def method_of(case: Case) -> str:
-    """What tables call a case: dense, its preset if it has one, or its criterion (that of the paper's preset).
+    """What tables call a case: dense, its preset if it has one or its criterion (that of the paper's), its sparsity.
 
     Where whole layers go and it is no preset, how they are found and what makes up for them.
     """
     if case.criterion == "dense":
         return "dense"
-    recipe = recipe_of(case)
-    presets = [name for name, preset in transact.PRESETS.items() if preset == recipe]
-    if case.depth != "none" and not presets:
-        return f"{case.depth}, {case.compensation}"
-    return presets[0] if presets else case.criterion
+    recipe = replace(recipe_of(case), sparsity="none")
+    other = case.criterion if case.depth == "none" else f"{case.depth}, {case.compensation}"
+    name = next((name for name, preset in transact.PRESETS.items() if preset == recipe), other)
+    if case.sparsity == "none":
+        return name
+    return f"{name}, {case.sparsity}" if is_narrowed(case) else case.sparsity
+
+
+def is_narrowed(case: Case) -> bool:
+    """Whether it asks for widths below the dense model's."""
+    return any((case.ratio, case.kv_ratio, case.mha_dim, case.mlp_dim, case.speedup))
 
 
 def failed(case: Case, error: Exception, environment: Mapping) -> Record:
@@ -56,11 +62,14 @@ def pruning_of(case: Case) -> Case:
 
 
 def untrained_of(case: Case) -> Case:
-    """What decides the model that training begins with; with several shots training is a part of pruning."""
+    """What decides the model that training begins with; in several shots, and before zeros, it is a part of pruning."""
     case = pruning_of(case)
-    if case.shots > 1:
+    if case.shots > 1 or case.sparsity != "none":
         return case
-    return replace(case, recovery="", recovery_tokens=0, recovery_sha256=None, recovery_ids=None, learning_rate=None)
+    return replace(
+        case, recovery="", recovery_tokens=0, recovery_sha256=None, recovery_ids=None, learning_rate=None,
+        recovery_frugal=False,
+    )  # fmt: skip
 
 
 def ids_hash(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,11 +16,13 @@ from torch import nn
 import transact
 from transact.checkpoint import model_hash
 from transact.depth import layers_to_drop
-from transact.pipeline import check_depth_task, check_task
+from transact.pipeline import check_depth_task, check_sparsity, check_task
+from transact.sparsity import zero_fraction
 from transact.texts import SELF, Source, Text, calibration_sources, mixed, source_names
 
 from ..efficiency.memory import kv_bytes_per_token, peak_memory_mib, reset_peak_memory, weight_bytes
 from ..efficiency.quantise import check_format, packed_weight_bytes, quantised, torchao_version
+from ..efficiency.semi_structured import semi_structured
 from ..efficiency.speed import PREFIX, decode_rate, speedup_metrics
 from ..environment import code_hash, environment, fast_dtype
 from ..quality.texts import load_evaluation_texts, windows_of
@@ -27,7 +30,7 @@ from ..records import Case, Record
 from .calibrations import Calibrations
 from .cases import ids_hash, is_plain_preset, method_of, pruning_of, recipe_fields, recipe_of, untrained_of
 from .qualities import Qualities
-from .training import trainer_of
+from .training import PEAKS, trainer_of
 
 
 def plain_text(calibration: str) -> str | None:
@@ -207,6 +210,7 @@ class Workbench:
         quantisation: str = "",
         recovery: str = "",
         recovery_tokens: int = 0,
+        recovery_frugal: bool = False,
         calibration: str | None = None,
         samples: int | None = None,
         seq_len: int | None = None,
@@ -248,14 +252,18 @@ class Workbench:
             named = only_layer, mha_dim, mlp_dim, head_multiple, mlp_multiple
             check_depth_task(recipe, kv_ratio, any(width is not None for width in named))
             layers_to_drop(self.dense.config, ratio)
-        self.widths(case)
+        check_sparsity(
+            self.dense.config, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=self.widths(case), speedup=speedup
+        )
         case = self.with_other_texts(case, everywhere=everywhere)
-        return self.with_quantisation(self.with_recovery(case, recovery, recovery_tokens), quantisation)
+        case = self.with_recovery(case, recovery, recovery_tokens, frugal=recovery_frugal)
+        return self.with_quantisation(case, quantisation)
 
-    def with_recovery(self, case: Case, way: str, tokens: int) -> Case:
+    def with_recovery(self, case: Case, way: str, tokens: int, *, frugal: bool = False) -> Case:
         """The same case trained ("": not) on so many tokens of the calibration text, at the default learning rate.
 
-        With several shots, a part of the budget after each. Raises ValueError for an unknown way.
+        With several shots, a part of the budget after each. `frugal`: in as little memory as the way can do with.
+        Raises ValueError for an unknown way.
         """
         if not way:
             return case
@@ -264,17 +272,18 @@ class Workbench:
         rate = training.with_rate(self.dense.config.hidden_size, self.calibration[2]).learning_rate
         _, sha256, ids = self.identity(*self._trained_on(tokens))
         return replace(case, recovery=way, recovery_tokens=tokens, recovery_sha256=sha256, recovery_ids=ids,
-                       learning_rate=rate)  # fmt: skip
+                       learning_rate=rate, recovery_frugal=frugal)  # fmt: skip
 
     def _trained_on(self, tokens: int) -> tuple[str, int, int]:
         """The calibration text and its windows that a budget of training needs where there is no end of text."""
         name, _, length = self.calibration
         return name, min(max(math.ceil(tokens / length), LEAST_TRAINED), MOST_TRAINED), length
 
-    def _trainer(self, case: Case, history: list[dict[str, float]]) -> Callable | None:
+    def _trainer(self, case: Case, history: list[dict[str, float]], peaks: dict[str, float]) -> Callable | None:
         """What `transact.prune` calls after each shot to train the case's model; None where it is not trained.
 
         `history` receives the loss and perplexity of the evaluation windows on the way, by tokens trained in all.
+        `peaks` receives the most memory held before and in training.
         """
         if not case.recovery:
             return None
@@ -284,9 +293,11 @@ class Workbench:
         else:
             windows = self.calibration_windows(name, count, length)
         whole = transact.Training(tokens=case.recovery_tokens, way=case.recovery, learning_rate=case.learning_rate,
-                                  device_batch=4, seed=self.seed)  # fmt: skip
+                                  device_batch=1 if case.recovery_frugal else 4, seed=self.seed)  # fmt: skip
+        if case.recovery_frugal and not whole.is_zeroth_order():
+            whole = replace(whole, gradient_checkpointing=True)
         teacher = self.dense if whole.needs_teacher() else None
-        return trainer_of(whole, case.shots, windows, teacher, self.evaluation_windows, history)
+        return trainer_of(whole, case.shots, windows, teacher, self.evaluation_windows, history, peaks)
 
     def with_quantisation(self, case: Case, name: str) -> Case:
         """The same case with linear weights in a format ("": the dtype). Raises ValueError where it cannot be had."""
@@ -363,7 +374,7 @@ class Workbench:
         return replace(record, metrics=metrics, history=tuple(history))
 
     def pruned(self, case: Case) -> tuple[nn.Module, dict[str, float], list[dict[str, float]]]:
-        """The model of a case before it is quantised, the seconds and history of making it.
+        """The model of a case before it is quantised, figures (seconds, peaks, zeros) and history of making it.
 
         The last one is kept, and the last before training: ways of training begin with the same model.
         """
@@ -379,14 +390,14 @@ class Workbench:
         if made == before:
             return self._pruned[1:]
         _, model, seconds, _ = self._pruned
-        start, history = time.perf_counter(), []
-        model = self._trainer(made, history)(copy.deepcopy(model), 1)
-        seconds = {**seconds, "prune_s": seconds["prune_s"] + time.perf_counter() - start}
+        start, history, peaks = time.perf_counter(), [], {}
+        model = self._trainer(made, history, peaks)(copy.deepcopy(model), 1)
+        seconds = {**seconds, **peaks, "prune_s": seconds["prune_s"] + time.perf_counter() - start}
         self._trained = made, model, seconds, history
         return self._trained[1:]
 
     def _prune(self, case: Case) -> tuple[nn.Module, dict[str, float], list[dict[str, float]]]:
-        recipe, seconds, history = recipe_of(case), {}, []
+        recipe, seconds, history, peaks = recipe_of(case), {}, [], {}
         statistics = windows = None
         if recipe.needs_text():
             windows = self.windows_of(case)
@@ -402,10 +413,22 @@ class Workbench:
         pruned = transact.prune(
             self.dense, windows, recipe=recipe, ratio=None if goal else case.ratio, kv_ratio=case.kv_ratio,
             widths=self.widths(case), speedup=goal,
-            statistics=statistics, seed=case.seed, train=self._trainer(case, history), progress=True,
+            statistics=statistics, seed=case.seed, train=self._trainer(case, history, peaks), progress=True,
         )  # fmt: skip
         seconds["prune_s"] = time.perf_counter() - start
-        return pruned.model, seconds, history
+        if case.sparsity != "none":
+            seconds["zeros"] = zero_fraction(pruned.model)
+        return pruned.model, seconds | peaks, history
+
+    def _as_timed(self, model: nn.Module, case: Case) -> nn.Module:
+        """The model, or where kernels skip the zeros of a sparse one, a copy for these; else why not is said."""
+        if case.sparsity == "none" or case.quantisation:
+            return model
+        try:
+            return semi_structured(model)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return model
 
     def measure_model(self, model: nn.Module, seconds: Mapping[str, float], case: Case) -> Record:
         """The record of a model: quality on the evaluation texts, and sizes. Peak memory counts the dense model too."""
@@ -425,7 +448,7 @@ class Workbench:
             "parameters": model.num_parameters(),
             "weight_bytes": weight_bytes(model),
             "kv_bytes_per_token": kv_bytes_per_token(model),
-            "peak_memory_mib": peak_memory_mib(model.device),
+            "peak_memory_mib": max(peak_memory_mib(model.device), *(seconds.get(peak, 0) for peak in PEAKS)),
             **seconds,
         }
         environment = self.environment()
@@ -433,6 +456,7 @@ class Workbench:
             metrics["packed_weight_bytes"] = packed_weight_bytes(model)
             environment = {**environment, "torchao": torchao_version()}
         if case.decode_tokens:
+            model = self._as_timed(model, case)
             reference = None if case.criterion == "dense" and not case.quantisation else self.dense
             rate, error, speedup = decode_rate(model, case.decode_tokens, reference=reference)
             metrics["decode_tokens_per_s"], figures["standard_errors"]["decode_tokens_per_s"] = rate, error

@@ -51,7 +51,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 def less_memory(options: argparse.Namespace) -> str:
     """Which of a command's own options need less memory; nothing where it has none."""
     if getattr(options, "tokens", None) is not None:
-        return "; a smaller --device-batch, --gradient-checkpointing and --way lora need less"
+        return "; a smaller --device-batch, --gradient-checkpointing and --way lora or lozo need less"
     if not hasattr(options, "layerwise"):
         return ""
     if options.layerwise:

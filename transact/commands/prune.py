@@ -21,6 +21,7 @@ from ..latency import TOKENS, Workload
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
 from ..pipeline import DEFAULT_RATIO, Pruned, check_depth_task, check_speed_task, check_task, prune, stage
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
+from ..sparsity import SPARSITIES, zero_fraction
 from ..speedup import DEFAULT_CONTEXT, SpeedGoal, check_speedup, speed_goal
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
 from ..timing import Ratio
@@ -39,7 +40,7 @@ from .parser import add_model_options, add_output_options, add_subcommand, tell
 from .training import ShotTraining, add_training_options, checkpoints_of, print_recovery, training_of
 
 RECIPE_OPTIONS = ("criterion", "granularity", "modules", "allocation", "engine", "compensation", "rope", "shots",
-                  "ridge", "measurements", "depth")  # fmt: skip
+                  "ridge", "measurements", "depth", "sparsity")  # fmt: skip
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 128, 512
 
 
@@ -93,6 +94,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     what.add_argument("--compensation", metavar="NAME", help=f"what makes up for the loss: {', '.join(COMPENSATIONS)}")
     what.add_argument("--ridge", type=float, help="the one ridge of all least squares (the best on held-out tokens)")
     what.add_argument("--output-bias", action="store_true", help="least squares with an intercept")
+    what.add_argument(
+        "--sparsity", metavar="NAME", help=f"what becomes zero at last, widths staying: {', '.join(SPARSITIES)} (none)"
+    )
     what.add_argument("--shots", metavar="N", type=int, help="prunings, with statistics taken afresh at each (1)")
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
@@ -275,6 +279,11 @@ def run(options: argparse.Namespace) -> None:
         f"{pruning['kv_fraction_removed']:.1%} of the KV cache removed, {pruning['parameters_before']:,} -> "
         f"{pruning['parameters_after']:,} parameters in {sum(pruned.seconds.values()):.1f} s"
     )
+    if recipe.sparsity != "none":
+        print(
+            f"{out}: {pruning['zeros']:.1%} of the linear weights that are left are zero, {recipe.sparsity}: stored "
+            "and multiplied as before, so nothing is smaller or, on CPUs, faster by them"
+        )
     if goal:
         print_speed(out, goal, pruned.speed)
 
@@ -326,6 +335,7 @@ def pruning_summary(dense: torch.nn.Module, pruned: Pruned) -> dict:
         "layers": [vars(layer_widths) for layer_widths in after],
         "layers_before": len(before),
         "kept_layers": pruned.plan.kept_layers,
+        "zeros": zero_fraction(pruned.model),
         "ridges": pruned.ridges,
         "dtype": str(dense.dtype).removeprefix("torch."),
         "seconds": {name: round(value, 3) for name, value in pruned.seconds.items()},

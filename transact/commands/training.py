@@ -60,7 +60,11 @@ def add_training_options(parser: argparse.ArgumentParser, *, required: bool) -> 
         group.add_argument("--device-batch", metavar="N", type=int, default=8, help="windows at once on a device (8)"),
         group.add_argument("--layer-weight", metavar="WEIGHT", type=float, default=0.0,
                            help="of layer outputs in a distillation (0)"),
-        group.add_argument("--rank", metavar="N", type=int, default=16, help="of the adapters (16)"),
+        group.add_argument("--rank", metavar="N", type=int, help="of the adapters (16), or of lozo's directions (2)"),
+        group.add_argument("--refresh", metavar="N", type=int,
+                           help="steps that lozo keeps half of its directions for (50)"),
+        group.add_argument("--perturbation", metavar="SIZE", type=float,
+                           help="how far lozo tries its directions (1e-3)"),
         group.add_argument("--gradient-checkpointing", action="store_true",
                            help="compute activations twice, keep few"),
     ]  # fmt: skip
@@ -75,6 +79,7 @@ def training_of(options: argparse.Namespace) -> Training:
     training = Training(
         tokens=parse_tokens(options.tokens), way=options.way, learning_rate=options.learning_rate, batch=options.batch,
         device_batch=options.device_batch, layer_weight=options.layer_weight, rank=options.rank,
+        refresh=options.refresh, perturbation=options.perturbation,
         gradient_checkpointing=options.gradient_checkpointing, seed=options.seed,
     )  # fmt: skip
     training.check()

@@ -7,7 +7,8 @@ import torch
 
 from ..entry import check_seed
 
-WAYS = ("distillation", "full", "lora", "lora-distillation")
+WAYS = ("distillation", "full", "lora", "lora-distillation", "lozo", "lozo-distillation")
+HIGHEST_LOZO_RANK = 4
 
 
 @dataclass(frozen=True)
@@ -15,11 +16,13 @@ class Training:
     """Everything that decides how a model is trained, but for text and teacher.
 
     `way`: "distillation" moves all weights towards the dense model's predictions, "full" towards the text, "lora" and
-    "lora-distillation" do so in low-rank adapters of `rank`, merged at the end. `tokens` is the budget, in tokens of
+    "lora-distillation" do so in low-rank adapters of `rank` (16), merged at the end. "lozo" and "lozo-distillation" do
+    it by forward passes alone, in the memory of these: along directions of `rank` 1 to 4 (2), of which one half is
+    drawn anew every `refresh` steps (50), each tried `perturbation` far (1e-3). `tokens` is the budget, in tokens of
     text seen, repetitions included. `learning_rate` None is `default_learning_rate`. A step takes `batch` windows,
     `device_batch` of them at once on each device. `layer_weight` adds to a distillation the relative squared error of
     every layer's output, which pruning inside modules leaves as wide as the dense model's. `bf16` None: on a CUDA
-    device that computes in it.
+    device that computes in it, but for "lozo", which computes in the weights' own dtype.
     """
 
     tokens: int
@@ -28,7 +31,9 @@ class Training:
     batch: int = 8
     device_batch: int = 8
     layer_weight: float = 0.0
-    rank: int = 16
+    rank: int | None = None
+    refresh: int | None = None
+    perturbation: float | None = None
     bf16: bool | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -37,9 +42,11 @@ class Training:
         """Raise ValueError for a value that is not allowed."""
         if self.way not in WAYS:
             raise ValueError(f"unknown way {self.way!r}, allowed: {', '.join(WAYS)}")
-        for name, least in {"tokens": 1, "batch": 1, "device_batch": 1, "rank": 1}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+        for name in ("tokens", "batch", "device_batch", "rank", "refresh"):
+            value, least = getattr(self, name), 1
+            if value is None and name in ("rank", "refresh"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name.replace('_', '-')} must be a whole number of at least {least}, got {value!r}")
         check_seed(self.seed)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
@@ -49,6 +56,25 @@ class Training:
         if self.layer_weight and not self.needs_teacher():
             raise ValueError(f"layer-weight compares layers with the dense model's: way {self.way!r} has no teacher")
 
+        self._check_lozo()
+
+    def _check_lozo(self) -> None:
+        """Raise ValueError for what does not go with training without back-propagation, or only with it."""
+        if not self.is_zeroth_order():
+            for name in ("refresh", "perturbation"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"{name} is of way 'lozo', got {value!r} with way {self.way!r}")
+            return
+        if self.rank is not None and self.rank > HIGHEST_LOZO_RANK:
+            raise ValueError(f"rank of way {self.way!r} must be between 1 and {HIGHEST_LOZO_RANK}, got {self.rank}")
+        if self.perturbation is not None and not 0 < self.perturbation < math.inf:
+            raise ValueError(f"perturbation must be positive and finite, got {self.perturbation}")
+        if self.gradient_checkpointing:
+            raise ValueError(f"gradient-checkpointing recomputes activations, of which way {self.way!r} keeps none")
+
+    def is_zeroth_order(self) -> bool:
+        return self.way.startswith("lozo")
+
     def needs_teacher(self) -> bool:
         return "distillation" in self.way
 
@@ -57,10 +83,11 @@ class Training:
         return math.ceil(self.tokens // length / self.batch)
 
     def with_rate(self, hidden_size: int, length: int) -> "Training":
-        """The same, with the default rate for a model of this size and windows of `length` where it names none."""
-        if self.learning_rate is not None:
-            return self
-        return replace(self, learning_rate=default_learning_rate(hidden_size, self.way, self.steps(length)))
+        """The same, with defaults where it names none: those of its way, for a model of this size and such windows."""
+        defaults = {"learning_rate": default_learning_rate(hidden_size, self.way, self.steps(length)), "rank": 16}
+        if self.is_zeroth_order():
+            defaults |= {"rank": 2, "refresh": 50, "perturbation": 1e-3}
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
 def default_learning_rate(hidden_size: int, way: str, steps: float = math.inf) -> float:
@@ -69,7 +96,12 @@ def default_learning_rate(hidden_size: int, way: str, steps: float = math.inf) -
     Adapters, whose product starts from zero, take four times as much. Fewer than 30 steps take less, by the square
     root of their share: Adam's first steps move every weight by about the rate, and the few that follow do not mend
     that (found on held-out windows of training text, with 2 to 100 steps, at hidden sizes 64 and 576).
+
+    Forward passes alone go in directions whose noise grows with the number of weights: 1e-4 at hidden size 64 (found
+    so), falling with its power 1.5 to the 1e-7 that LOZO's authors take at 5120.
     """
+    if way.startswith("lozo"):
+        return 0.0512 / hidden_size**1.5
     return 0.2048 / hidden_size * (4 if "lora" in way else 1) * math.sqrt(min(1.0, steps / 30))
 
 

@@ -26,10 +26,12 @@ from ..devices import has_bfloat16
 from ..entry import check_model, check_trainable, check_unquantised, checked_windows, undisturbed
 from ..modeling_transact import TransActForCausalLM
 from ..plan import kept_layers_of
+from ..sparsity import is_sparse
 from .callbacks import Bar, Milestones
 from .checkpoints import last_checkpoint, settings_of
 from .placement import Arguments, current, own_forward
 from .schedule import Training, check_budget, epoch_order, rate_of_step
+from .zeroth_order import LowRankDescent
 
 
 class NonFiniteLossError(ValueError):
@@ -60,6 +62,8 @@ def check_recoverable(model: nn.Module, training: Training, teacher: nn.Module |
         raise ValueError(f"the model is not pruned (type {model.config.model_type!r}): prune it first")
     check_unquantised(model)
     check_trainable(model)
+    if is_sparse(model):
+        raise ValueError("weights are 2:4 sparse, and training would fill the zeros: train before, by prune --tokens")
     if "lora" not in training.way and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"all weights are frozen (requires_grad): way {training.way!r} has nothing to train")
     if not training.needs_teacher():
@@ -91,7 +95,8 @@ def recover(
     """Train a narrowed model on windows (N, T) of token ids; the model given is changed, and in evaluation mode after.
 
     AdamW with betas 0.9 and 0.95, gradients clipped at 1, a tenth of the steps to warm up, then a cosine down to
-    nothing; weights are kept in float32 meanwhile unless they are only adapted. It trains where the model lies, or
+    nothing; weights are kept in float32 meanwhile unless they are only adapted. The ways "lozo" take forward passes
+    and `LowRankDescent` instead, with the same rates and weights in their own dtype. It trains where the model lies, or
     under `accelerate launch` on a device for each process; the teacher is used where it lies, which may be another
     device, several, or the host. With a directory for `checkpoints`, ten are written on the way (the last two kept),
     and the same call goes on from the newest one to the same result. `evaluate` is called before training and at
@@ -135,19 +140,23 @@ def _train(
     with _own_randomness(), current(model.device), tempfile.TemporaryDirectory() as scratch:
         if training.gradient_checkpointing:
             _checkpointing(model, "enable")({"use_reentrant": False})
+        kind, options = _RecoveryTrainer, {}
         if "lora" in training.way:
             student = _with_adapters(model, training)
+        elif training.is_zeroth_order():
+            kind, options = _ForwardTrainer, {"descent": _descent_of(model, training)}
+            model.requires_grad_(False)  # or processes would make room for gradients
         else:
             _cast_parameters(model, torch.float32)
-        trainer = _RecoveryTrainer(
+        trainer = kind(
             model=student,
             args=_arguments(model, training, checkpoints or scratch, saves=checkpoints is not None),
             train_dataset=_Windows(windows, count, training.seed), teacher=teacher,
-            layer_weight=training.layer_weight,
+            layer_weight=training.layer_weight, **options,
         )  # fmt: skip
-        if trainer.is_fsdp_enabled and student is not model:
+        if trainer.is_fsdp_enabled and (student is not model or training.is_zeroth_order()):
             raise ValueError(
-                f"way {training.way!r} merges its adapters, which FSDP has in pieces: full or distillation"
+                f"way {training.way!r} needs weights as a whole, which FSDP has in pieces: full or distillation"
             )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Milestones(trainer, evaluate, evaluations))
@@ -227,6 +236,13 @@ def _with_adapters(model: nn.Module, training: Training) -> nn.Module:
         return get_peft_model(model, adapters)
 
 
+def _descent_of(model: nn.Module, training: Training) -> LowRankDescent:
+    return LowRankDescent(
+        model, learning_rate=training.learning_rate, rank=training.rank, refresh=training.refresh,
+        perturbation=training.perturbation, seed=training.seed,
+    )  # fmt: skip
+
+
 def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():  # not `model.to`: it would round the RoPE frequencies as well
         parameter.data = parameter.data.to(dtype)
@@ -234,7 +250,9 @@ def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _arguments(model: nn.Module, training: Training, directory: str | Path, *, saves: bool) -> Arguments:
     on_cpu = model.device.type == "cpu"
-    in_bfloat16 = has_bfloat16(model.device) if training.bf16 is None else training.bf16
+    in_bfloat16 = training.bf16
+    if in_bfloat16 is None:
+        in_bfloat16 = not training.is_zeroth_order() and has_bfloat16(model.device)
     arguments = Arguments(
         output_dir=str(directory), num_train_epochs=1, train_sampling_strategy="sequential",
         learning_rate=training.learning_rate, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0,
@@ -294,9 +312,7 @@ class _RecoveryTrainer(Trainer):
         if self.teacher is None:
             loss = _PerWindow.apply(outputs.logits[:, :-1], ids[:, 1:], _surprise)
         else:
-            with torch.no_grad():
-                given = ids.to(self.teacher.device)
-                wanted = self.teacher(input_ids=given, use_cache=False, output_hidden_states=with_layers)
+            wanted = inputs.get("wanted") or self.wanted(ids)
             loss = _PerWindow.apply(outputs.logits, wanted.logits, _divergence)
             if with_layers:
                 pairs = zip(outputs.hidden_states[1:], wanted.hidden_states[1:], strict=True)
@@ -306,11 +322,46 @@ class _RecoveryTrainer(Trainer):
             raise NonFiniteLossError(f"the loss is {loss.item()} in step {self.state.global_step + 1}")
         return (loss, outputs) if return_outputs else loss
 
+    @torch.no_grad()
+    def wanted(self, ids: torch.Tensor):
+        """What the teacher says of token ids; None without one."""
+        if self.teacher is None:
+            return None
+        given = ids.to(self.teacher.device)
+        return self.teacher(input_ids=given, use_cache=False, output_hidden_states=self.layer_weight > 0)
+
     def _save_checkpoint(self, model, trial):
         for name, parameter in self.model.named_parameters():
             if not is_finite(parameter):
                 raise NonFiniteLossError(f"{name} is not finite after step {self.state.global_step}")
         super()._save_checkpoint(model, trial)
+
+
+class _ForwardTrainer(_RecoveryTrainer):
+    """Trainer that goes by the slope between two forward passes, and never by back-propagation."""
+
+    def __init__(self, *, descent: LowRankDescent, **options):
+        super().__init__(**options)
+        self.descent = descent
+
+    def create_optimizer(self, model=None):
+        self.optimizer = self.descent
+        return self.optimizer
+
+    @torch.no_grad()
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The mean of the two losses, as a share of the step's batch; the descent notes their slope."""
+        model.eval()  # what dropout leaves out would differ between the two
+        inputs = self._prepare_inputs(inputs)
+        inputs["wanted"] = self.wanted(inputs["input_ids"])
+        losses = []
+        for sign in (1, -1):
+            with self.descent.moved(sign), self.compute_loss_context_manager():
+                losses.append(self.compute_loss(model, inputs))
+        losses = self.accelerator.reduce(torch.stack(losses), reduction="mean")
+        losses = losses / self.current_gradient_accumulation_steps
+        self.descent.slope += (losses[0] - losses[1]).item() / (2 * self.descent.perturbation)
+        return losses.mean()
 
 
 def _relative_error(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

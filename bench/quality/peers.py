@@ -1,0 +1,143 @@
+"""Other packages that prune, as they ship it, beside ours: the same model, calibration windows and texts.
+
+They are imported in `nox -s rivals` alone, whose environment has them at these versions. Each is asked for what makes
+its model lose the same share of the decoder layers' linear parameters; what it does remove is in its row.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from torch import nn
+
+import transact
+from transact.models import load_model
+from transact.texts import cut_windows, load_text, tokenise
+from transact.widths import check_ratio
+
+from .perplexity import measure_perplexity
+from .texts import load_evaluation_texts, windows_of
+
+OURS = ("best", "wanda-sp")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A package at a version, and its pruning of a model, which it may change, by a ratio, on windows (N, T)."""
+
+    version: str
+    prune: Callable[[nn.Module, torch.Tensor, float], nn.Module]
+
+
+def by_optipfair(model: nn.Module, windows: torch.Tensor, ratio: float) -> nn.Module:
+    """MLPs narrowed by peak-to-peak magnitude of weights and norms of activations; attention stays whole."""
+    from optipfair import prune_model
+
+    mlp = sum(linear.weight.numel() for layer in model.model.layers for linear in layer.mlp.children()
+              if isinstance(linear, nn.Linear))  # fmt: skip
+    share = mlp / linear_parameters(model)
+    if ratio >= share:
+        raise ValueError(f"ratio {ratio} is out of reach of optipfair: MLPs are {share:.2f} of the linear parameters")
+    batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in windows.split(4)]
+    return prune_model(
+        model, pruning_type="MLP_GLU", neuron_selection_method="MAW", pruning_percentage=100 * ratio / share,
+        dataloader=batches, show_progress=False,
+    )  # fmt: skip
+
+
+def by_torch_pruning(model: nn.Module, windows: torch.Tensor, ratio: float) -> nn.Module:
+    """Hidden size, heads and MLPs narrowed by group norms of weights, as its example for language models does."""
+    import torch_pruning
+
+    config, layers = model.config, model.model.layers
+    heads = {}
+    for layer in layers:
+        attention = layer.self_attn
+        heads |= {attention.q_proj: config.num_attention_heads, attention.k_proj: config.num_key_value_heads,
+                  attention.v_proj: config.num_key_value_heads}  # fmt: skip
+    each = 1 - math.sqrt(1 - ratio)  # of rows and of columns
+    pruner = torch_pruning.pruner.MetaPruner(
+        model, example_inputs=windows[:1, :8], pruning_ratio=each, head_pruning_ratio=each, num_heads=heads,
+        importance=torch_pruning.importance.GroupNormImportance(p=2, group_reduction="mean"), prune_num_heads=True,
+        prune_head_dims=False, ignored_layers=[model.lm_head], round_to=4,
+    )  # fmt: skip
+    pruner.step()
+    for layer in layers:
+        attention = layer.self_attn
+        query, key = (one.out_features // attention.head_dim for one in (attention.q_proj, attention.k_proj))
+        attention.num_key_value_groups = query // key
+    config.hidden_size = model.lm_head.in_features
+    return model
+
+
+PEERS = {"optipfair": Peer("0.4.2", by_optipfair), "torch-pruning": Peer("1.6.1", by_torch_pruning)}
+
+
+def check_peers(names: Sequence[str]) -> None:
+    """Raise ValueError, in one line, for a package that is not installed or at another version."""
+    for name in names:
+        wanted = f"{name}=={PEERS[name].version}"
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError as error:
+            raise ValueError(f"{wanted} is not installed: nox -s rivals has it") from error
+        if found != PEERS[name].version:
+            raise ValueError(f"{wanted} is wanted, {found} is installed: nox -s rivals has it")
+
+
+def linear_parameters(model: nn.Module) -> int:
+    """Weights of the linear modules of the decoder layers, whatever their shapes."""
+    linears = (module for layer in model.model.layers for module in layer.modules() if isinstance(module, nn.Linear))
+    return sum(linear.weight.numel() for linear in linears)
+
+
+def peer_rows(
+    base: str = "smollm2-135m",
+    *,
+    peers: Sequence[str] = tuple(PEERS),
+    ratio: float = 0.3,
+    samples: int = 32,
+    length: int = 256,
+    calibration: str = "embedded",
+    evaluation: str = "embedded",
+    count: int | None = 20,
+) -> Iterator[tuple[dict, dict]]:
+    """Case and row of the dense model, of ours and of each peer, in float32 on the CPU.
+
+    A row is `method` (a package with its version, or a preset of ours), `fraction_removed`, `parameters`, `prune_s`
+    and, of every text that `evaluation` names, the perplexity of its first `count` windows and their `losses`. Raises
+    ValueError, before anything is pruned, for what is not installed or asked for wrongly.
+    """
+    check_peers(peers)
+    check_ratio("ratio", ratio)
+    texts = load_evaluation_texts(evaluation)
+    dense, tokenizer = load_model(base, dtype="float32", device="cpu")
+    windows = cut_windows(tokenise(load_text(calibration), tokenizer), length=length, count=samples, seed=0)
+    evaluated = {
+        text.name: windows_of(text, tokenizer, length=length, count=count, windowing="blocks", bos=False)
+        for text in texts
+    }
+    methods = {"dense": lambda: dense}
+    methods |= {name: lambda name=name: transact.prune(dense, windows, recipe=name, ratio=ratio, progress=True).model
+                for name in OURS}  # fmt: skip
+    methods |= {
+        f"{name} {PEERS[name].version}": lambda name=name: PEERS[name].prune(copy.deepcopy(dense), windows, ratio)
+        for name in peers
+    }
+    whole = linear_parameters(dense)
+    for method, pruned in methods.items():
+        start = time.perf_counter()
+        model = pruned().eval()
+        seconds = time.perf_counter() - start
+        results = {name: measure_perplexity(model, one, progress=True) for name, one in evaluated.items()}
+        case = {"base": base, "method": method, "ratio": 0.0 if model is dense else ratio, "calibration": calibration,
+                "samples": samples, "seq_len": length, "windows": count}  # fmt: skip
+        row = {"method": method, "fraction_removed": 1 - linear_parameters(model) / whole,
+               "parameters": sum(parameter.numel() for parameter in model.parameters()), "prune_s": round(seconds, 1),
+               "perplexity": {name: result.perplexity for name, result in results.items()},
+               "losses": {name: result.losses for name, result in results.items()}}  # fmt: skip
+        yield case, row
