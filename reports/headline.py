@@ -66,7 +66,7 @@ def _figures(record: Record, rise: float) -> list[dict]:
         name += f", {percent(case.kv_ratio)} of the KV cache"
     rate, error = metrics.get(SPEED), record.standard_errors.get("loss_nats")
     figures = [
-        (f"{name}: loss", "nats/token", metrics["loss_nats"], error),
+        (f"{name}: loss", "nats/token", metrics.get("loss_nats", math.nan), error),
         (f"{name}: rise on other texts", "nats/token", rise, None),
         (f"{name}: decoding", "ms/token", 1e3 / rate if rate else math.nan, None),
     ]

@@ -135,9 +135,10 @@ def block_influences(
             walk.hidden = [hidden * factors[index] for hidden in walk.hidden]
             continue
         cosines, sizes = [], []
-        for batch, before in enumerate(walk.hidden):
+        for batch, hidden in enumerate(walk.hidden):
+            before = hidden.to(torch.float32, copy=True)  # the block's output takes its place
             walk.advance(index, layer, batch)
-            before, after = before.float(), walk.hidden[batch].float()
+            after = walk.hidden[batch].float()
             cosines.append(cosine_similarity(before, after, dim=-1).sum(dtype=torch.float64))
             sizes.append(torch.stack([stream.abs().sum(dim=(0, 1), dtype=torch.float64) for stream in (before, after)]))
         before, after = torch.stack(sizes).sum(dim=0)
@@ -299,7 +300,7 @@ def linear_map(
     try:
         for index, layer in walk.blocks(range(run.stop), desc="linear map", disable=None if progress else True):
             if index == run.start:
-                starts = list(walk.hidden)
+                starts = [hidden.clone() for hidden in walk.hidden]  # what blocks give takes the place of these
             for batch in range(len(batches)):
                 walk.advance(index, layer, batch)
     finally:

@@ -106,7 +106,7 @@ def rounded_at_random(values: torch.Tensor, dtype: torch.dtype, generator: torch
     Rounded to the nearest, a step of less than half a place would be lost each time.
     """
     limits = torch.finfo(dtype)
-    places = torch.ldexp(values.new_tensor(limits.eps), torch.frexp(values).exponent - 1)
+    places = torch.ldexp(torch.full_like(values, limits.eps), torch.frexp(values).exponent - 1)
     places.clamp_(min=limits.smallest_normal * limits.eps)
     noise = torch.rand(values.shape, generator=generator, device=values.device)
     return noise.add_(values / places).floor_().mul_(places).to(dtype)
