@@ -60,6 +60,7 @@ def measured_scores(
         with warnings.catch_warnings(action="ignore"):  # of few tokens: the refit that comes after says it once
             compensate_on_dense_inputs(narrowed, model, plan, fitted, ridge=RIDGE)
         measured = error_slopes(narrowed, model, held_out, final).clamp(min=0) / 2
+        del narrowed  # before the next is made
         factors = _next_factors(factors, measured, _predicted(scores, widths))
     return _scaled(scores, factors**TRUST)
 

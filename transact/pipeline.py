@@ -309,6 +309,8 @@ def _in_shots(
             current = widths_of(before.config)
             wanted = [widths_after_shot(*pair, shots_left) for pair in zip(current, target, strict=True)]
             plan = select(scores, wanted, rope=recipe.rope)
+            if recipe.compensation not in ("bias", "dense"):
+                layers = []  # large, and of use no more
         with stage(result.seconds, "prune"):
             result.model = apply_plan(before, plan, rope=recipe.rope)
         with stage(result.seconds, "compensate"):
