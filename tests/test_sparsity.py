@@ -138,7 +138,6 @@ def test_inputs_that_are_not_finite_are_named():
         ({}, {"widths": [Widths(2, 12, 8, 21)] * 2}, "which 21 of down_proj do not divide into: name --mlp-dim"),
         ({}, {"widths": [Widths(2, 12, 9, 20)] * 2}, "which 54 of o_proj do not divide into: name --mha-dim"),
         (preset("best"), {"ratio": 0.3}, "of down_proj do not divide into: name --mlp-dim"),
-        (preset("best"), {"kv_ratio": 0.3, "ratio": 0.0}, "of down_proj do not divide into"),
         (preset("flap"), {"ratio": 0.3}, "which allocation 'global' does not give"),
         ({}, {"windows": None, "ratio": 0.0}, "need windows of text"),
     ],
