@@ -5,7 +5,6 @@ its model lose the same share of the decoder layers' linear parameters; what it 
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,44 +32,40 @@ class Peer:
     prune: Callable[[nn.Module, torch.Tensor, float], nn.Module]
 
 
-def by_optipfair(model: nn.Module, windows: torch.Tensor, ratio: float) -> nn.Module:
-    """MLPs narrowed by peak-to-peak magnitude of weights and norms of activations; attention stays whole."""
-    from optipfair import prune_model
-
+def mlp_share(model: nn.Module, ratio: float, package: str) -> float:
+    """The share of the MLPs that is to go, where nothing else does. Raises ValueError where that is more than all."""
     mlp = sum(linear.weight.numel() for layer in model.model.layers for linear in layer.mlp.children()
               if isinstance(linear, nn.Linear))  # fmt: skip
     share = mlp / linear_parameters(model)
     if ratio >= share:
-        raise ValueError(f"ratio {ratio} is out of reach of optipfair: MLPs are {share:.2f} of the linear parameters")
+        raise ValueError(f"ratio {ratio} is out of reach of {package}: MLPs are {share:.2f} of the linear parameters")
+    return ratio / share
+
+
+def by_optipfair(model: nn.Module, windows: torch.Tensor, ratio: float) -> nn.Module:
+    """MLPs narrowed by peak-to-peak magnitude of weights and norms of activations; attention stays whole."""
+    from optipfair import prune_model
+
     batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in windows.split(4)]
     return prune_model(
-        model, pruning_type="MLP_GLU", neuron_selection_method="MAW", pruning_percentage=100 * ratio / share,
-        dataloader=batches, show_progress=False,
+        model, pruning_type="MLP_GLU", neuron_selection_method="MAW",
+        pruning_percentage=100 * mlp_share(model, ratio, "optipfair"), dataloader=batches, show_progress=False,
     )  # fmt: skip
 
 
 def by_torch_pruning(model: nn.Module, windows: torch.Tensor, ratio: float) -> nn.Module:
-    """Hidden size, heads and MLPs narrowed by group norms of weights, as its example for language models does."""
+    """MLPs narrowed by norms of groups of weights; heads that share keys and values are beyond its tracer."""
     import torch_pruning
 
-    config, layers = model.config, model.model.layers
-    heads = {}
-    for layer in layers:
-        attention = layer.self_attn
-        heads |= {attention.q_proj: config.num_attention_heads, attention.k_proj: config.num_key_value_heads,
-                  attention.v_proj: config.num_key_value_heads}  # fmt: skip
-    each = 1 - math.sqrt(1 - ratio)  # of rows and of columns
-    pruner = torch_pruning.pruner.MetaPruner(
-        model, example_inputs=windows[:1, :8], pruning_ratio=each, head_pruning_ratio=each, num_heads=heads,
-        importance=torch_pruning.importance.GroupNormImportance(p=2, group_reduction="mean"), prune_num_heads=True,
-        prune_head_dims=False, ignored_layers=[model.lm_head], round_to=4,
+    model.config.use_cache = False  # the tracer knows outputs that are tensors
+    whole = [layer.mlp.down_proj for layer in model.model.layers] + [model.lm_head]
+    for layer in model.model.layers:
+        whole += layer.self_attn.children()
+    pruner = torch_pruning.pruner.BasePruner(
+        model, windows[:1, :8], torch_pruning.importance.GroupMagnitudeImportance(p=2), ignored_layers=whole,
+        pruning_ratio=mlp_share(model, ratio, "torch-pruning"),
     )  # fmt: skip
     pruner.step()
-    for layer in layers:
-        attention = layer.self_attn
-        query, key = (one.out_features // attention.head_dim for one in (attention.q_proj, attention.k_proj))
-        attention.num_key_value_groups = query // key
-    config.hidden_size = model.lm_head.in_features
     return model
 
 
