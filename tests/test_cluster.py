@@ -35,7 +35,8 @@ def test_a_cluster_gives_the_same_records(tiny_directory, tiny_text, tmp_path, c
     arguments = [
         "ablations", "-q", "--model", str(tiny_directory), "--calibration", str(tiny_text), "--evaluation",
         str(tiny_text), "--samples", "8", "--windows", "4", "--seq-len", "32", "--device", "cpu", "--dtype", "float32",
-        "-k", "test_granularity or test_preset", "--results",
+        "-k", "test_granularity or (test_preset and not shortgpt and not replaceme)",  # a tiny model has two layers
+        "--results",
     ]  # fmt: skip
     command = [sys.executable, "-c", RUN_ON_A_CLUSTER, *arguments, str(tmp_path / "cluster")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
