@@ -6,7 +6,7 @@ its model lose the same share of the decoder layers' linear parameters; what it 
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -15,7 +15,7 @@ from torch import nn
 
 import transact
 from transact.models import load_model
-from transact.texts import cut_windows, load_text, tokenise
+from transact.texts import text_source
 from transact.widths import check_ratio
 
 from .perplexity import measure_perplexity
@@ -34,9 +34,7 @@ class Peer:
 
 def mlp_share(model: nn.Module, ratio: float, package: str) -> float:
     """The share of the MLPs that is to go, where nothing else does. Raises ValueError where that is more than all."""
-    mlp = sum(linear.weight.numel() for layer in model.model.layers for linear in layer.mlp.children()
-              if isinstance(linear, nn.Linear))  # fmt: skip
-    share = mlp / linear_parameters(model)
+    share = linear_weights(layer.mlp for layer in model.model.layers) / linear_parameters(model)
     if ratio >= share:
         raise ValueError(f"ratio {ratio} is out of reach of {package}: MLPs are {share:.2f} of the linear parameters")
     return ratio / share
@@ -86,7 +84,12 @@ def check_peers(names: Sequence[str]) -> None:
 
 def linear_parameters(model: nn.Module) -> int:
     """Weights of the linear modules of the decoder layers, whatever their shapes."""
-    linears = (module for layer in model.model.layers for module in layer.modules() if isinstance(module, nn.Linear))
+    return linear_weights(model.model.layers)
+
+
+def linear_weights(modules: Iterable[nn.Module]) -> int:
+    """Weights of the linear modules within these."""
+    linears = (part for module in modules for part in module.modules() if isinstance(part, nn.Linear))
     return sum(linear.weight.numel() for linear in linears)
 
 
@@ -111,7 +114,7 @@ def peer_rows(
     check_ratio("ratio", ratio)
     texts = load_evaluation_texts(evaluation)
     dense, tokenizer = load_model(base, dtype="float32", device="cpu")
-    windows = cut_windows(tokenise(load_text(calibration), tokenizer), length=length, count=samples, seed=0)
+    windows = text_source(calibration, tokenizer, length=length, count=samples).windows
     evaluated = {
         text.name: windows_of(text, tokenizer, length=length, count=count, windowing="blocks", bos=False)
         for text in texts
