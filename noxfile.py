@@ -77,7 +77,10 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(requires=["vllm"])
 def engines(session: nox.Session) -> None:
-    """Run pruned models in llama.cpp (built from source: minutes), vLLM and ExecuTorch beside transformers."""
+    """Run pruned models in llama.cpp (built from source: minutes) and vLLM beside transformers.
+
+    With `-- --engines executorch` in ExecuTorch, whose programs take many minutes each to be made.
+    """
     install(session)
     if session.virtualenv.venv_backend != "none":
         session.install("llama-cpp-python==0.3.36", "executorch==1.5.1", "torch==2.13.0")

@@ -18,7 +18,7 @@ from transact.models import DTYPES, EMBEDDED_MODEL, load_model, load_tokenizer, 
 from transact.texts import TEXTS, load_text
 
 from . import gpu
-from .efficiency.engines import ENGINES, compare_engines
+from .efficiency.engines import ENGINES, QUICK_ENGINES, compare_engines
 from .efficiency.memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
 from .efficiency.quantise import FORMATS, check_format, packed_weight_bytes, quantised
 from .efficiency.scale import SIZES, SIZES_OF_A_CPU, WAYS, run_scale
@@ -409,8 +409,8 @@ def build_parser() -> argparse.ArgumentParser:
     engines = commands.add_parser("engines", help="pruned models in other engines beside transformers")
     engines.set_defaults(run=engines_command)
     engines.add_argument("--ratio", type=float, default=0.3, help="fraction removed of the pruned ones (0.3)")
-    engines.add_argument("--engines", type=some_of("engine", ENGINES), default=[*ENGINES],
-                         help=f"of {', '.join(ENGINES)}, with commas (all)")  # fmt: skip
+    engines.add_argument("--engines", type=some_of("engine", ENGINES), default=[*QUICK_ENGINES],
+                         help=f"of {', '.join(ENGINES)}, with commas ({','.join(QUICK_ENGINES)})")  # fmt: skip
     peers = commands.add_parser("peers", help="other packages' pruning beside ours, on the same windows and texts")
     peers.set_defaults(run=peers_command)
     peers.add_argument("model", nargs="?", default=EMBEDDED_MODEL, help=f"a dense model ({EMBEDDED_MODEL})")

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import transact
 from bench.__main__ import main
 from bench.efficiency import continuations, engines
 from bench.efficiency.continuations import Run, agreement, prompts_of
@@ -55,6 +56,21 @@ def test_every_engine_runs_every_model(two_engines, tiny_directory):
     assert [record["case"]["ratio"] for record in records] == [0.0, 0.3, 0.3] * 2
     assert records[-1]["environment"]["executorch"] == "9.9"
     json.dumps(records, allow_nan=False)
+
+
+def test_engines_that_hold_the_same_run_one_model_and_all_are_searched_by_one_reading_of_the_text(
+    two_engines, tiny_directory, monkeypatch
+):
+    prunings, prune = [], transact.prune
+
+    def counted(*arguments, **options):
+        prunings.append(options)
+        return prune(*arguments, **options)
+
+    monkeypatch.setattr(transact, "prune", counted)
+    assert len([*compare_engines(str(tiny_directory), engines=two_engines, samples=2, length=32)]) == 6
+    assert [options["recipe"].engine for options in prunings] == ["plain", "transformers"]
+    assert prunings[0]["statistics"] is prunings[1]["statistics"] is not None
 
 
 def test_what_an_engine_cannot_hold_is_said_and_left_out(two_engines, tiny_directory, monkeypatch, capsys):

