@@ -257,10 +257,6 @@ def peers_command(options: argparse.Namespace) -> None:
     from .environment import environment
     from .output.tables import markdown_table, write_table
 
-    longest, context = PREFIX + options.decode, read_config(options.model).max_position_embeddings
-    if longest > context:
-        raise ValueError(f"decode {options.decode} after {PREFIX} is more than the model's context of {context} tokens")
-
     def timed(model: nn.Module, dense: nn.Module) -> dict[str, float]:
         return speedup_metrics(decode_rate(model, options.decode, reference=dense)[2])
 
