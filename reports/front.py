@@ -23,7 +23,11 @@ from .texts import is_near
 SPEEDS = (1.05, 1.1, 1.2, 1.3, 1.5)  # times the dense model's, at each of which a winner is named
 PREFILL_SPEEDUP = "prefill_speedup"
 METHOD = ["family", "method"]  # two rows with the same are one method asked for more or for less
-NAMED = ("engine", "mha_dim", "mlp_dim", "only_layer", "head_multiple", "mlp_multiple", "ridge", "budget")
+# what is named where it is not this; of a recipe without a name of its own, the second as well
+ASKED = {"engine": "transformers", "mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None,
+         "mlp_multiple": None, "ridge": None, "budget": ""}  # fmt: skip
+RECIPE = {"granularity": "dims", "modules": "qk+vo+mlp", "allocation": "uniform", "compensation": "none",
+          "rope": "pairs", "shots": 1, "measurements": 0}  # fmt: skip
 # which of the common colours a family has; the dense model keeps its own
 FAMILIES = {"dense": 6, "width": 0, "depth": 1, "width and depth": 2, "2:4": 3, "int8": 4, "width, int8": 5,
             "width, 2:4": 9, "int4": 7}  # fmt: skip
@@ -33,8 +37,9 @@ ANY_OTHER = 8
 def label(record: Record) -> str:
     """The method with all that it was asked beside a ratio: "best", "dense, int8", "transact, head multiple 8"."""
     case = record.case
-    words = [f"{name.replace('_', ' ')} {getattr(case, name)}" for name in NAMED
-             if getattr(case, name) not in (None, "", "transformers")]  # fmt: skip
+    unsaid = ASKED if record.method != case.criterion else RECIPE | ASKED
+    values = {name: getattr(case, name) for name in unsaid}
+    words = [f"{name.replace('_', ' ')} {value}" for name, value in values.items() if value != unsaid[name]]
     return ", ".join([record.method, *words, *filter(None, [case.quantisation])])
 
 
@@ -206,7 +211,8 @@ def _limits(points: pd.DataFrame, whole: pd.DataFrame, name: str) -> tuple[float
     dense = 1.0 if name.endswith("speedup") else 0.0
     low = np.nanmin([dense, points[name].min(), whole[f"{name}_low"].min()])
     high = np.nanmax([dense, points[name].max(), whole[f"{name}_high"].max()])
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+    margin = 0.05 * max(high - low, 0.1)
+    return low - margin, high + margin
 
 
 def draw_points(axes: Axes, frame: pd.DataFrame, speed: str, loss: str) -> pd.DataFrame:

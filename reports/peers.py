@@ -27,9 +27,11 @@ def read_peers(directories: Iterable[Path]) -> tuple[list[dict], list[str]]:
     def parse(fields: dict) -> dict:
         case, row = fields["case"], fields["row"]
         float(row["fraction_removed"]), float(case["ratio"]), str(row["method"]), fields["environment"]["device"]
-        if not row["losses"] or not all(map(len, row["losses"].values())):
+        if not row["losses"] or not all(map(_are_numbers, row["losses"].values())):
             raise ValueError("no losses")
-        return {**fields, "key": tuple(case[name] for name in (*SETTINGS, "method", "ratio"))}
+        key = tuple(case[name] for name in (*SETTINGS, "method", "ratio"))
+        hash(key)  # raises TypeError where one is a list
+        return {**fields, "key": key}
 
     lines, complaints = [], []
     for directory in directories:
@@ -38,6 +40,10 @@ def read_peers(directories: Iterable[Path]) -> tuple[list[dict], list[str]]:
         complaints += complained
     newest = {line["key"]: line for line in lines}.values()
     return [line for line in newest if line["key"][: len(SETTINGS)] == lines[-1]["key"][: len(SETTINGS)]], complaints
+
+
+def _are_numbers(losses: Sequence) -> bool:
+    return len(losses) > 0 and all(isinstance(loss, int | float) for loss in losses)
 
 
 def is_package(method: str) -> bool:
@@ -129,7 +135,6 @@ def peer_records(lines: Sequence[Mapping], chosen: RecordSet) -> list[Record]:
     if dense is None or theirs is None:
         return []
     machines = {record.environment["device"] for record in chosen.records if is_timed(record)}
-    names = [text["name"] for text in dense.texts] or [dense.case.evaluation_text]
     found = []
     for line in lines:
         row = line["row"]
@@ -142,7 +147,7 @@ def peer_records(lines: Sequence[Mapping], chosen: RecordSet) -> list[Record]:
             if _same_windows(text["losses"], theirs["row"]["losses"].get(text["name"]))
             and len(row["losses"].get(text["name"], ())) >= len(text["losses"])
         )  # fmt: skip
-        if not texts or texts[0]["name"] != names[0]:
+        if not texts or texts[0]["name"] != dense.texts[0]["name"]:
             continue
         losses = tuple(texts[0]["losses"])
         metrics = {name: value for name, value in row.items() if name.startswith(TIMES)}

@@ -1,6 +1,7 @@
 """One front of speed and quality: what lies on it, in which family, what is said of it, and what is not."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -275,3 +276,20 @@ def test_quick_takes_two_cells_that_no_other_question_has():
     assert set(front["narrowed"]) <= set(formats["ratio"])
     assert "int8" in formats["quantisation"]
     assert front["sparse"] == ()
+
+
+def test_recipes_without_a_name_are_told_apart():
+    ways = product(("dims", "heads"), (1, 2))
+    cases = [replace(BASE, decode_tokens=8, granularity=one, shots=shots) for one, shots in ways]
+    records = [replace(measured(case, 0.1), method="activation") for case in cases]
+    assert [label(record) for record in records] == [
+        "activation", "activation, shots 2", "activation, granularity heads",
+        "activation, granularity heads, shots 2",
+    ]  # fmt: skip
+
+
+def test_what_is_as_fast_and_as_good_as_the_dense_model_can_be_drawn():
+    found = found_of(*(timed(name, 0.3, 0, 1, interval=None, spread=0) for name in ("best", "flap")))
+    axes = draw(plot_front, found).axes[0]
+    assert axes.get_xlim()[0] < 1 < axes.get_xlim()[1]
+    assert axes.get_ylim()[0] < 0 < axes.get_ylim()[1]

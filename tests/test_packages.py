@@ -22,7 +22,8 @@ SPED = {"decode_speedup": 1.3, "decode_speedup_low": 1.28, "decode_speedup_high"
 def line(method: str, rise: float, ratio: float = 0.3, *, spread: float = 0.01, windows=LONGER, case=None, device=None,
          **row) -> dict:  # fmt: skip
     """A line of `peers.jsonl`, its losses higher than the dense model's by `rise`."""
-    uneven = np.random.default_rng(len(method)).normal(0, spread, len(windows)) if rise else 0
+    uneven = np.random.default_rng(len(method)).normal(0, spread if rise else 0, len(windows))
+    uneven -= uneven.mean()
     texts = {"embedded:evaluation": (windows + rise + uneven).tolist(),
              **{f"{name}:evaluation": (one + rise).tolist() for name, one in OTHERS.items()}}  # fmt: skip
     settings = {"base": "synthetic", "method": method, "ratio": ratio if rise else 0.0, "calibration": "embedded",
@@ -54,8 +55,8 @@ def test_each_text_has_its_row_over_dense_and_over_the_best(tmp_path):
     rows = frame[frame["text"] == "embedded"].set_index("method")
     assert list(rows.index) == ["dense", "best", "optipfair 0.4.2"]
     assert rows.loc["dense", ["loss_over_dense", "loss_over_best"]].isna().all()
-    assert rows.loc["best", "loss_over_dense"].startswith("+0.4")
-    assert rows.loc["optipfair 0.4.2", "loss_over_best"].startswith("+0.5")
+    assert rows.loc["best", "loss_over_dense"].startswith("+0.400")
+    assert rows.loc["optipfair 0.4.2", "loss_over_best"].startswith("+0.500")
     assert rows.loc["optipfair 0.4.2", "decode_speedup"] == 1.3
     assert set(frame["text"]) == {"embedded", "sources", "probes"}
 
@@ -64,7 +65,7 @@ def test_a_package_is_behind_beyond_chance_or_that_is_inconclusive(tmp_path):
     sentences = findings(read(tmp_path, *lines(), line("torch-pruning 1.6.1", 0.41, spread=0.5)))
     assert len(sentences) == 3
     assert sentences[0].startswith("With 30 % removed “best” loses least on embedded, with perplexity ")
-    assert "“optipfair 0.4.2” is behind by +0.5" in sentences[0]
+    assert "“optipfair 0.4.2” is behind by +0.500" in sentences[0]
     assert "nats, beyond chance and “torch-pruning 1.6.1” is behind by " in sentences[0]
     assert sentences[0].endswith("≈ nats, inconclusive.")
 
@@ -87,6 +88,13 @@ def test_lines_that_are_none_are_complained_of(tmp_path, content):
     (tmp_path / "peers.jsonl").write_text(content + "\n" + json.dumps(lines()[0]) + "\n", encoding="utf-8")
     found, complaints = read_peers([tmp_path])
     assert len(found) == len(complaints) == 1
+
+
+@pytest.mark.parametrize("losses", [{}, {"t": []}, {"t": [None, 1.0]}])
+def test_lines_without_losses_are_complained_of(tmp_path, losses):
+    (tmp_path / "peers.jsonl").write_text(json.dumps(line("best", 0.4, losses=losses)) + "\n", encoding="utf-8")
+    found, complaints = read_peers([tmp_path])
+    assert (found, len(complaints)) == ([], 1)
 
 
 def test_a_package_that_was_timed_is_on_the_front(tmp_path):
