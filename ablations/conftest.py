@@ -21,6 +21,7 @@ from bench.records import Case, Record, append_record, read_results, sole_writer
 from bench.suite import cluster
 from bench.suite.grid import estimate, in_order, shard_of
 from bench.suite.workbench import Workbench
+from reports.peers import read_peers
 from reports.report import write_report, written
 from transact.models import read_config
 from transact.texts import SELF, TEXTS
@@ -263,7 +264,7 @@ def report_on_the_way(run: Run) -> None:
         return
     run.report_due = 2 * (time.monotonic() - run.started)
     try:
-        _, files = write_report(results_of(run)[0], run.results)
+        _, files = write_report(results_of(run)[0], run.results, read_peers([run.results])[0])
     except OSError:  # told at the end, where it is tried again
         return
     if files:
@@ -314,10 +315,13 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
     if not records:
         return
     try:
-        table, files = write_report(records, run.results)
+        beside, complaints = read_peers([run.results])
+        table, files = write_report(records, run.results, beside)
     except OSError as error:
         terminalreporter.write_line(f"no report: {error.filename}: {error.strerror}", red=True)
         return
+    for complaint in complaints:
+        terminalreporter.write_line(complaint, yellow=True)
     terminalreporter.section("results")
     terminalreporter.write_line(table)
     if files:

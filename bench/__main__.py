@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import nn
+
 from transact.commands.parser import OneLineParser, add_model_options, run_command
 from transact.devices import resolve_device
 from transact.entry import check_vocabulary
@@ -23,7 +25,7 @@ from .efficiency.memory import kv_bytes_per_token, peak_memory_mib, weight_bytes
 from .efficiency.quantise import FORMATS, check_format, packed_weight_bytes, quantised
 from .efficiency.scale import SIZES, SIZES_OF_A_CPU, WAYS, run_scale
 from .efficiency.shapes import SHAPES
-from .efficiency.speed import GRIDS, MODES, PREFIX, REPEATS, decode_rate
+from .efficiency.speed import GRIDS, MODES, PREFIX, REPEATS, decode_rate, speedup_metrics
 from .quality.peers import PEERS, peer_rows
 from .quality.perplexity import WINDOWINGS, evaluation_windows, measure_perplexity
 from .quality.texts import EVALUATION_TEXTS, load_evaluation_texts, windows_of
@@ -255,12 +257,15 @@ def peers_command(options: argparse.Namespace) -> None:
     from .environment import environment
     from .output.tables import markdown_table, write_table
 
-    rows, where = [], environment(resolve_device("cpu"))
+    def timed(model: nn.Module, dense: nn.Module) -> dict[str, float]:
+        return speedup_metrics(decode_rate(model, options.decode, reference=dense)[2])
+
+    rows, where, asked = [], environment(resolve_device("cpu")), {"peers": options.peers, "ratio": options.ratio}
     with results_written(options.results):
-        for case, row in peer_rows(options.model, peers=options.peers, ratio=options.ratio, evaluation=options.text):
+        for case, row in peer_rows(options.model, evaluation=options.text, timed=timed, **asked):
             line = {"case": case, "row": row, "environment": where, "schema": PEERS_SCHEMA}
             append_line(options.results / "peers.jsonl", line)
-            shown = {name: row[name] for name in ("method", "fraction_removed", "parameters", "prune_s")}
+            shown = {name: value for name, value in row.items() if name not in ("perplexity", "losses")}
             rows += [shown | {"text": text, "perplexity": value} for text, value in row["perplexity"].items()]
         frame = pd.DataFrame(rows)
         note = (
@@ -419,6 +424,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--peers", type=some_of("peer", PEERS), default=[*PEERS], help=f"of {', '.join(PEERS)}, with commas (all)"
     )
     peers.add_argument("--text", default="embedded", help=texts)
+    peers.add_argument("--decode", type=number, default=16, help="tokens, in turn with the dense model (16)")
     served = commands.add_parser("served", help="checkpoints in vLLM's server: tokens, throughput, first token")
     served.set_defaults(run=served_command)
     served.add_argument("models", nargs="+", help="smollm2-135m (embedded) or checkpoint directories, asked in turn")

@@ -1,6 +1,7 @@
 """`python -m reports RECORDS... [--out DIR]`: tables, pictures and one page from record files.
 
-A directory stands for its `records*.jsonl`: one run's, or those of its shards.
+A directory stands for its `records*.jsonl`: one run's, or those of its shards. Other packages' `peers.jsonl`
+beside them is shown too.
 """
 
 import argparse
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from bench.records import read_records
 
+from .peers import read_peers
 from .report import write_report, written
 
 MOST_COMPLAINTS = 10
@@ -39,8 +41,9 @@ def report(paths: list[Path], directory: Path) -> int:
         read, complained = read_records(file)
         records += read
         complaints += complained
-    print_complaints(complaints)
-    printed, made = write_report(records, directory)
+    beside, complained = read_peers(dict.fromkeys(file.parent for file in files))
+    print_complaints(complaints + complained)
+    printed, made = write_report(records, directory, beside)
     if not made:
         print(f"reports: error: {printed} in {', '.join(map(str, paths))}", file=sys.stderr)
         return 2

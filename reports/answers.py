@@ -12,6 +12,7 @@ import pandas as pd
 
 from bench.records import Case, Record
 
+from .families import family_of
 from .rises import (
     ON,
     differences,
@@ -152,7 +153,7 @@ def answer(question: Question, chosen: RecordSet) -> Answer | None:
     rows = [row for name, group in zip(names, asked, strict=True) for row in group_rows(question, name, group, dense)]
     records = tuple(record for group in asked for record in group)
     frame = pd.DataFrame(rows).assign(position=range(len(records)))
-    order = ["group", "ratio", "kv_ratio", *question.subject]
+    order = list(dict.fromkeys(["group", "ratio", "kv_ratio", *question.subject]))
     frame = frame.sort_values(order, key=_sortable, kind="stable", ignore_index=True)
     records = tuple(records[position] for position in frame.pop("position"))
     return Answer(question, frame, dense, records)
@@ -249,6 +250,7 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
         row["weight_mib"] = record.metrics["weight_bytes"] / 2**20 if "weight_bytes" in record.metrics else None
         packed = record.metrics.get("packed_weight_bytes", record.metrics.get("weight_bytes"))
         row["packed_weight_mib"] = None if packed is None else packed / 2**20
+        row["family"] = family_of(record)
         row["calibration_tokens"] = record.case.calibration_samples * record.case.calibration_seq_len
         row["times_dense"] = record.metrics["perplexity"] / dense.metrics["perplexity"] if dense else None
         row |= interval_columns(by_text) | {"mean_rise_nats": mean_rise(by_text.values())}

@@ -256,7 +256,44 @@ def training(found: Answer) -> list[str]:
                     f"{of}: “{row['label']}” brings perplexity from {plain(before['perplexity'], 4)} to "
                     f"{plain(row['perplexity'], 4)} ({with_interval(gain) + ' nats' if gain else 'not paired'})."
                 )
-    return sentences[:8]
+    return [*sentences[:8], *memory(found)]
+
+
+FORWARD_ONLY = ("lozo", "lozo-distillation")
+SAME = 1.05  # by how much peaks of the same work differ
+
+
+def memory(found: Answer) -> list[str]:
+    """What each way of training holds at most, and which loses least in the memory of forward passes alone."""
+    if "recovery_peak_mib" not in found.frame:
+        return []
+    sentences = []
+    measured = found.frame[(found.frame["recovery"] != "") & found.frame["recovery_peak_mib"].notna()]
+    for (group, setting), rows in measured.sort_values("recovery_peak_mib").groupby(["group", "setting"], sort=False):
+        of = ", ".join(filter(None, (group, setting)))
+        peaks = listed(f"{row['recovery_peak_mib']:,.0f} by “{row['label']}”" for _, row in rows.iterrows())
+        sentences.append(f"{of}: the most MiB held in training, with all else that lay there, are {peaks}.")
+        forward = rows["recovery_peak_mib"][rows["recovery"].isin(FORWARD_ONLY)].min()
+        within = rows[rows["recovery_peak_mib"] <= SAME * forward].sort_values(["perplexity", "loss_nats"])
+        if len(within):
+            best = within.iloc[0]
+            sentences.append(
+                f"{of}: in the memory of forward passes alone, {forward:,.0f} MiB, “{best['label']}” loses least, with "
+                f"{perplexity_of(best)}; {_behind(found, within)}."
+            )
+    return sentences
+
+
+def _behind(found: Answer, rows: pd.DataFrame) -> str:
+    """By how much the second of the rows is behind the first, and whether that is more than chance."""
+    if len(rows) < 2:
+        return "nothing else fits"
+    best, second = rows.index[:2]
+    gap = difference(found.records[second], found.records[best])
+    if gap is None:
+        return f"“{rows['label'][second]}” cannot be paired with it"
+    verdict = "beyond chance" if gap.is_sure else "inconclusive"
+    return f"its lead over “{rows['label'][second]}”, {with_interval(gap)} nats, is {verdict}"
 
 
 def tasks(frame: pd.DataFrame) -> list[str]:

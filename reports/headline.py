@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from bench.output.files import write_whole
 from bench.output.tables import markdown_table
 from bench.records import Record
@@ -20,10 +22,13 @@ MOST_ROWS, MOST_SENTENCES = 12, 6  # that are read at a glance
 SHOWN = ["method", "ratio", "perplexity", "loss_over_dense", "other_texts_rise_nats", "kl_nats", "decode_tokens_per_s"]
 
 
-def write_summary(records: Sequence[Record], sections: Sequence[Section], directory: Path, note: str) -> Path:
+def write_summary(
+    records: Sequence[Record], sections: Sequence[Section], directory: Path, note: str, won: pd.DataFrame
+) -> Path:
     """Write `summary.md`: the first picture, the methods at the largest fraction that most share, and words.
 
-    `records` are those of the methods, `sections` the page's; of each answered one the first sentence is taken.
+    `records` are those of the methods, `sections` the page's; of each answered one the first sentence is taken. `won`
+    says what loses least at which speed, where that was measured.
     """
     frame = records_frame(fullest(records))
     counts = frame[frame["method"] != "dense"]["ratio"].value_counts()
@@ -38,6 +43,7 @@ def write_summary(records: Sequence[Record], sections: Sequence[Section], direct
         f"# {frame['model'].iloc[0]}: what pruning costs",
         f"![{pictured.title}]({pictured.picture.with_suffix('.png').name})" if pictured else "",
         markdown_table(frame.head(MOST_ROWS), shown),
+        markdown_table(won, list(won)) if len(won) else "",
         "\n".join(f"- {sentence}" for sentence in sentences[:MOST_SENTENCES]),
         f"{note} All questions: report.html.",
     ]

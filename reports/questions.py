@@ -2,18 +2,19 @@
 
 from functools import partial
 
-from bench.records import Record
+from bench.records import Case, Record
 
-from . import findings, plots
+from . import findings, front, plots
 from .answers import Question
 from .rises import ON, text_named
-from .sets import is_timed
+from .sets import ASIDE, CALIBRATION, SHARED, SPEEDUP, is_timed
 
 RECIPE = ("criterion", "granularity", "modules", "allocation", "compensation", "output_bias", "rope", "shots",
           "measurements", "depth")  # fmt: skip
 PAPER = {"granularity": ("dims",), "allocation": ("uniform",), "compensation": ("none",), "rope": ("pairs",),
          "shots": (1,)}  # fmt: skip
 IN_TURN = ("decode_speedup", "decode_speedup_low", "decode_speedup_high")  # with the dense model
+PREFILL_IN_TURN = ("prefill_speedup", "prefill_speedup_low", "prefill_speedup_high")
 TRAINED = ("full", "lora", "distillation", "lora-distillation")
 
 
@@ -70,9 +71,17 @@ def recovery_label(record: Record) -> str:
 
 
 TRAINING = ("recovery", "recovery_tokens", "recovery_sha256", "recovery_ids", "learning_rate", "recovery_frugal")
+# all that makes a model smaller or faster without training it
+SHRINKING = tuple(name for name in Case.__dataclass_fields__ if name not in {*SHARED, *CALIBRATION, *ASIDE, *TRAINING})
+FRONT = Question(
+    "front", SHRINKING, front.plot_front, front.front, along=(), label=front.label,
+    belongs=lambda record: record.metrics.get(SPEEDUP) is not None,
+    columns=("family", "ratio", "kv_ratio", "speedup", *IN_TURN, *PREFILL_IN_TURN, "weight_mib"),
+)  # fmt: skip
 QUESTIONS = (
     Question("preset", RECIPE, plots.plot_lines, findings.alternatives, along=("ratio", "kv_ratio"),
              belongs=is_preset, label=method),
+    FRONT,
     Question("criterion", ("criterion",), plots.plot_lines, findings.alternatives, where=PAPER),
     Question("granularity", ("granularity",), plots.plot_lines, findings.alternatives),
     Question("redundancy", ("mha_dim", "mlp_dim"), plots.plot_heat_map, findings.redundancy, along=(),

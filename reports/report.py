@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,14 +12,15 @@ from bench.output.files import write_whole
 from bench.output.tables import csv_of, markdown_table, write_table
 from bench.records import Record
 
-from . import findings
+from . import findings, peers
 from .answers import Question, answer, file_of, lead_of, table_of, title_of
 from .frames import COLUMNS, pairs_frame, records_frame, tasks_frame
+from .front import front_table
 from .headline import write_benchmark, write_summary
 from .overviews import plot_fidelity, plot_perplexity, plot_tasks, plot_texts
 from .page import Section, page
 from .plots import draw
-from .questions import QUESTIONS
+from .questions import FRONT, QUESTIONS
 from .rises import ON, interval_column
 from .sets import RecordSet, is_reference, newest_by_case, newest_set
 from .texts import fidelity_frame, fullest, is_near, texts_frame, texts_of
@@ -34,8 +36,12 @@ def methods_of(chosen: RecordSet) -> list[Record]:
     return [record for record in alike if is_reference(record) or any(one.matches(record) for one in questions)]
 
 
-def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tuple[str, list[Path]]:
+def write_report(
+    records: Sequence[Record], directory: str | os.PathLike, beside: Sequence[dict] = ()
+) -> tuple[str, list[Path]]:
     """Write tables, pictures and the page of the newest comparable set; returns what to print, and the files.
+
+    `beside` are the lines of other packages (see `peers.read_peers`), which have a section of their own.
 
     Records that cannot be compared with the newest one (other model, text, windows, dtype, device or code) are left
     out and counted on the page. Raises OSError where a file cannot be written; none is left half-written.
@@ -47,10 +53,15 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
     directory.mkdir(parents=True, exist_ok=True)
     note = provenance(chosen)
     overview = _methods(chosen, directory, note)
-    answers = {question.name: _question(question, chosen, directory, note) for question in QUESTIONS}
+    with_peers = replace(chosen, records=(*peers.peer_records(beside, chosen), *chosen.records))
+    answers = {
+        question.name: _question(question, with_peers if question is FRONT else chosen, directory, note)
+        for question in QUESTIONS
+    }
     parts = [*answers.values()]
     parts.insert(2, _capability(chosen, directory, note))
     parts[1:1] = filter(None, (_texts(chosen, directory, note), _fidelity(chosen, directory, note)))
+    parts += filter(None, [_peers(beside, directory)])
     sections = [section for section, _, _ in parts]
     if all(answers[name][0].table is None for name in METHODS):  # else these two show the same
         sections.insert(0, overview[0])
@@ -58,7 +69,9 @@ def write_report(records: Sequence[Record], directory: str | os.PathLike) -> tup
     files = [file for _, files, _ in parts for file in files]
     files.append(write_all_cells(chosen, directory / "cells.csv"))
     if methods := methods_of(chosen):
-        files.append(write_summary(methods, sections, directory, note))
+        found = answer(FRONT, with_peers)
+        won = front_table(found) if found else pd.DataFrame()
+        files.append(write_summary(methods, sections, directory, note, won))
         files.append(write_benchmark(methods, directory))
     files.append(write_whole(directory / "report.html", page(chosen, sections, note)))
     return "\n\n".join(text for _, _, text in parts if text), files
@@ -185,6 +198,18 @@ def _question(question: Question, chosen: RecordSet, directory: Path, note: str)
         commands=[record.command for record in found.records],
     )
     return section, files, f"{question.title}\n  " + "\n  ".join(sentences)
+
+
+def _peers(lines: Sequence[dict], directory: Path) -> tuple[Section, list[Path], str] | None:
+    """Other packages as they ship; None where none was measured."""
+    if not lines:
+        return None
+    title, lead, table = "How do other packages do, as they ship?", peers.about(lines), peers.peers_frame(lines)
+    table = table.dropna(axis="columns", how="all")
+    files = write_table(directory / "packages", title, f"{lead} {NOISE}", table, list(table))
+    sentences = peers.findings(lines)
+    section = Section("packages", title, lead, sentences=sentences, table=table)
+    return section, files, f"{title}\n  " + "\n  ".join(sentences)
 
 
 def write_all_cells(chosen: RecordSet, path: Path) -> Path:

@@ -90,6 +90,18 @@ def other_rises(records: Sequence[Record], dense: Record | None) -> list[float]:
     return found
 
 
+def other_losses(record: Record, dense: Record | None) -> list[float] | None:
+    """The record's losses on all windows of the dense model's texts beside the first; None where any is missing.
+
+    They are weighted so that their mean is the mean over texts, however many windows each has.
+    """
+    found = [losses_on(record, text) for text in (dense.texts[1:] if dense else ())]
+    if not found or None in found:
+        return None
+    windows = sum(map(len, found))
+    return [loss * windows / (len(found) * len(losses)) for losses in found for loss in losses]
+
+
 def interval_of(name: str, found: Difference | None) -> dict:
     mean, low, high = (found.mean, found.low, found.high) if found else (np.nan, np.nan, np.nan)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}

@@ -12,6 +12,7 @@ SHARED = ("model", *COMPARED, "code")
 CALIBRATION = ("calibration_text", "calibration_sha256", "calibration_ids", "calibration_samples",
                "calibration_seq_len", "seed")  # fmt: skip
 SPEED, SPEEDUP = "decode_tokens_per_s", "decode_speedup"
+TIMES = "decode_", "prefill_"  # how metrics begin that depend on the machine
 # measured on the side: they change no other figure
 ASIDE = ("tasks", "task_limit", "decode_tokens", "other_texts", "other_sha256", "other_windows", "compared_windows")
 QUALITY = attrgetter(*(name for name in Case.__dataclass_fields__ if name not in ASIDE))
@@ -107,7 +108,7 @@ def _timed_alike(records: Sequence[Record]) -> tuple[list[Record], Counter]:
     for record in records:
         if is_timed(record) and record.environment["device"] != machine:
             others[f"speed, measured on {record.environment['device']}"] += 1
-            metrics, errors = ({name: value for name, value in one.items() if not name.startswith("decode_")}
+            metrics, errors = ({name: value for name, value in one.items() if not name.startswith(TIMES)}
                                for one in (record.metrics, record.standard_errors))  # fmt: skip
             record = replace(record, metrics=metrics, standard_errors=errors)
         kept.append(record)

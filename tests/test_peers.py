@@ -88,7 +88,8 @@ def test_a_peer_that_is_none_is_one_line(capsys):
 def test_rows_and_records(installed, tiny_directory, tiny_text, tmp_path, monkeypatch, capsys):
     small = {"samples": 4, "length": 32, "calibration": str(tiny_text), "count": 3}
     monkeypatch.setattr("bench.__main__.peer_rows", lambda base, **given: peer_rows(base, **given | small))
-    command = ["peers", str(tiny_directory), "--peers", "halver", "--text", str(tiny_text), "--results", str(tmp_path)]
+    command = ["peers", str(tiny_directory), "--peers", "halver", "--text", str(tiny_text), "--decode", "2"]
+    command += ["--results", str(tmp_path)]
     assert main(command) == 0
     lines = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
     dense, ours, theirs = (line["row"] for line in lines)
@@ -103,6 +104,10 @@ def test_rows_and_records(installed, tiny_directory, tiny_text, tmp_path, monkey
     for row in (dense, ours, theirs):
         assert len(row["losses"]["words.txt"]) == 3
         assert row["perplexity"]["words.txt"] > 1
+    assert "decode_speedup" not in dense
+    for row in (ours, theirs):
+        assert row["decode_speedup"] > 0
+        assert row["prefill_speedup"] > 0
     assert lines[0]["schema"] == 1
     assert {"device", "torch", "transformers"} <= lines[0]["environment"].keys()
     assert "halver 1.0" in capsys.readouterr().out

@@ -575,3 +575,38 @@ def test_budgets_are_compared_at_the_same_speed(records):
     assert (
         "“latency” asked for 1.3 times the speed decodes at 1.21 times the dense model's, 1.19 to 1.23" in sentences[-1]
     )
+
+
+def trained(way, peak, rise=0.0, frugal=False):
+    """The record of a way of training that held so much, its losses higher by `rise` than those of another."""
+    case = replace(BASE, recovery=way, recovery_tokens=9, recovery_sha256="f" * 64, recovery_frugal=frugal)
+    base = Maker().record(replace(BASE, recovery="full"))
+    losses = tuple(loss + rise + 0.001 * (place % 3) for place, loss in enumerate(base.losses))
+    metrics = {"recovery_peak_mib": peak, "loss_nats": sum(losses) / 48, "perplexity": math.exp(sum(losses) / 48)}
+    return replace(base, case=case, losses=losses, metrics=base.metrics | (metrics if peak else {}))
+
+
+def said_of_training(*records):
+    return findings.memory(answer(BY_NAME["recovery"], newest_set([Maker().record(DENSE), *records])))
+
+
+def test_memory_of_each_way_of_training_and_the_best_in_that_of_forward_passes():
+    peaks, within = said_of_training(
+        trained("distillation", 1500.0), trained("lozo", 820.0, 0.3), trained("lora", 900.0, 0.1, frugal=True),
+        trained("lozo", 800.0, 0.5, frugal=True),
+    )  # fmt: skip
+    assert "MiB held in training, with all else that lay there, are 800 by “lozo, 9 tokens, one window" in peaks
+    assert peaks.endswith("900 by “lora, 9 tokens, one window at once” and 1,500 by “distillation, 9 tokens”.")
+    assert "in the memory of forward passes alone, 800 MiB, “lozo, 9 tokens” loses least, with perplexity" in within
+    assert "its lead over “lozo, 9 tokens, one window at once”, +0.200 [" in within
+    assert within.endswith("nats, is beyond chance.")
+
+
+def test_another_way_may_be_best_in_that_memory_or_nothing_else_fit_or_nothing_be_known():
+    lora, lozo = trained("lora", 790.0, 0.1), trained("lozo", 800.0, 0.3)
+    assert "“lora, 9 tokens” loses least" in said_of_training(lora, lozo)[1]
+    assert said_of_training(trained("lora", 900.0, 0.1), lozo)[1].endswith("; nothing else fits.")
+    assert len(said_of_training(lora, trained("full", 1500.0))) == 1  # nothing trained by forward passes alone
+    assert said_of_training(trained("lora", None), trained("full", None)) == []
+    same = trained("lozo-distillation", 800.0, 0.3)
+    assert said_of_training(lozo, same)[1].endswith("is inconclusive.")

@@ -309,8 +309,10 @@ def test_verdicts_stand_in_the_table(tmp_path):
 
 
 def test_a_decoding_rate_beside_the_dense_model_s(monkeypatch):
-    seconds = {"llama": 2.0, "transact_llama": 1.0}
-    monkeypatch.setattr(speed, "generate_timed", lambda model, *rest: (1.0, seconds[model.config.model_type]))
-    rate, error, speedup = speed.decode_rate(narrow_model(), 10, reference=tiny_llama())
-    assert (rate, error, speedup.median, speedup.verdict) == (10, 0, 2, "faster")
-    assert speed.decode_rate(narrow_model(), 10) == (10, 0, None)
+    seconds = {"llama": (1.5, 2.0), "transact_llama": (2.0, 1.0)}
+    monkeypatch.setattr(speed, "generate_timed", lambda model, *rest: seconds[model.config.model_type])
+    rate, error, ratios = speed.decode_rate(narrow_model(), 10, reference=tiny_llama())
+    assert (rate, error) == (10, 0)
+    assert (ratios["decode"].median, ratios["decode"].verdict) == (2, "faster")
+    assert (ratios["prefill"].median, ratios["prefill"].verdict) == (0.75, "slower")
+    assert speed.decode_rate(narrow_model(), 10) == (10, 0, {})

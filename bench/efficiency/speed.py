@@ -221,23 +221,24 @@ def speedup_metrics(ratios: Mapping[str, Ratio]) -> dict[str, float]:
 
 def decode_rate(
     model: nn.Module, tokens: int, *, prefix: int = PREFIX, repeats: int = REPEATS, reference: nn.Module | None = None
-) -> tuple[float, float, Ratio | None]:
+) -> tuple[float, float, dict[str, Ratio]]:
     """Decoded tokens per second, the median of `repeats` after one that warms up, and its standard error.
 
     One sequence with a growing cache, `tokens` after `prefix`. The standard error of a median is 1.25 times that of a
-    mean where samples scatter normally. With a `reference` both decode in turn; how many times as fast the model does,
-    comes third.
+    mean where samples scatter normally. With a `reference` both run in turn; how many times as fast the model is,
+    in "prefill" of the prefix and in "decode", comes third.
     """
 
-    def rate_of(one: nn.Module) -> Callable[[], float]:
+    def run_of(one: nn.Module) -> Callable[[], tuple[float, float]]:
         ids = torch.zeros((1, prefix), dtype=torch.int64, device=one.device)
         step = decode_step(one, "eager")
-        return lambda: tokens / generate_timed(one, ids, tokens, step, DynamicCache(config=one.config))[1]
+        return lambda: generate_timed(one, ids, tokens, step, DynamicCache(config=one.config))
 
     models = [model] if reference is None else [model, reference]
-    rates, *beside = [column[1:] for column in in_turn([rate_of(one) for one in models], repeats + 1)]
+    samples, *beside = [column[1:] for column in in_turn([run_of(one) for one in models], repeats + 1)]
+    rates = [tokens / decode_s for _, decode_s in samples]
     error = 1.25 * statistics.stdev(rates) / repeats**0.5
-    return statistics.median(rates), error, ratio_of(rates, *beside) if beside else None
+    return statistics.median(rates), error, speedups(*beside, samples) if beside else {}
 
 
 def config_of(name: str) -> PretrainedConfig:

@@ -15,6 +15,7 @@ TABLE_FORMATS = {
     "chance": "{:.2f}", "latency_s": "{:.3f}", "prefill_s": "{:.3f}", "decode_s": "{:.3f}",
     "decode_tokens_per_s": "{:,.1f}", "prefill_roofline_fraction": "{:.2f}", "decode_roofline_fraction": "{:.2f}",
     "decode_speedup": "{:.2f}", "decode_speedup_low": "{:.2f}", "decode_speedup_high": "{:.2f}",
+    "prefill_speedup": "{:.2f}", "prefill_speedup_low": "{:.2f}", "prefill_speedup_high": "{:.2f}",
     "decode_tokens_per_s_standard_error": "{:,.1f}", "warm_up_s": "{:.1f}", "kv_bytes_per_token": "{:,.0f}",
     "tokens_per_s": "{:.1f}", "mib": "{:.0f}", "same_tokens": "{:.3f}", "bits_per_byte": "{:.3f}",
     "parameters": "{:,.0f}", "weight_mib": "{:.1f}", "packed_weight_mib": "{:.1f}", "prune_s": "{:.2f}",

@@ -6,7 +6,7 @@ its model lose the same share of the decoder layers' linear parameters; what it 
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -103,11 +103,13 @@ def peer_rows(
     calibration: str = "embedded",
     evaluation: str = "embedded",
     count: int | None = 20,
+    timed: Callable[[nn.Module, nn.Module], Mapping[str, float]] = lambda model, dense: {},
 ) -> Iterator[tuple[dict, dict]]:
     """Case and row of the dense model, of ours and of each peer, in float32 on the CPU.
 
     A row is `method` (a package with its version, or a preset of ours), `fraction_removed`, `parameters`, `prune_s`
-    and, of every text that `evaluation` names, the perplexity of its first `count` windows and their `losses`. Raises
+    and, of every text that `evaluation` names, the perplexity of its first `count` windows and their `losses`, and what
+    `timed` gives for a pruned model and the dense one. Raises
     ValueError, before anything is pruned, for what is not installed or asked for wrongly.
     """
     check_peers(peers)
@@ -137,5 +139,6 @@ def peer_rows(
         row = {"method": method, "fraction_removed": 1 - linear_parameters(model) / whole,
                "parameters": sum(parameter.numel() for parameter in model.parameters()), "prune_s": round(seconds, 1),
                "perplexity": {name: result.perplexity for name, result in results.items()},
-               "losses": {name: result.losses for name, result in results.items()}}  # fmt: skip
+               "losses": {name: result.losses for name, result in results.items()},
+               **({} if model is dense else timed(model, dense))}  # fmt: skip
         yield case, row

@@ -458,10 +458,9 @@ class Workbench:
         if case.decode_tokens:
             model = self._as_timed(model, case)
             reference = None if case.criterion == "dense" and not case.quantisation else self.dense
-            rate, error, speedup = decode_rate(model, case.decode_tokens, reference=reference)
+            rate, error, ratios = decode_rate(model, case.decode_tokens, reference=reference)
             metrics["decode_tokens_per_s"], figures["standard_errors"]["decode_tokens_per_s"] = rate, error
-            if speedup is not None:
-                metrics |= speedup_metrics({"decode": speedup})
+            metrics |= speedup_metrics(ratios)
         return Record(
             case=case,
             method=method_of(case),
