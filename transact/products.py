@@ -31,15 +31,16 @@ def mirror(sums: torch.Tensor) -> None:
 @contextmanager
 def _tensor_cores_for(rows: torch.Tensor) -> Iterator[None]:
     """TF32 meanwhile for rows of 16 bits on CUDA: it holds all of them, so products are exact, and sums are float32."""
-    before = torch.get_float32_matmul_precision()
-    is_exact = rows.is_cuda and rows.element_size() == 2
-    if is_exact:
-        torch.set_float32_matmul_precision("high")
+    if not rows.is_cuda or rows.element_size() != 2:
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision  # can be read whichever of torch's two settings the caller has used
+    matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        if is_exact:
-            torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True)
