@@ -1,5 +1,9 @@
 """Sums of products of activations with themselves: half of them, by symmetry, in the fastest arithmetic that is exact.
 
+Rows of 16 bits lose nothing in TF32, which CUDA multiplies them in. Rows of float32 stay as they are: rounded to
+bfloat16, sums being float32, the second moments of stories260K are off by 4e-4 (9e-4 at most), `best` at 30 % chooses 7
+of 20 widths otherwise, and the loss is .02 nats higher (64 windows of 128 tokens; at 10 % nothing changes).
+
 Legend: T tokens, n width of the activation.
 """
 
