@@ -45,6 +45,17 @@ def default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def tensor_cores():
+    """TF32 on CUDA by the newer of torch's two settings, after which the older one cannot be read."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 STATES = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -105,6 +116,15 @@ def test_what_is_set_around_prune_changes_nothing(preset, state):
     assert_equal(weights(pruned.model), weights(expected.model))
     assert not any(parameter.is_inference() for parameter in pruned.model.parameters())
     assert all(parameter.requires_grad for parameter in pruned.model.parameters())
+
+
+def test_a_precision_set_in_the_newer_of_torchs_ways_is_no_hindrance():
+    dense = tiny_llama()
+    expected = transact.prune(dense, WINDOWS, ratio=0.3)
+    with tensor_cores():
+        pruned = transact.prune(dense, WINDOWS, ratio=0.3)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert_equal(weights(pruned.model), weights(expected.model))
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import transact
 from tests.tiny import random_plan, tiny_llama
+from transact import obs
 from transact.calibration import iterate_statistics
 from transact.compensate import compensate_on_pruned_inputs
 from transact.least_squares import RIDGES, NormalEquations, fit_projection
@@ -89,6 +91,58 @@ def test_what_is_removed_takes_no_more_part_in_the_greedy_search():
     moments, readers = activation.T @ activation / 400, rows(64, 192).double()
     found = operations(lambda: greedy_losses(readers, moments, tokens=400))
     assert found < 0.65 * 2 * 192 * 192 * (192 + 64)
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += 1
+        return function(*arguments, **options or {})
+
+
+def heads(count: int, width: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    """Readers and second moments of several heads, of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    activation = torch.randn(count, 300, width, generator=generator, dtype=torch.float64)
+    activation = activation * 10.0 ** torch.arange(count).view(-1, 1, 1)
+    readers = torch.randn(count, 40, width, generator=generator, dtype=torch.float64)
+    return readers, activation.mT @ activation
+
+
+@pytest.mark.parametrize("tokens", [300, 10**6], ids=["float32", "float64"])
+def test_heads_are_searched_together_as_each_alone(tokens):
+    readers, moments = heads(5)
+    found = greedy_losses(readers, moments, tokens)
+    wanted = torch.stack([greedy_losses(*pair, tokens) for pair in zip(readers, moments, strict=True)])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0.0)
+    assert torch.equal(found.argsort(), wanted.argsort())
+
+
+def test_a_head_that_float32_does_not_factor_is_searched_again(monkeypatch):
+    readers, moments = heads(3)
+    wanted, plain, marked = greedy_losses(readers, moments, 300), obs._removed_greedily, readers[1, 0, 0].clone()
+
+    def unsound(readers, inverse, dtype, **options):
+        losses, is_sound = plain(readers, inverse, dtype, **options)
+        fails = (readers[0, 0] == marked) & (dtype == torch.float32)
+        return torch.where(fails, torch.nan, losses), is_sound & ~fails
+
+    monkeypatch.setattr(obs, "_removed_greedily", unsound)
+    found = greedy_losses(readers, moments, 300)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=0.0)
+    assert torch.equal(found[::2], wanted[::2])
+
+
+def test_heads_cost_no_more_operations_than_one():
+    few, many = heads(2), heads(6)
+    with Calls() as of_few:
+        greedy_losses(*few, tokens=300)
+    with Calls() as of_many:
+        greedy_losses(*many, tokens=300)
+    assert of_few.count == of_many.count
 
 
 def test_greedy_losses_by_a_float32_inverse_are_those_by_float64(monkeypatch):

@@ -90,6 +90,24 @@ def test_measuring_changes_widths_and_leaves_the_model_as_it_was():
     assert not any(module._forward_hooks for module in dense.modules())
 
 
+@pytest.mark.parametrize("variant", ["gqa", "tied"])
+def test_models_that_are_measured_hold_no_embeddings_of_their_own(variant, monkeypatch):
+    dense, shared = tiny_llama(variant), []
+    windows = torch.randint(1, 97, (16, 24), generator=torch.Generator().manual_seed(0))
+
+    def watched(narrowed, *arguments, **options):
+        names = ("model.embed_tokens.weight", "lm_head.weight")
+        shared.extend(narrowed.get_parameter(name).data_ptr() == dense.get_parameter(name).data_ptr() for name in names)
+        assert not any(parameter.requires_grad for parameter in narrowed.parameters())
+        return error_slopes(narrowed, *arguments, **options)
+
+    monkeypatch.setattr("transact.measured.error_slopes", watched)
+    pruned = transact.prune(dense, windows, ratio=0.3).model
+    assert shared == [True] * 6
+    assert pruned.lm_head.weight.data_ptr() != dense.lm_head.weight.data_ptr()
+    assert all(parameter.grad is None for parameter in dense.parameters())
+
+
 def test_rounds_below_none_are_refused():
     with pytest.raises(ValueError, match="measurements must be at least 0, got -1"):
         replace(PRESETS["best"], measurements=-1).check()

@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +15,7 @@ import transact
 from transact import pipeline, room
 from transact.products import Half, add_products, mirror
 from transact.recovery import trainer
+from transact.sparsity import zero_fraction
 from transact.walk import LayerWalk, on_device
 
 HIDDEN, MLP, SIDE = 32, 320, 32
@@ -86,6 +89,24 @@ def test_moments_that_are_not_let_go_of_are_seen(monkeypatch):
 
 
 @few_tokens
+@pytest.mark.parametrize("block_by_block", [None, torch.device("cpu")])
+def test_moments_of_a_layer_are_gone_before_the_next_layers_are_summed(block_by_block, monkeypatch):
+    model, plain, seen, held = model_of(3), transact.CRITERIA["predicted-loss"].score, [], []
+
+    def watched(self, layer, index, statistics):
+        seen.append(weakref.ref(statistics.mlp_moments[0].products))
+        return plain(layer, index, statistics)
+
+    monkeypatch.setattr(type(transact.CRITERIA["predicted-loss"]), "score", watched)
+    for layer in model.model.layers[1:]:
+        layer.register_forward_pre_hook(lambda module, inputs: held.extend(one() is not None for one in seen))
+    transact.prune(model, WINDOWS, ratio=0.3, device=block_by_block)
+    assert len(seen) == 3
+    assert held
+    assert not any(held)
+
+
+@few_tokens
 def test_refitting_on_dense_inputs_keeps_halves():
     recipe = transact.Recipe("obs", compensation="dense")
     found = growth(lambda model: transact.prune(model, WINDOWS, recipe=recipe, ratio=0.3))
@@ -103,6 +124,21 @@ def test_half_of_a_symmetric_matrix_is_all_of_it():
     whole = half.to(torch.zeros(1, dtype=torch.float64))
     assert whole.dtype == torch.float64
     assert torch.equal(whole.float(), sums)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chosen", ["ieee", "tf32"])
+def test_sums_of_16_bits_on_a_gpu_are_exact_and_leave_the_callers_precision(chosen):
+    rows = torch.randn(64, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sums, matmul = torch.zeros(40, 40, device="cuda"), torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, chosen
+    try:
+        add_products(sums, rows.cuda())
+        assert matmul.fp32_precision == chosen
+    finally:
+        matmul.fp32_precision = before
+    mirror(sums)
+    torch.testing.assert_close(sums.cpu(), rows.float().T @ rows.float(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -163,10 +199,92 @@ def test_memory_that_will_not_do_is_known_before_the_work(monkeypatch):
     block_by_block = room.least_needed(model, recipe, 384, 0.7, torch.device("meta"))
     assert block_by_block[torch.device("meta")] == 8 * squares
     assert block_by_block[torch.device("cpu")] == pytest.approx(weights + 2 * 4 * 384 * HIDDEN)
+    elsewhere = room.least_needed(model, recipe, 384, 0.7, None, torch.device("meta"))
+    assert elsewhere[torch.device("meta")] == pytest.approx(weights)
+    assert elsewhere.total() == needed.total()
     monkeypatch.setattr(room, "free_memory", lambda device: needed.total() - 1)
     monkeypatch.setattr(pipeline, "loss_gradients", lambda *arguments, **options: pytest.fail("work has begun"))
     with pytest.raises(ValueError, match=r"pruning holds at least 0\.0 GiB on cpu beside the model, 0\.0 GiB are free"):
         transact.prune(model, WINDOWS, ratio=0.3)
+
+
+def on_the_host(model, monkeypatch, **options):
+    """Pruned as where a device does not hold both models."""
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "pruned_home", lambda *arguments: torch.device("cpu"))
+        return transact.prune(model, WINDOWS, ratio=0.3, **options)
+
+
+@few_tokens
+@pytest.mark.parametrize(
+    "recipe", ["best", "flap", "transact", transact.Recipe("obs", compensation="dense")], ids=str
+)  # fmt: skip
+def test_a_pruned_model_that_waits_in_host_memory_is_the_same(recipe, device, monkeypatch):
+    dense = model_of(2).to(device)
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    expected = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3)
+    pruned = on_the_host(dense, monkeypatch, recipe=recipe)
+    assert pruned.plan.widths == expected.plan.widths
+    assert pruned.ridges == expected.ridges
+    tensors = dict(pruned.model.named_parameters()) | dict(pruned.model.named_buffers())
+    assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
+    for name, tensor in expected.model.state_dict().items():
+        torch.testing.assert_close(pruned.model.state_dict()[name], tensor.cpu(), rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+    assert {parameter.device.type for parameter in dense.parameters()} == {device.type}
+
+
+@few_tokens
+def test_two_to_four_zeros_of_a_model_that_waits_in_host_memory(device, monkeypatch):
+    recipe = transact.Recipe(criterion="activation", sparsity="wanda-2:4")
+    widths = [transact.Widths(2, 16, 8, 64)] * 2
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "pruned_home", lambda *arguments: torch.device("cpu"))
+        pruned = transact.prune(model_of(2).to(device), WINDOWS, recipe=recipe, widths=widths)
+    assert zero_fraction(pruned.model) == pytest.approx(0.5, abs=1e-3)
+
+
+@few_tokens
+@pytest.mark.gpu
+def test_of_a_model_that_waits_in_host_memory_a_device_holds_one_layer(monkeypatch):
+    peaks = []
+    for layers in (2, 6):
+        model = model_of(layers).to("cuda")
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        on_the_host(model, monkeypatch)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert (peaks[1] - peaks[0]) / 4 < 0.25 * bytes_of_a_layer(model)  # scores and bases of values
+
+
+@pytest.mark.gpu
+def test_a_device_that_does_not_hold_both_models_leaves_the_pruned_one_on_the_host(monkeypatch):
+    model, recipe = model_of(2).to("cuda"), transact.PRESETS["best"]
+    assert room.pruned_home(model, recipe, WINDOWS, 0.7) is None
+    assert room.pruned_home(model_of(2), recipe, WINDOWS, 0.7) is None
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr(room, "free_memory", lambda device: weights if device.type == "cuda" else 2**40)
+    with pytest.warns(UserWarning, match="cuda:0 does not hold the dense and the pruned model at once"):
+        assert room.pruned_home(model, recipe, WINDOWS, 0.7) == torch.device("cpu")
+
+
+def test_what_must_be_trained_or_timed_stays_with_the_dense_model(monkeypatch):
+    monkeypatch.setattr(pipeline, "pruned_home", lambda *arguments: pytest.fail("it would lie elsewhere"))
+    recipe = transact.PRESETS["flap"]
+    transact.prune(model_of(2), WINDOWS, recipe=recipe, ratio=0.3, train=lambda model, shot: model)
+    transact.prune(model_of(2), WINDOWS, recipe=replace(recipe, shots=2), ratio=0.3)
+    transact.prune(model_of(2), WINDOWS, recipe=recipe, ratio=0.3, device=torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_weights_come_to_a_device_from_pinned_memory(monkeypatch):
+    layer, pinned, plain = model_of(1).model.layers[0], [], torch.Tensor.pin_memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.nbytes) or plain(tensor))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with on_device(layer, torch.device("cuda")):
+        assert sum(pinned) == sum(tensor.nbytes for tensor in before.values())
+        assert all(torch.equal(tensor.cpu(), before[name]) for name, tensor in layer.state_dict().items())
+    assert not any(tensor.is_pinned() for tensor in layer.parameters())
 
 
 def test_room_is_asked_for_on_each_device_with_a_way_out(monkeypatch):

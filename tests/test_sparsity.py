@@ -72,6 +72,17 @@ def test_every_four_of_a_saved_model_hold_two_zeros(sparsity, layerwise, tiny_di
     assert "0.0% of the decoder layers' linear parameters" in said
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparsity", KINDS)
+def test_zeros_that_a_gpu_makes_block_by_block_stay(sparsity):
+    model, expected = (tiny_llama("gqa") for _ in range(2))
+    make_sparse(expected, sparsity, WINDOWS)
+    make_sparse(model, sparsity, WINDOWS, device=torch.device("cuda"))
+    assert zero_fraction(model) == 0.5
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+
+
 def test_magnitude_keeps_the_largest_weights_and_needs_no_text():
     dense = tiny_llama("gqa")
     recipe = Recipe(criterion="magnitude", sparsity="magnitude-2:4")

@@ -197,7 +197,6 @@ def held_out_split(
     return windows[~is_held_out], windows[is_held_out]
 
 
-@torch.no_grad()
 def iterate_statistics(
     model: nn.Module,
     windows: torch.Tensor,
@@ -235,6 +234,7 @@ def iterate_statistics(
         collector.moments.clear()
 
 
+@torch.no_grad()
 def _collect_at_once(
     model: nn.Module, batches: Sequence[tuple[int, torch.Tensor]], collectors: list[_Collector], bar: dict
 ) -> list[_Collector]:
@@ -246,6 +246,8 @@ def _collect_at_once(
     return collectors
 
 
+# not of `iterate_statistics`, around which it would hold what was yielded last, second moments, until the next is there
+@torch.no_grad()
 def _collect_by_layer(
     walk: LayerWalk, collectors: list[_Collector], held_out: list[int], bar: dict
 ) -> Iterator[_Collector]:

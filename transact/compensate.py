@@ -13,7 +13,7 @@ from torch import nn
 from .calibration import LayerStatistics, held_out_split
 from .least_squares import Fit, NormalEquations, fit_projection
 from .plan import LayerPlan, Plan
-from .walk import LayerWalk, is_small, on_device
+from .walk import LayerWalk, is_small, on_device, sent
 
 
 def token_scale(residual: torch.Tensor) -> torch.Tensor:
@@ -96,8 +96,9 @@ def compensate_on_dense_inputs(
             ("down_proj", layer.mlp.down_proj, before.mlp.down_proj, stats.mlp_moments, kept.mlp_dims),
         ):
             parts = (NormalEquations.of_kept(part, into.to(device), old.weight) for part in moments if part.tokens)
-            fit = fit_projection(linear.weight, *parts, bias=bias, ridge=ridge)
-            _install(linear, fit)
+            with on_device(linear, device, changes=True):
+                fit = fit_projection(linear.weight, *parts, bias=bias, ridge=ridge)
+                _install(linear, fit)
             outcome[name] = fit.ridge
         ridges.append(outcome)
     return ridges
@@ -120,7 +121,7 @@ def compensate_by_bias(
         ):
             mean = (total / stats.tokens).to(old.weight.device)
             kept_mean = mean[into.to(mean.device)] if into.ndim == 1 else into.to(mean).T @ mean
-            lost = old.weight.double() @ mean - linear.weight.double() @ kept_mean
+            lost = old.weight.double() @ mean - linear.weight.to(mean) @ kept_mean
             linear.bias += lost.to(linear.bias)
 
 
@@ -176,7 +177,7 @@ class _Half:
 
     def stream(self, batch: int) -> torch.Tensor:
         """A batch's residual stream, where the block lies."""
-        return self.walk.hidden[batch].to(self.norm.weight.device)
+        return sent(self.walk.hidden[batch], self.norm.weight.device)
 
     def normalised(self, batch: int) -> torch.Tensor:
         return self.norm(self.stream(batch))

@@ -19,7 +19,7 @@ from .compensate import compensate_on_dense_inputs
 from .plan import select
 from .prune import apply_plan
 from .scores import LayerScores
-from .walk import LayerWalk
+from .walk import LayerWalk, on_device
 from .widths import Widths
 
 TOKENS, TOKENS_PER_BATCH = 2048, 1024
@@ -37,6 +37,7 @@ def measured_scores(
     widths_by: Callable[[Sequence[LayerScores]], tuple[Widths, ...]],
     *,
     rounds: int,
+    home: torch.device | None = None,
     progress: bool = False,
 ) -> list[LayerScores]:
     """Cumulative scores by which `widths_by` finds widths, once the pruned model's own sensitivity has corrected them.
@@ -45,7 +46,8 @@ def measured_scores(
     otherwise. In each round the model is pruned to the widths found so far and refitted in closed form, and on windows
     held out of that refit one backward pass of its KL divergence to `model` gives for every module d KL / d (its share
     of its own error). For a quadratic loss of independent errors that is twice the module's loss; the quotient of half
-    of it and the predicted loss becomes the factor of the module's scores.
+    of it and the predicted loss becomes the factor of the module's scores. The pruned models lie with `model`, or at
+    `home`, from where one block at a time comes to it.
     """
     held_out = held_out_split(windows)[1]
     held_out = (held_out if len(held_out) else windows)[: max(1, TOKENS // windows.shape[1])]
@@ -56,10 +58,16 @@ def measured_scores(
         current = _scaled(scores, factors)
         widths = widths_by(current)
         plan = select(current, widths)
-        narrowed = apply_plan(model, plan).requires_grad_(False)
+        narrowed = apply_plan(model, plan, home=home).requires_grad_(False)
+        if home is None:
+            for mine, its in (
+                (narrowed.model.embed_tokens, model.model.embed_tokens),
+                (narrowed.lm_head, model.lm_head),
+            ):
+                mine.weight.data = its.weight.data  # nothing narrows or refits them, and this model does not last
         with warnings.catch_warnings(action="ignore"):  # of few tokens: the refit that comes after says it once
             compensate_on_dense_inputs(narrowed, model, plan, fitted, ridge=RIDGE)
-        measured = error_slopes(narrowed, model, held_out, final).clamp(min=0) / 2
+        measured = error_slopes(narrowed, model, held_out, final, device=home and model.device).clamp(min=0) / 2
         del narrowed  # before the next is made
         factors = _next_factors(factors, measured, _predicted(scores, widths))
     return _scaled(scores, factors**TRUST)
@@ -113,28 +121,36 @@ def final_states(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 
 
 def error_slopes(
-    narrowed: nn.Module, dense: nn.Module, windows: torch.Tensor, final: torch.Tensor | None = None
+    narrowed: nn.Module,
+    dense: nn.Module,
+    windows: torch.Tensor,
+    final: torch.Tensor | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """d KL(dense || narrowed) / d share, nats a token, of each module's own error: (L, 3), float64.
 
     The errors are what pruning pairs, values and MLP dimensions adds to a module's output for the narrowed model's
     own inputs; a share of 1 is the narrowed model. Columns: query-key pairs, values, MLPs. `final` are the dense
-    model's `final_states` of the windows, where they are at hand.
+    model's `final_states` of the windows, where they are at hand. A narrowed model that lies elsewhere than the dense
+    one is computed block by block on that one's `device`.
     """
     final = final_states(dense, windows) if final is None else final
     batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
-    walk = LayerWalk(narrowed, batches)
+    walk = LayerWalk(narrowed, batches, device=device)
     inputs, above = walk.inputs(disable=True), []
-    for entering, wanted in zip(walk.hidden, final.split([len(batch) for batch in batches]), strict=True):
-        above.append(_gradient_of_the_heads(narrowed, dense, entering, wanted))
+    with on_device(narrowed.lm_head, device), on_device(narrowed.model.norm, device):
+        for entering, wanted in zip(walk.hidden, final.split([len(batch) for batch in batches]), strict=True):
+            above.append(_gradient_of_the_heads(narrowed, dense, entering, wanted))
     slopes = torch.zeros(len(inputs), 3, dtype=torch.float64)
     for index, (layer, before) in reversed([*enumerate(zip(narrowed.model.layers, dense.model.layers, strict=True))]):
         walk.hidden = inputs.pop()
-        for batch in range(len(batches)):
-            with _seen(layer) as seen:
-                walk.back(index, layer, above, batch)
-            with torch.no_grad():
-                slopes[index] += _slopes_of_layer(layer, before, seen)
+        with on_device(layer, device):
+            for batch in range(len(batches)):
+                with _seen(layer) as seen:
+                    walk.back(index, layer, above, batch)
+                with torch.no_grad():
+                    slopes[index] += _slopes_of_layer(layer, before, seen)
     return slopes / windows.numel()
 
 

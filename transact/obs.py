@@ -3,7 +3,9 @@
 Legend: D hidden size, G query heads a key-value head, K key-value heads, V value dimensions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -60,8 +62,7 @@ class ObsPruning:
         if self.value_basis:
             basis, losses = cheapest_basis(readers, value_moments(statistics))
         else:
-            moments = value_moments(statistics)
-            losses = torch.stack([greedy_losses(*pair, tokens) for pair in zip(readers, moments, strict=True)])
+            losses = greedy_losses(readers, value_moments(statistics), tokens)
         return LayerScores(
             rope_pairs=accumulate(pairs) if self.weighted else pairs,
             value_dims=losses,
@@ -85,30 +86,35 @@ def greedy_losses(readers: torch.Tensor, moments: torch.Tensor, tokens: int, *, 
     """Cumulative loss of each dimension in the order of greedy removal, (n,) float64.
 
     `readers` (m, n) map the activation, of second moments `moments` (n, n) over `tokens`, to outputs whose squared norm
-    is the loss.
+    is the loss. Of several activations, (K, m, n) and (K, n, n), the losses are (K, n).
     In each of about `steps` rounds the dimensions with the smallest saliency |readers_i|^2 / [C^-1]_ii go, and
     readers and C^-1 are down-dated by that block: structured OBS (Hassibi and Stork 1993; SlimGPT, 2024).
     """
-    fraction = len(moments) / tokens
-    unit = moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)
-    moments = moments / unit
+    fraction = moments.shape[-1] / tokens
+    unit = moments.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp(min=torch.finfo(moments.dtype).tiny)
+    moments = moments / unit[..., None, None]
     # float32: the ridge keeps the inverse well conditioned, and the down-dates are bound by memory
     dtype = torch.float32 if fraction > LEAST_RIDGE else moments.dtype
-    ridge, moments = (fraction * moments.diagonal()).to(dtype), moments.to(dtype)
+    ridge, moments = (fraction * moments.diagonal(dim1=-2, dim2=-1)).to(dtype), moments.to(dtype)
     inverse = inverse_with_ridge(moments, ridge)
     del moments  # the widest matrices of all: none is held for longer than it is read
-    losses, is_sound = _removed_greedily(readers, inverse, torch.float32, steps)
-    if not is_sound:
-        losses, _ = _removed_greedily(readers, inverse, torch.float64, steps)
-    return losses * unit
+    if inverse.ndim == 2:
+        removed = partial(_removed_greedily, steps=steps, add_product=torch.Tensor.addmm_)
+    else:  # of products in place torch has none for several at once; these matrices are small
+        removed = torch.vmap(partial(_removed_greedily, steps=steps, add_product=torch.addmm), in_dims=(0, 0, None))
+    losses, is_sound = removed(readers, inverse, torch.float32)
+    if not is_sound.all():
+        exact, _ = removed(readers, inverse, torch.float64)
+        losses = torch.where(is_sound[..., None], losses, exact)
+    return losses * unit[..., None]
 
 
 def _removed_greedily(
-    readers: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype, steps: int
+    readers: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype, *, steps: int, add_product: Callable
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The losses of `greedy_losses`, and whether every block could be factored; a device is never waited for."""
     size, readers, inverse = len(inverse), readers.to(dtype), inverse.to(dtype)
-    losses = torch.zeros(size, dtype=torch.float64, device=inverse.device)
+    losses = torch.zeros_like(inverse[0], dtype=torch.float64)
     is_gone, places = torch.zeros_like(losses, dtype=torch.bool), torch.arange(size, device=inverse.device)
     is_sound = torch.ones((), dtype=torch.bool, device=inverse.device)
     block, spent, tiny = max(1, size // steps), 0.0, torch.finfo(inverse.dtype).tiny
@@ -122,7 +128,7 @@ def _removed_greedily(
         gone = order[: min(block, size - start)]
         rows, theirs = inverse[gone], readers[:, gone]
         root, failed = torch.linalg.cholesky_ex(rows[:, gone])
-        is_sound &= failed == 0
+        is_sound = is_sound & (failed == 0)
         # with [C^-1]_gone = L L^T: what goes is (L^-1 readers)^T (L^-1 rows), of C^-1 (L^-1 rows)^T (L^-1 rows)
         half = torch.linalg.solve_triangular(root, torch.cat((theirs.T, rows), dim=1), upper=False)
         their_half, half = half[:, : len(readers)], half[:, len(readers) :]
@@ -130,9 +136,9 @@ def _removed_greedily(
         shares = ordered[: len(gone)].double().cumsum(dim=0)
         losses[places[gone]] = spent + loss * shares / shares[-1].clamp(min=tiny)
         spent = spent + loss
-        readers.addmm_(their_half.T, half, alpha=-1)
-        inverse.addmm_(half.T, half, alpha=-1)
-        is_gone.index_fill_(0, gone, True)
+        readers = add_product(readers, their_half.T, half, alpha=-1)
+        inverse = add_product(inverse, half.T, half, alpha=-1)
+        is_gone = is_gone.scatter(0, gone, True)
     return losses, is_sound & losses.isfinite().all()
 
 

@@ -37,7 +37,7 @@ from .modeling_transact import TransActForCausalLM
 from .plan import Plan, select
 from .prune import apply_plan, check_computed, check_prunable, narrowed_config
 from .recipe import PRESETS, Recipe, recipe_by_name
-from .room import check_room_to_prune
+from .room import check_room_to_prune, pruned_home
 from .scores import LayerScores
 from .sparsity import check_sparse_widths, make_sparse
 from .speedup import SpeedGoal, check_in_reach_of_a_clock, check_speedup, speed_goal, widths_at_speed
@@ -107,7 +107,9 @@ def prune(
     `statistics` of these windows, if there already, serve the first shot. `train` is called after each shot with the
     narrowed model and the shot's number from 1 on, and gives the model that the next shot prunes. A `device` computes
     one block at a time there, for models larger than it. What keeps everything (a ratio of 0) is the dense model, bit
-    for bit. The result is in the dense model's mode, or in that in which `train` left it.
+    for bit. The result is in the dense model's mode, or in that in which `train` left it. It lies with the dense model,
+    or, where a CUDA device does not hold both beside what a single shot without training or a speed-up needs, in host
+    memory: then a UserWarning says so.
 
     Raises ValueError for what cannot be pruned, budgets out of reach, and settings that exclude each other.
     """
@@ -143,18 +145,22 @@ def prune(
         if recipe.depth != "none":
             result = _in_depth(dense, windows, recipe, ratio, device, train, progress)
         else:
+            home = None
             if recipe.needs_text() and statistics is None and widths != dense_widths(dense.config):
                 kept = 0.0 if speedup is not None else 1 - ratio
                 if widths is not None:
                     kept = 1 - fraction_removed(dense.config, widths)
-                check_room_to_prune(dense, recipe, windows.numel(), kept, device)
+                if device is None and speedup is None and train is None and recipe.shots == 1:
+                    home = pruned_home(dense, recipe, windows, kept)
+                check_room_to_prune(dense, recipe, windows.numel(), kept, device, home)
             criterion = criterion_by_name(recipe.criterion, seed=seed)
             goal = speedup
             if speedup is not None and not isinstance(speedup, SpeedGoal):
                 goal = speed_goal(dense, speedup, modules=recipe.modules, progress=progress)
             result = _in_shots(
-                dense, windows, recipe, criterion, ratio, kv_ratio, widths, goal, statistics, device, train, progress
-            )
+                dense, windows, recipe, criterion, ratio, kv_ratio, widths, goal, statistics, device, home, train,
+                progress,
+            )  # fmt: skip
     if train is None:
         result.model.train(dense.training)
     return result
@@ -281,9 +287,11 @@ def _in_shots(
     goal: SpeedGoal | None,
     statistics: Statistics | None,
     device: torch.device | None,
+    home: torch.device | None,
     train: Callable[[TransActForCausalLM, int], TransActForCausalLM] | None,
     progress: bool,
 ) -> Pruned:
+    """`home`: where the narrowed model lies, if not with the dense one."""
     result = Pruned(dense, None)
     keeps_all = widths is not None and tuple(widths) == dense_widths(dense.config)
     for shots_left in range(recipe.shots, 0, -1):
@@ -300,8 +308,9 @@ def _in_shots(
             corrected = scores
             if recipe.measures(device) and not widths:
                 corrected = measured_scores(
-                    before, scores, layers, windows, find_widths, rounds=recipe.measurements, progress=progress
-                )
+                    before, scores, layers, windows, find_widths, rounds=recipe.measurements, home=home,
+                    progress=progress,
+                )  # fmt: skip
             if goal is not None:
                 target = widths_at_speed(dense, goal, partial(find_widths, corrected))
             else:
@@ -312,7 +321,9 @@ def _in_shots(
             if recipe.compensation not in ("bias", "dense"):
                 layers = []  # large, and of use no more
         with stage(result.seconds, "prune"):
-            result.model = apply_plan(before, plan, rope=recipe.rope)
+            result.model = apply_plan(before, plan, rope=recipe.rope, home=home)
+        if home is not None:
+            device = before.device  # from now on it computes one block of the narrowed model at a time
         with stage(result.seconds, "compensate"):
             if not keeps_all:
                 result.ridges = _compensate(recipe, result.model, before, plan, layers, windows, device, progress)
@@ -395,10 +406,12 @@ def _scores(
             device=device, progress=progress,
         )  # fmt: skip
     scores, kept = [], []
-    for index, (layer, layer_statistics) in enumerate(zip(layers, streamed, strict=True)):
-        scores.append(criterion.score(layer, index, layer_statistics))
+    for layer_statistics in streamed:
+        index = len(scores)
+        scores.append(criterion.score(layers[index], index, layer_statistics))
         if (parts := recipe.parts_kept(device)) is not None:
             kept.append(layer_statistics if is_given else set_aside(layer_statistics, parts))
+        del layer_statistics  # before the next layer's are summed; `enumerate` and `zip` would hold them as well
     return scores, kept
 
 

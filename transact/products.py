@@ -1,5 +1,9 @@
 """Sums of products of activations with themselves: half of them, by symmetry, in the fastest arithmetic that is exact.
 
+Rows of 16 bits lose nothing in TF32, which CUDA multiplies them in. Rows of float32 stay as they are: rounded to
+bfloat16, sums being float32, the second moments of stories260K are off by 4e-4 (9e-4 at most), `best` at 30 % chooses 7
+of 20 widths otherwise, and the loss is .02 nats higher (64 windows of 128 tokens; at 10 % nothing changes).
+
 Legend: T tokens, n width of the activation.
 """
 
@@ -31,15 +35,16 @@ def mirror(sums: torch.Tensor) -> None:
 @contextmanager
 def _tensor_cores_for(rows: torch.Tensor) -> Iterator[None]:
     """TF32 meanwhile for rows of 16 bits on CUDA: it holds all of them, so products are exact, and sums are float32."""
-    before = torch.get_float32_matmul_precision()
-    is_exact = rows.is_cuda and rows.element_size() == 2
-    if is_exact:
-        torch.set_float32_matmul_precision("high")
+    if not rows.is_cuda or rows.element_size() != 2:
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision  # can be read whichever of torch's two settings the caller has used
+    matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        if is_exact:
-            torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True)

@@ -206,12 +206,15 @@ def projection_indices(plan: LayerPlan, current: Widths, group: int) -> dict[str
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def apply_plan(model: nn.Module, plan: Plan, *, rope: str = "pairs") -> TransActForCausalLM:
+def apply_plan(
+    model: nn.Module, plan: Plan, *, rope: str = "pairs", home: torch.device | None = None
+) -> TransActForCausalLM:
     """The narrowed model: a new one whose weights are bit-identical slices of the model's, same devices and dtype.
 
     Only values kept along other axes are products, computed in float64. The model is left as it was and shares no
-    memory with the result. `rope` "released" takes frequencies and softmax scale of the narrowed head. Raises
-    ValueError where the plan does not fit the model.
+    memory with the result. `rope` "released" takes frequencies and softmax scale of the narrowed head. With a `home`
+    the result lies there, and no more than a layer of it beside the model meanwhile. Raises ValueError where the plan
+    does not fit the model.
     """
     plan.check(model.config)
     config = narrowed_config(model.config, plan.widths, rope=rope)
@@ -224,29 +227,29 @@ def apply_plan(model: nn.Module, plan: Plan, *, rope: str = "pairs") -> TransAct
     group = config.num_attention_heads // config.num_key_value_heads
     for index, (layer, current) in enumerate(zip(plan.layers, widths_of(model.config), strict=True)):
         prefix = f"model.layers.{index}"
-        weights[f"{prefix}.self_attn.rope_pairs"] = _kept_rope_pairs(before, prefix, layer)
+        cut = {f"{prefix}.self_attn.rope_pairs": _kept_rope_pairs(before, prefix, layer)}
         for module, (dim, kept) in projection_indices(layer, current, group).items():
             name = f"{prefix}.{module}"
             kept = kept.to(before[f"{name}.weight"].device)
-            weights[f"{name}.weight"] = before[f"{name}.weight"].index_select(dim, kept)
+            cut[f"{name}.weight"] = before[f"{name}.weight"].index_select(dim, kept)
             if dim == 0 and f"{name}.bias" in before:  # o's and down's belong to the residual stream: whole
-                weights[f"{name}.bias"] = before[f"{name}.bias"][kept]
+                cut[f"{name}.bias"] = before[f"{name}.bias"][kept]
         if layer.value_into is not None:
-            _change_value_basis(before, weights, f"{prefix}.self_attn", layer, current, group)
+            _change_value_basis(before, cut, f"{prefix}.self_attn", layer, current, group)
+        weights |= {name: tensor.to(home or tensor.device) for name, tensor in cut.items()}
     for name in before.keys() - weights.keys():
-        weights[name] = before[name].clone()
+        weights[name] = before[name].to(home or before[name].device, copy=True)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     narrowed.load_state_dict(weights, strict=True, assign=True)
-    if rope == "pairs":
-        narrowed.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # its tables are not in the state dict
-    else:
-        device = model.model.rotary_emb.inv_freq.device
-        narrowed.model.rotary_emb = type(narrowed.model.rotary_emb)(config).to(device)
+    rotary = model.model.rotary_emb  # its tables are not in the state dict
+    mine = copy.deepcopy(rotary) if rope == "pairs" else type(narrowed.model.rotary_emb)(config)
+    narrowed.model.rotary_emb = mine.to(home or rotary.inv_freq.device)
     narrowed.tie_weights()
     narrowed.generation_config = copy.deepcopy(model.generation_config)
     narrowed.requires_grad_(True)
-    _place_as(narrowed, model)
+    if home is None:
+        _place_as(narrowed, model)
     return narrowed.train(model.training)
 
 

@@ -85,8 +85,9 @@ def mean_moments(moments: tuple[Moments, Moments]) -> torch.Tensor:
 
 
 def inverse_with_ridge(moments: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
-    """(C + diag(ridge))^-1 for a positive semi-definite (n, n) C and a (n,) ridge, in their dtype."""
-    floor = 1e-9 * moments.diagonal().mean() + torch.finfo(moments.dtype).tiny
+    """(C + diag(ridge))^-1 for a positive semi-definite (n, n) C and a (n,) ridge, or several of both; their dtype."""
     system = moments.clone()
-    system.diagonal().add_(ridge.clamp(min=floor))
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    floor = 1e-9 * diagonal.mean(dim=-1, keepdim=True) + torch.finfo(moments.dtype).tiny
+    diagonal.add_(ridge.maximum(floor))
     return torch.cholesky_inverse(torch.linalg.cholesky(system))

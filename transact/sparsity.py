@@ -62,7 +62,7 @@ def make_sparse(
         return
     with undisturbed(model), torch.no_grad():
         walk = LayerWalk(model, windows.split(max(1, tokens_per_batch // windows.shape[1])), device=device)
-        for index, layer in walk.blocks(desc="sparsify", disable=None if progress else True):
+        for index, layer in walk.blocks(changes=True, desc="sparsify", disable=None if progress else True):
             for linear, norms in zip(linears_of(layer), _input_norms(walk, index, layer), strict=True):
                 _keep_largest(linear, norms)
             for batch in range(len(walk.hidden)):

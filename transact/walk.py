@@ -43,6 +43,17 @@ def resting_place(size: int, device: torch.device) -> torch.device:
     return device if is_small(size, device) else HOST
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device, itself where it lies there.
+
+    From the host to CUDA by way of pinned memory, which torch keeps and uses again: a block's worth, so that a model
+    need not be pinned as a whole. Copies from there are several times as fast, and nothing waits for them.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @contextmanager
 def on_device(layer: nn.Module, device: torch.device | None, *, changes: bool = False) -> Iterator[torch.device]:
     """The layer on `device` for a while (None: where it lies); yields the device.
@@ -58,7 +69,7 @@ def on_device(layer: nn.Module, device: torch.device | None, *, changes: bool = 
     before = [(tensor, tensor.data, tensor.grad) for tensor in tensors]
     for tensor, data, _ in before:
         tensor.grad = None  # of a user's training: no use here
-        tensor.data = data.to(device)
+        tensor.data = sent(data, device)
     try:
         yield device
     finally:
@@ -101,14 +112,16 @@ class LayerWalk:
         finally:
             model.model.layers = layers
 
-    def blocks(self, indices: Iterable[int] | None = None, **bar) -> Iterator[tuple[int, nn.Module]]:
+    def blocks(
+        self, indices: Iterable[int] | None = None, *, changes: bool = False, **bar
+    ) -> Iterator[tuple[int, nn.Module]]:
         """Index and block, in order, each on the device while it is the turn; `bar` are options of the progress bar.
 
-        Of all blocks, or of those that `indices` name.
+        Of all blocks, or of those that `indices` name. See `on_device` for `changes`.
         """
         layers = self.model.model.layers
         for index in tqdm(range(len(layers)) if indices is None else indices, unit="layer", **bar):
-            with on_device(layers[index], self.device):
+            with on_device(layers[index], self.device, changes=changes):
                 yield index, layers[index]
 
     def arguments(self, index: int, batch: int, device: torch.device) -> dict:
@@ -118,7 +131,7 @@ class LayerWalk:
     def run(self, index: int, layer: nn.Module, batch: int) -> torch.Tensor:
         """The output of block `index` for a batch, where the block lies."""
         device = next(layer.parameters()).device
-        return layer(self.hidden[batch].to(device), **self.arguments(index, batch, device))
+        return layer(sent(self.hidden[batch], device), **self.arguments(index, batch, device))
 
     def advance(self, index: int, layer: nn.Module, batch: int) -> None:
         """Replace the hidden states of a batch, in place, by the block's output."""
@@ -144,12 +157,12 @@ class LayerWalk:
 
         That input, `hidden[batch]`, is dropped.
         """
-        entering = self.hidden[batch].detach().requires_grad_()
+        entering = sent(self.hidden[batch].detach(), next(layer.parameters()).device).requires_grad_()
         self.hidden[batch] = entering
         with torch.enable_grad():
             output = self.run(index, layer, batch)
-        output.backward(above[batch].to(output.device))
-        above[batch] = entering.grad
+        output.backward(sent(above[batch], output.device))
+        above[batch] = entering.grad.to(above[batch].device)
         self.hidden[batch] = None
 
 
