@@ -75,13 +75,15 @@ class LatencyTable:
     mlp: Line
 
     def prices(self, widths: Widths) -> tuple[float, float]:
-        """Seconds of a layer's attention and of its MLP, as `transact.allocate.Prices`."""
+        """Seconds of a layer's attention and of its MLP, as `transact.allocate.Prices`; none of what is dropped."""
         query, value = widths.qk_head_dim, widths.v_head_dim
-        if query == value:
+        if not widths.has_attention:
+            attention = 0.0
+        elif query == value:
             attention = on_line(query, self.equal)
         else:
             attention = on_line(query, [(width, on_line(value, line)) for width, line in self.unequal])
-        return attention, on_line(widths.mlp, self.mlp)
+        return attention, on_line(widths.mlp, self.mlp) if widths.has_mlp else 0.0
 
 
 def on_line(width: int, points: Sequence[tuple[int, float]]) -> float:
@@ -254,9 +256,9 @@ def filled_cache(dense: nn.Module, config: PretrainedConfig, workload: Workload)
     cache = DynamicCache(config=config)
     if workload.tokens == "decode":
         with made_as(dense):
-            for layer, widths in enumerate(widths_of(config)):
+            for entry, widths in enumerate(one for one in widths_of(config) if one.has_attention):
                 shape = workload.batch, widths.kv_heads, workload.context
-                cache.update(torch.ones(*shape, widths.qk_head_dim), torch.ones(*shape, widths.v_head_dim), layer)
+                cache.update(torch.ones(*shape, widths.qk_head_dim), torch.ones(*shape, widths.v_head_dim), entry)
     return cache
 
 

@@ -89,7 +89,7 @@ def _predicted(scores: Sequence[LayerScores], widths: Sequence[Widths]) -> torch
     """Predicted losses at these widths, nats a token: (L, 3), of query-key pairs, values and MLPs."""
     rows = [
         (
-            removal_losses(layer.rope_pairs)[width.qk_head_dim // 2],
+            removal_losses(layer.rope_pairs)[width.qk_head_dim // 2] if width.has_attention else 0.0,  # all is values'
             removal_losses(layer.value_dims)[width.v_head_dim],
             removal_losses(layer.mlp_dims)[width.mlp],
         )
@@ -118,8 +118,8 @@ def error_slopes(
     """d KL(dense || narrowed) / d share, nats a token, of each module's own error: (L, 3), float64.
 
     The errors are what pruning pairs, values and MLP dimensions adds to a module's output for the narrowed model's
-    own inputs; a share of 1 is the narrowed model. Columns: query-key pairs, values, MLPs. `final` are the dense
-    model's `final_states` of the windows, where they are at hand.
+    own inputs; a share of 1 is the narrowed model. Columns: query-key pairs, values, MLPs (all of dropped
+    attention is values'). `final` are the dense model's `final_states` of the windows, where they are at hand.
     """
     final = final_states(dense, windows) if final is None else final
     batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
@@ -130,11 +130,12 @@ def error_slopes(
     slopes = torch.zeros(len(inputs), 3, dtype=torch.float64)
     for index, (layer, before) in reversed([*enumerate(zip(narrowed.model.layers, dense.model.layers, strict=True))]):
         walk.hidden = inputs.pop()
-        for batch in range(len(batches)):
-            with _seen(layer) as seen:
-                walk.back(index, layer, above, batch)
-            with torch.no_grad():
-                slopes[index] += _slopes_of_layer(layer, before, seen)
+        with _stood_in(layer, before):
+            for batch in range(len(batches)):
+                with _seen(layer) as seen:
+                    walk.back(index, layer, above, batch)
+                with torch.no_grad():
+                    slopes[index] += _slopes_of_layer(layer, before, seen)
     return slopes / windows.numel()
 
 
@@ -166,6 +167,30 @@ def _divergence_gradient(
     return gradient
 
 
+class _Silent(nn.Module):
+    """Gives nothing, at which there is a gradient nevertheless."""
+
+    def forward(self, hidden_states: torch.Tensor, **arguments):
+        nothing = 0 * hidden_states
+        return (nothing, None) if arguments else nothing  # as attention, or as an MLP
+
+
+@contextmanager
+def _stood_in(layer: nn.Module, before: nn.Module) -> Iterator[None]:
+    """The layer has meanwhile silent modules behind the dense layer's norms in the place of dropped ones."""
+    pairs = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))
+    dropped = [(name, norm) for name, norm in pairs if getattr(layer, name) is None]
+    for name, norm in dropped:
+        setattr(layer, name, _Silent())
+        setattr(layer, norm, getattr(before, norm))
+    try:
+        yield
+    finally:
+        for pair in dropped:
+            for name in pair:
+                setattr(layer, name, None)
+
+
 @contextmanager
 def _seen(layer: nn.Module) -> Iterator[dict]:
     """Of a layer's attention and MLP what it is called with and its output, whose gradient is kept."""
@@ -192,7 +217,9 @@ def _slopes_of_layer(layer: nn.Module, before: nn.Module, seen: dict) -> torch.T
 
     inputs, keywords, output = seen[layer.self_attn]
     whole = before.self_attn(*inputs, **keywords)[0]
-    pairs_gone = _with_values_of(layer.self_attn, before.self_attn)(*inputs, **keywords)[0]
+    pairs_gone = whole
+    if not isinstance(layer.self_attn, _Silent):
+        pairs_gone = _with_values_of(layer.self_attn, before.self_attn)(*inputs, **keywords)[0]
     pairs, values = along(pairs_gone - whole, output), along(output - pairs_gone, output)
     inputs, _, output = seen[layer.mlp]
     return torch.tensor([pairs, values, along(output - before.mlp(*inputs), output)], dtype=torch.float64)

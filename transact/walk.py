@@ -50,7 +50,7 @@ def on_device(layer: nn.Module, device: torch.device | None, *, changes: bool = 
     What the layer was before comes back afterwards; where the weights are changed meanwhile (`changes`), what they
     became is copied into it.
     """
-    home = next(layer.parameters()).device
+    home = next((parameter.device for parameter in layer.parameters()), device)  # of a layer that keeps nothing: none
     if device is None or device == home:
         yield home
         return
@@ -117,7 +117,7 @@ class LayerWalk:
 
     def run(self, index: int, layer: nn.Module, batch: int) -> torch.Tensor:
         """The output of block `index` for a batch, where the block lies."""
-        device = next(layer.parameters()).device
+        device = next((parameter.device for parameter in layer.parameters()), self.hidden[batch].device)
         return layer(self.hidden[batch].to(device), **self.arguments(index, batch, device))
 
     def advance(self, index: int, layer: nn.Module, batch: int) -> None:
