@@ -17,7 +17,7 @@ from tests.test_speedup import TABLE, made_up_scores
 from tests.tiny import FAMILIES, VARIANTS, random_plan, tiny_llama, tiny_relative, zeroed
 from transact import PRESETS, Plan, Recipe, Widths, fraction_removed, searched_widths
 from transact.__main__ import main
-from transact.allocate import parameter_prices, removal_losses, total_price, widths_within
+from transact.allocate import dropping_losses, parameter_prices, removal_losses, total_price, widths_within
 from transact.engines import ENGINES, check_held
 from transact.export import check_exportable
 from transact.export.executorch import traced
@@ -215,6 +215,23 @@ def predicted(scores, widths) -> float:
     )  # fmt: skip
 
 
+def test_the_loss_of_dropping_attention_is_that_of_all_that_it_gives():
+    dense, given = tiny_llama("gqa"), {}
+    statistics = transact.calibrate(dense, WINDOWS, second_moments=True, gradients="outputs")
+    for layer in dense.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(
+            lambda module, inputs, output: given.update({module: output.flatten(0, 1)})
+        )
+    with torch.no_grad():
+        dense(input_ids=WINDOWS)
+    criterion = transact.criterion_by_name("predicted-loss")
+    for index, (layer, of) in enumerate(zip(dense.model.layers, statistics.layers, strict=True)):
+        outputs, moments = given[layer.self_attn.o_proj].double(), of.gradients.attention_output.double()
+        expected = torch.einsum("td,de,te->", outputs, moments, outputs).item() / 2 / of.tokens
+        scores = criterion.score(layer, index, of)
+        assert dropping_losses(scores) == pytest.approx((expected, scores.mlp_dims.max().item()), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("ratio", "kv_ratio"), [(0.1, None), (0.3, None), (0.5, None), (0.7, None), (0.85, None), (0.5, 0.3), (0.7, 0.5)]
 )
@@ -311,7 +328,7 @@ def test_a_ratio_of_none_keeps_the_dense_model_bit_by_bit():
 
 def test_the_cache_budget_counts_dropped_attention():
     dense = one_that_hardly_needs(no_attention=(1, 2))
-    pruned = transact.prune(dense, WINDOWS, recipe=CLOSED, ratio=0.36, kv_ratio=0.5)
+    pruned = transact.prune(dense, WINDOWS, recipe=CLOSED, ratio=0.5, kv_ratio=0.5)
     assert dropped_of(pruned.plan.widths)[0]
     assert kv_fraction_removed(dense.config, pruned.plan.widths) >= 0.5
 
@@ -435,6 +452,6 @@ def test_by_command(tiny_directory, tiny_text, tmp_path, capsys):
     assert main(["export", str(tmp_path / "out"), str(tmp_path / "llama")]) == 2
     assert "which a plain Llama and a GGUF file have in every layer" in capsys.readouterr().err
     assert main(["recover", str(tmp_path / "out"), str(tmp_path / "trained"), "--tokens", "512", "--batch", "2",
-                 "--text", str(tiny_text), "--seq-len", "32", "--device", "cpu"]) == 0  # fmt: skip
+                 "--text", str(tiny_text), "--train-seq-len", "32", "--device", "cpu"]) == 0  # fmt: skip
     loaded, _ = transact.load_model(tmp_path / "trained", device="cpu")
     assert dropped_of(widths_of(loaded.config)) == dropped_of([Widths(**one) for one in pruning["layers"]])

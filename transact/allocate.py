@@ -38,6 +38,12 @@ def removal_losses(scores: torch.Tensor) -> torch.Tensor:
     return torch.cat((ordered.new_zeros(1), ordered)).flip(0).cpu()
 
 
+def dropping_losses(scores: LayerScores) -> tuple[float, float]:
+    """What dropping attention, and what dropping the MLP of a layer costs: without values no pair matters."""
+    attention = removal_losses(scores.value_dims)[0] if scores.attention is None else scores.attention
+    return attention.item(), removal_losses(scores.mlp_dims)[0].item()
+
+
 Prices = Callable[[Widths], tuple[float, float]]  # of a layer's attention and of its MLP at these widths
 
 
@@ -135,8 +141,8 @@ def searched_widths(
         return fraction_removed(config, widths) >= ratio - tolerance and kv_removed >= (kv_ratio or 0.0) - 1e-9
 
     def too_much(widths: tuple[Widths, ...]) -> float:
-        excess = max(0.0, fraction_removed(config, widths) - ratio - tolerance)
-        return excess if drop_modules else float(excess > 0)  # a whole module may go far beyond the ratio
+        removed, most = fraction_removed(config, widths), ratio + tolerance
+        return max(0.0, removed - most) if drop_modules else removed > most  # a whole module may go far beyond it
 
     _, widths, groups = min(
         (one for one in found if is_enough(one[1])),
@@ -294,17 +300,17 @@ def _with_drops(
     Attention stays where dropping it would lose most: one layer must have it.
     """
     drops_attention, drops_mlp = whole_modules(modules)
-    lost = [removal_losses(layer.value_dims)[0].item() for layer in scores]  # without values no pair matters
-    stays = max(range(len(lost)), key=lost.__getitem__)
+    lost = [dropping_losses(layer) for layer in scores]
+    stays = max(range(len(lost)), key=lambda index: lost[index][0])
     if drops_attention:
         heads = [
-            group if index == stays else replace(group, options={(0, 0): (lost[index], 0.0, 0)} | group.options)
-            for index, group in enumerate(heads)
+            group if index == stays else replace(group, options={(0, 0): (attention, 0.0, 0)} | group.options)
+            for index, (group, (attention, _)) in enumerate(zip(heads, lost, strict=True))
         ]
     if drops_mlp:
         mlps = [
-            replace(group, options={(0,): (removal_losses(layer.mlp_dims)[0].item(), 0.0, 0)} | group.options)
-            for group, layer in zip(mlps, scores, strict=True)
+            replace(group, options={(0,): (mlp, 0.0, 0)} | group.options)
+            for group, (_, mlp) in zip(mlps, lost, strict=True)
         ]
     return [*heads, *mlps]
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .allocate import removal_losses
+from .allocate import dropping_losses, removal_losses
 from .calibration import LayerStatistics, Moments, held_out_split
 from .compensate import compensate_on_dense_inputs
 from .plan import select
@@ -77,24 +77,26 @@ def fitted_alone(layer: LayerStatistics) -> LayerStatistics:
 
 
 def _scaled(scores: Sequence[LayerScores], factors: torch.Tensor) -> list[LayerScores]:
-    return [
-        replace(
-            layer, rope_pairs=layer.rope_pairs * qk, value_dims=layer.value_dims * vo, mlp_dims=layer.mlp_dims * mlp
-        )
-        for layer, (qk, vo, mlp) in zip(scores, factors.tolist(), strict=True)
-    ]
+    return [_scaled_layer(*one) for one in zip(scores, factors.tolist(), strict=True)]
+
+
+def _scaled_layer(layer: LayerScores, factors: Sequence[float]) -> LayerScores:
+    qk, vo, mlp = factors
+    return replace(
+        layer, rope_pairs=layer.rope_pairs * qk, value_dims=layer.value_dims * vo, mlp_dims=layer.mlp_dims * mlp,
+        attention=None if layer.attention is None else layer.attention * vo,
+    )  # fmt: skip
 
 
 def _predicted(scores: Sequence[LayerScores], widths: Sequence[Widths]) -> torch.Tensor:
     """Predicted losses at these widths, nats a token: (L, 3), of query-key pairs, values and MLPs."""
-    rows = [
-        (
-            removal_losses(layer.rope_pairs)[width.qk_head_dim // 2] if width.has_attention else 0.0,  # all is values'
-            removal_losses(layer.value_dims)[width.v_head_dim],
-            removal_losses(layer.mlp_dims)[width.mlp],
-        )
-        for layer, width in zip(scores, widths, strict=True)
-    ]
+    rows = []
+    for layer, width in zip(scores, widths, strict=True):
+        pairs, (values, mlp) = 0.0, dropping_losses(layer)  # of dropped attention all is values'
+        if width.has_attention:
+            pairs = removal_losses(layer.rope_pairs)[width.qk_head_dim // 2]
+            values = removal_losses(layer.value_dims)[width.v_head_dim]
+        rows.append((pairs, values, removal_losses(layer.mlp_dims)[width.mlp] if width.has_mlp else mlp))
     return torch.tensor(rows, dtype=torch.float64)
 
 
