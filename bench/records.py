@@ -28,8 +28,8 @@ class Case:
     """Everything that decides a result and nothing else. `criterion` is "dense" for the unpruned model.
 
     From `granularity` to `shots` these are the fields of a recipe, `modules` joined by "+", as are `ridge`,
-    `measurements`, `engine`, `depth` and `sparsity`. So are `tasks` joined, each with its shots where they are not the
-    task's own (`name@shots`), and measured on the first `task_limit` items.
+    `measurements`, `engine`, `depth`, `sparsity` and `drop_modules`. So are `tasks` joined, each with its shots where
+    they are not the task's own (`name@shots`), and measured on the first `task_limit` items.
 
     `mha_dim` and `mlp_dim` name widths where there is no ratio; `speedup` asks for so many times the dense model's
     decoding speed, reached by a `budget` of "latency" or "parameters". `only_layer` is the one layer that is narrowed,
@@ -99,6 +99,7 @@ class Case:
     depth: str = "none"
     recovery_frugal: bool = False
     sparsity: str = "none"
+    drop_modules: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ ABLATIONS = Path(__file__).resolve().parent.parent / "ablations"
 # what every other question leaves alone
 PLAIN = {"mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None, "mlp_multiple": None,
          "ridge": None, "recovery": "", "quantisation": "", "engine": "transformers", "speedup": None,
-         "budget": "", "depth": "none", "sparsity": "none"}  # fmt: skip
+         "budget": "", "depth": "none", "sparsity": "none", "drop_modules": False}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ def allocation_label(record: Record) -> str:
     return case.allocation if case.engine == "transformers" else f"{case.allocation} for {case.engine}"
 
 
+WAYS = {"best": "widths", "shortgpt": "whole layers", "best, drops": "widths and modules"}  # by methods
+
+
 def method(record: Record) -> str:
     return record.method
 
@@ -102,6 +105,9 @@ QUESTIONS = (
     Question("transfer", ("calibration_text", "calibration_sha256", "calibration_ids"), plots.plot_transfer,
              findings.transfer, label=lambda record: text_named(record.case.calibration_text), columns=(ON,),
              belongs=lambda record: record.case.calibration_sha256 is not None and len(record.texts) > 1),
+    Question("drops", ("criterion", "allocation", "compensation", "measurements", "depth", "drop_modules"),
+             plots.plot_lines, findings.alternatives, belongs=lambda record: record.method in WAYS,
+             label=lambda record: WAYS[record.method]),
     Question("rope", ("rope",), plots.plot_lines, findings.alternatives),
     Question("compensation", ("compensation", "ridge"), plots.plot_lines, findings.alternatives, label=ridge_label),
     Question("allocation", ("allocation", "engine", "criterion", "granularity", "compensation"), plots.plot_trade_off,

@@ -43,6 +43,7 @@ def method_of(case: Case) -> str:
     for name, fields in PRESETS.items():
         recipe = replace(BASE, **fields)
         if all(getattr(case, field) == getattr(recipe, field) for field in RECIPE):
+            name = f"{name}, drops" if case.drop_modules else name
             return name if case.sparsity == "none" else f"{name}, {case.sparsity}"
     return case.criterion
 
@@ -158,6 +159,8 @@ class Maker:
             yield self.record(replace(allocated, ratio=ratio, kv_ratio=kv_ratio))
         for rounds, ratio in product((0, 1, 3), (0.1, 0.3)):
             yield self.record(replace(best, measurements=rounds, ratio=ratio))
+        for ratio in RATIOS:
+            yield self.record(replace(best, drop_modules=True, ratio=ratio))
         for heads, mlp in product((1, 8, 16), (1, 64, 128)):
             yield self.record(replace(BASE, head_multiple=heads, mlp_multiple=mlp, decode_tokens=64))
         for budget, speedup in product(("latency", "parameters"), (1.1, 1.3)):

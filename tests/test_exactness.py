@@ -149,8 +149,10 @@ def test_trains():
         ("rope_pairs", torch.tensor([[0, 8], [0, 1]]), r"layers\.0\.rope_pairs must lie in \[0, 8\)"),
         ("value_dims", torch.tensor([[1, 0], [0, 1]]), r"layers\.0\.value_dims must be strictly ascending"),
         ("value_dims", torch.tensor([[0, 1]]), r"layers\.0\.value_dims must have one row for each of 2"),
-        ("mlp_dims", torch.tensor([], dtype=torch.int64), r"layers\.0\.mlp_dims must hold at least one"),
-        ("mlp_dims", torch.tensor([0.5]), r"layers\.0\.mlp_dims must hold at least one int64"),
+        ("kv_heads", torch.tensor([], dtype=torch.int64), r"layers\.0\.kv_heads must hold at least one int64"),
+        ("mlp_dims", torch.tensor([0.5]), r"layers\.0\.mlp_dims must hold int64 indices in 1 dimension"),
+        ("mlp_dims", torch.tensor([]), r"layers\.0\.mlp_dims must hold int64 indices .* got torch\.float32"),
+        ("value_dims", torch.zeros(2, 0, dtype=torch.int64), r"layers\.0: of dropped attention neither rope_pairs nor"),
         ("kv_heads", torch.tensor([0, 2]), r"layers\.0\.kv_heads must lie in \[0, 2\)"),
     ],
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from .engines import Engine, engine_by_name
+from .engines import Engine, check_drops, engine_by_name
 from .scores import LayerScores, accumulate, standardised
 from .widths import (
     MODULES,
@@ -22,6 +22,7 @@ from .widths import (
     kv_fraction_removed,
     linear_parameters,
     prunable_modules,
+    whole_modules,
     widths_of,
 )
 
@@ -35,6 +36,12 @@ def removal_losses(scores: torch.Tensor) -> torch.Tensor:
     """
     ordered = torch.atleast_2d(scores).double().sort(dim=-1).values.sum(dim=0)
     return torch.cat((ordered.new_zeros(1), ordered)).flip(0).cpu()
+
+
+def dropping_losses(scores: LayerScores) -> tuple[float, float]:
+    """What dropping attention, and what dropping the MLP of a layer costs: without values no pair matters."""
+    attention = removal_losses(scores.value_dims)[0] if scores.attention is None else scores.attention
+    return attention.item(), removal_losses(scores.mlp_dims)[0].item()
 
 
 Prices = Callable[[Widths], tuple[float, float]]  # of a layer's attention and of its MLP at these widths
@@ -79,6 +86,10 @@ class _Choices:
         """Of each row the choice that costs least at these weights of the price and of a KV element."""
         return (self.losses + price * self.prices + kv_price * self.kv_elements).argmin(dim=1, keepdim=True)
 
+    def lost(self, picked: torch.Tensor) -> float:
+        """The loss of one choice for each row."""
+        return self.losses.gather(1, picked).sum().item()
+
     def spent(self, picked: torch.Tensor) -> tuple[float, float]:
         """Price and KV elements of one choice for each row."""
         return self.prices.gather(1, picked).sum().item(), self.kv_elements.gather(1, picked).sum().item()
@@ -92,6 +103,7 @@ def searched_widths(
     kv_ratio: float | None = None,
     modules: Sequence[str] = MODULES,
     engine: str = "transformers",
+    drop_modules: bool = False,
 ) -> tuple[Widths, ...]:
     """Widths of each layer's QK, VO and MLP that lose least, by cumulative scores that all layers and modules share.
 
@@ -102,31 +114,39 @@ def searched_widths(
     The `engine` holds them: what has to be alike is chosen together, and of one head width for all layers each is
     tried. Where it has one set of RoPE pairs, scores must say the same of all heads (`shared_pairs`).
 
+    With `drop_modules` attention or MLP of a layer may go altogether, where that loses less; at least one attention
+    stays. The engine must hold that (`Engine.drops`).
+
     Raises ValueError where the budgets cannot be met, saying which one gives and what is reachable.
     """
     check_ratio("ratio", ratio)
     check_ratio("kv-ratio", kv_ratio)
     check_modules(config, modules, "dims")
+    if drop_modules:
+        check_drops(engine)
     held, current = engine_by_name(engine), widths_of(config)
     total, kv_total = linear_parameters(config, dense_widths(config)), kv_elements_per_token(dense_widths(config))
     step = _mlp_multiple(config, held) * 3 * config.hidden_size * config.num_hidden_layers
     slack = 0 if held.mlp_by_layer else step / 2  # of large steps the nearest to the budget, not the nearest below it
     budget, kv_budget = (1 - ratio) * total + slack, (1 - (kv_ratio or 0.0)) * kv_total
     found = []
-    for groups in _alternatives(config, scores, modules, engine, parameter_prices(config)):
+    for groups in _alternatives(config, scores, modules, engine, parameter_prices(config), drop_modules):
         choices = _choices(groups)
         picked = _use_up(choices, _cheapest(choices, budget, kv_budget), budget)
-        loss = choices.losses.gather(1, picked).sum().item()
-        found.append((loss, _as_widths(groups, picked.flatten().tolist(), current), groups))
+        found.append((choices.lost(picked), _as_widths(groups, picked.flatten().tolist(), current), groups))
     tolerance = max(TOLERANCE, slack / total) + 1e-9
 
     def is_enough(widths: tuple[Widths, ...]) -> bool:
         kv_removed = kv_fraction_removed(config, held.cached(widths))
         return fraction_removed(config, widths) >= ratio - tolerance and kv_removed >= (kv_ratio or 0.0) - 1e-9
 
+    def too_much(widths: tuple[Widths, ...]) -> float:
+        removed, most = fraction_removed(config, widths), ratio + tolerance
+        return max(0.0, removed - most) if drop_modules else removed > most  # a whole module may go far beyond it
+
     _, widths, groups = min(
         (one for one in found if is_enough(one[1])),
-        key=lambda one: (fraction_removed(config, one[1]) > ratio + tolerance, one[0]),
+        key=lambda one: (too_much(one[1]), one[0]),
         default=found[0],  # the narrowest heads
     )
     narrowest = _as_widths(groups, [0] * len(groups), current)
@@ -143,6 +163,7 @@ def widths_within(
     *,
     kv_ratio: float | None = None,
     modules: Sequence[str] = MODULES,
+    drop_modules: bool = False,
 ) -> tuple[Widths, ...]:
     """As `searched_widths` in transformers, by any price: all layers together cost at most `budget`.
 
@@ -150,13 +171,25 @@ def widths_within(
     """
     check_ratio("kv-ratio", kv_ratio)
     check_modules(config, modules, "dims")
-    [groups] = _alternatives(config, scores, modules, "transformers", prices)
-    choices, current = _choices(groups), widths_of(config)
-    picked = _cheapest(choices, budget, (1 - (kv_ratio or 0.0)) * kv_elements_per_token(dense_widths(config)))
-    if (spent := choices.spent(picked)[0]) > budget * (1 + 1e-9):
+    kv_budget, current = (1 - (kv_ratio or 0.0)) * kv_elements_per_token(dense_widths(config)), widths_of(config)
+    found = []
+    for groups in _alternatives(config, scores, modules, "transformers", prices, drop_modules):
+        choices = _choices(groups)
+        picked = _use_up(choices, _cheapest(choices, budget, kv_budget), budget)
+        widths = _as_widths(groups, picked.flatten().tolist(), current)
+        found.append((choices.lost(picked), widths, choices.spent(picked)[0], groups))
+
+    def is_cheap(one: tuple) -> bool:
+        return one[2] <= budget * (1 + 1e-9)
+
+    def is_small(one: tuple) -> bool:
+        return kv_fraction_removed(config, one[1]) >= (kv_ratio or 0.0) - 1e-9
+
+    best = min((one for one in found if is_cheap(one) and is_small(one)), key=lambda one: one[0], default=found[0])
+    _, widths, spent, groups = best
+    if not is_cheap(best):
         raise ValueError(f"budget {budget:.4g} is out of reach: the narrowest {'+'.join(modules)} cost {spent:.4g}")
-    widths = _as_widths(groups, _use_up(choices, picked, budget).flatten().tolist(), current)
-    if kv_fraction_removed(config, widths) < (kv_ratio or 0.0) - 1e-9:
+    if not is_small(best):
         _refuse_kv_ratio(config, kv_ratio, _as_widths(groups, [0] * len(groups), current), "+".join(modules))
     return widths
 
@@ -179,8 +212,11 @@ def _alternatives(
     modules: Sequence[str],
     engine: str,
     prices: Prices,
+    drop_modules: bool,
 ) -> Iterator[list[_Group]]:
     """What is to be chosen by group; again for each head width, from the narrowest, where all layers have the same.
+
+    With `drop_modules` at first with dropping as a further choice, and then without, as if nothing was said.
 
     Raises ValueError where the engine runs no heads that the modules could have.
     """
@@ -199,6 +235,8 @@ def _alternatives(
             f"{current[0].qk_head_dim} can be narrowed to none of these"
         )
     if held.heads_by_layer:
+        if drop_modules:
+            yield _with_drops(heads, mlps, scores, modules)
         yield [*heads, *mlps]
     else:
         for option, costs in heads[0].options.items():
@@ -252,6 +290,29 @@ def _mlp_of(
     losses = removal_losses(scores.mlp_dims).tolist()
     options = {(width,): (losses[width], prices(replace(current, mlp=width))[1], 0) for width in allowed[2]}
     return _Group((index,), ("mlp",), options)
+
+
+def _with_drops(
+    heads: Sequence[_Group], mlps: Sequence[_Group], scores: Sequence[LayerScores], modules: Sequence[str]
+) -> list[_Group]:
+    """The groups of each layer, whose narrowest option is now to drop the module: it loses all that it gives.
+
+    Attention stays where dropping it would lose most: one layer must have it.
+    """
+    drops_attention, drops_mlp = whole_modules(modules)
+    lost = [dropping_losses(layer) for layer in scores]
+    stays = max(range(len(lost)), key=lambda index: lost[index][0])
+    if drops_attention:
+        heads = [
+            group if index == stays else replace(group, options={(0, 0): (attention, 0.0, 0)} | group.options)
+            for index, (group, (attention, _)) in enumerate(zip(heads, lost, strict=True))
+        ]
+    if drops_mlp:
+        mlps = [
+            replace(group, options={(0,): (mlp, 0.0, 0)} | group.options)
+            for group, (_, mlp) in zip(mlps, lost, strict=True)
+        ]
+    return [*heads, *mlps]
 
 
 def _alike(groups: Sequence[_Group]) -> _Group:

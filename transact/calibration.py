@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .entry import check_in_one_place, check_model, checked_windows, undisturbed
+from .entry import check_in_one_place, check_model, check_nothing_dropped, checked_windows, undisturbed
 from .gradients import LayerGradients, loss_gradients
 from .products import Half, add_products, mirror
 from .walk import LayerWalk, kv_heads_of
@@ -282,6 +282,7 @@ def calibrate(
     of the family or carries adapters, or an activation is not finite (the layer is named).
     """
     check_model(model)
+    check_nothing_dropped(model)
     check_in_one_place(model, device)
     with undisturbed(model):
         windows = checked_windows(model, windows)

@@ -27,7 +27,7 @@ def token_scale(residual: torch.Tensor) -> torch.Tensor:
 
 
 def _warn_if_few(tokens: int, narrowed: nn.Module) -> None:
-    inputs = max(layer.mlp.down_proj.in_features for layer in narrowed.model.layers)
+    inputs = max((layer.mlp.down_proj.in_features for layer in narrowed.model.layers if layer.mlp), default=0)
     if tokens < 4 * inputs:
         warnings.warn(
             f"{tokens} calibration tokens are few for least squares over {inputs} inputs: {4 * inputs} would do "
@@ -42,11 +42,17 @@ def _install(linear: nn.Linear, fit: Fit) -> None:
         linear.bias += fit.bias.to(linear.bias)
 
 
+def _outputs(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The projections that write into the residual stream: `o_proj` and `down_proj`, of modules that are there."""
+    modules = {"o_proj": layer.self_attn, "down_proj": layer.mlp}
+    return {name: getattr(module, name) for name, module in modules.items() if module is not None}
+
+
 def _ensure_bias(narrowed: nn.Module) -> None:
     """Give every `o_proj` and `down_proj` a bias (zeros where there was none)."""
     narrowed.config.attention_output_bias = narrowed.config.mlp_output_bias = True
     for layer in narrowed.model.layers:
-        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        for linear in _outputs(layer).values():
             if linear.bias is None:
                 linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
 
@@ -90,11 +96,12 @@ def compensate_on_dense_inputs(
         device = before.mlp.down_proj.weight.device
         heads, value_width = stats.values.shape
         attention = _kept_attention_inputs(kept, len(stats.query) // heads, value_width, heads)
-        outcome = {}
-        for name, linear, old, moments, into in (
-            ("o_proj", layer.self_attn.o_proj, before.self_attn.o_proj, stats.attention_moments, attention),
-            ("down_proj", layer.mlp.down_proj, before.mlp.down_proj, stats.mlp_moments, kept.mlp_dims),
-        ):
+        outcome, sources = {}, {
+            "o_proj": (before.self_attn.o_proj, stats.attention_moments, attention),
+            "down_proj": (before.mlp.down_proj, stats.mlp_moments, kept.mlp_dims),
+        }  # fmt: skip
+        for name, linear in _outputs(layer).items():
+            old, moments, into = sources[name]
             parts = (NormalEquations.of_kept(part, into.to(device), old.weight) for part in moments if part.tokens)
             with on_device(linear, device, changes=True):
                 fit = fit_projection(linear.weight, *parts, bias=bias, ridge=ridge)
@@ -115,10 +122,12 @@ def compensate_by_bias(
     ):
         heads, value_width = stats.values.shape
         attention = _kept_attention_inputs(kept, len(stats.query) // heads, value_width, heads)
-        for linear, old, total, into in (
-            (layer.self_attn.o_proj, before.self_attn.o_proj, stats.attention_output_sum.flatten(), attention),
-            (layer.mlp.down_proj, before.mlp.down_proj, stats.mlp_sum, kept.mlp_dims),
-        ):
+        sources = {
+            "o_proj": (before.self_attn.o_proj, stats.attention_output_sum.flatten(), attention),
+            "down_proj": (before.mlp.down_proj, stats.mlp_sum, kept.mlp_dims),
+        }
+        for name, linear in _outputs(layer).items():
+            old, total, into = sources[name]
             mean = (total / stats.tokens).to(old.weight.device)
             kept_mean = mean[into.to(mean.device)] if into.ndim == 1 else into.to(mean).T @ mean
             lost = old.weight.double() @ mean - linear.weight.to(mean) @ kept_mean
@@ -140,9 +149,9 @@ def compensate_on_pruned_inputs(
     """Refit `narrowed` layer by layer on what its own earlier layers now give; the ridges chosen, by layer.
 
     The target of `o_proj` and `down_proj` is the residual stream of the `model` it was cut from, less that of the
-    narrowed one before the projection, so every layer also makes up for the errors of those before it; the other
-    projections read a linear guess of what the dense model's would read. Both models advance block by block
-    (`LayerWalk`); see there for `device`. Both are in evaluation mode.
+    narrowed one before the projection, so every layer also makes up for the errors of those before it, dropped modules
+    among them; the other projections read a linear guess of what the dense model's would read. Both models advance
+    block by block (`LayerWalk`); see there for `device`. Both are in evaluation mode.
     """
     if bias:
         _ensure_bias(narrowed)
@@ -160,6 +169,9 @@ def compensate_on_pruned_inputs(
                 ("qkv", _Attention(walk, index, layer), _Attention(target_walk, index, before)),
                 ("gate_up", _Mlp(walk, index, layer), _Mlp(target_walk, index, before)),
             ):
+                if half.norm is None:  # dropped: layers after it make up for what it gave
+                    its.advance()
+                    continue
                 chosen[f"{name}_proj"] = _restore_inputs(half, its, held_out, ridge)
                 its.advance()
                 chosen[half.output] = _refit(half, its, held_out, bias, ridge)

@@ -29,6 +29,7 @@ class TransActConfig(LlamaConfig):
 
     Fields (one entry per layer): `kv_head_counts` key-value heads, `qk_head_dims` dimensions of a query or key head
     (two per RoPE pair, hence even), `v_head_dims` dimensions of a value head, `intermediate_sizes` MLP dimensions.
+    A layer without attention has heads of 0 dimensions, one without an MLP an MLP of 0.
 
     What Llama's relatives and the compensation add: `attention_output_bias` and `mlp_output_bias` (biases of `o_proj`
     and `down_proj`; left out, they follow `attention_bias` and `mlp_bias`), `sliding_window` (Mistral) and
@@ -61,6 +62,16 @@ class TransActConfig(LlamaConfig):
         self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
 
     @property
+    def attention_layers(self) -> list[int]:
+        """The layers that have attention: the KV cache has an entry for each of these, in their order."""
+        return [layer_idx for layer_idx, width in enumerate(self.v_head_dims) if width]
+
+    @property
+    def num_kv_shared_layers(self) -> int:
+        """How many entries fewer than layers the KV cache has: earlier versions of transformers ask for it."""
+        return self.num_hidden_layers - len(self.attention_layers)
+
+    @property
     def qk_head_dim(self) -> int:
         """Widest query-key head. Its presence tells `generate` that keys and values differ in width."""
         return max(self.qk_head_dims)
@@ -79,12 +90,16 @@ class TransActConfig(LlamaConfig):
 
     @property
     def per_layer_config(self) -> list["TransActConfig"]:
-        """A configuration for each layer, with the number and width of its heads where the dense model's stand."""
+        """A configuration for each attention, with the number and width of its heads where the dense model's stand.
+
+        Caches are made by it, entry by entry.
+        """
         if not self.is_heterogeneous:
-            return [self] * self.num_hidden_layers
+            return [self] * len(self.attention_layers)
         group = self.num_attention_heads // self.num_key_value_heads
         layers = []
-        for layer_idx, kv_heads in enumerate(self.kv_head_counts):
+        for layer_idx in self.attention_layers:
+            kv_heads = self.kv_head_counts[layer_idx]
             heads = {"num_attention_heads": kv_heads * group, "num_key_value_heads": kv_heads}
             layers.append(copy.copy(self))
             # not as attributes, each of which is checked anew: transformers asks whenever it makes a cache
@@ -102,18 +117,22 @@ class TransActConfig(LlamaConfig):
     def validate_widths(self):
         """Part of `@strict`: one width per layer, none wider than the dense model's, and whole RoPE pairs."""
         dense_widths = {
-            "kv_head_counts": self.num_key_value_heads,
-            "qk_head_dims": self.head_dim,
-            "v_head_dims": self.head_dim,
-            "intermediate_sizes": self.intermediate_size,
+            "kv_head_counts": (1, self.num_key_value_heads),
+            "qk_head_dims": (0, self.head_dim),
+            "v_head_dims": (0, self.head_dim),
+            "intermediate_sizes": (0, self.intermediate_size),
         }
-        for name, dense in dense_widths.items():
+        for name, (least, dense) in dense_widths.items():
             widths = getattr(self, name)
             if len(widths) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(widths)} entries for {self.num_hidden_layers} layers")
-            if not all(1 <= width <= dense for width in widths):
-                raise ValueError(f"{name} must lie between 1 and the dense model's {dense}: {widths}")
+            if not all(least <= width <= dense for width in widths):
+                raise ValueError(f"{name} must lie between {least} and the dense model's {dense}: {widths}")
         if any(width % 2 for width in self.qk_head_dims):
             raise ValueError(f"qk_head_dims must be even, RoPE rotates pairs: {self.qk_head_dims}")
-        if self.query_key_norm and any(width != self.head_dim for width in self.qk_head_dims):
+        if any(bool(qk) != bool(v) for qk, v in zip(self.qk_head_dims, self.v_head_dims, strict=True)):
+            raise ValueError("a layer without attention has 0 in qk_head_dims and in v_head_dims, others in neither")
+        if not any(self.v_head_dims):
+            raise ValueError("v_head_dims are 0 in all layers: at least one layer must have attention")
+        if self.query_key_norm and any(width not in (0, self.head_dim) for width in self.qk_head_dims):
             raise ValueError(f"qk_head_dims must stay {self.head_dim}: the norms of queries and keys see whole heads")

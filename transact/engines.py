@@ -17,8 +17,8 @@ class Engine:
     "any" width, or "narrower" or as wide as its query-key head, to which the KV cache pads it, or "equal" to it.
     `kv_heads_by_layer`, `heads_by_layer`, `mlp_by_layer`: whether numbers of key-value heads, widths of heads and of
     MLPs may differ between layers. `own_pairs`: whether heads and layers may keep RoPE pairs of their own.
-    `mlp_multiple`: what its kernels want MLP widths to be a multiple of (None: what all kernels do). `format`: the
-    export that it reads (None: the checkpoint).
+    `mlp_multiple`: what its kernels want MLP widths to be a multiple of (None: what all kernels do). `drops`: whether
+    layers may do without attention or an MLP. `format`: the export that it reads (None: the checkpoint).
     """
 
     head_widths: Sequence[int] | None = None
@@ -28,6 +28,7 @@ class Engine:
     mlp_by_layer: bool = True
     own_pairs: bool = True
     mlp_multiple: int | None = None
+    drops: bool = False
     format: str | None = None
 
     def takes_head(self, qk_head_dim: int, v_head_dim: int) -> bool:
@@ -56,7 +57,7 @@ class Engine:
 
 # sources: the engines' own code (vLLM 0.32, llama.cpp as in llama-cpp-python 0.3.36, ExecuTorch 1.5)
 ENGINES = {
-    "transformers": Engine(),
+    "transformers": Engine(drops=True),
     # its attention wrapper pads and crops narrower values; FlashAttention's widths, Triton's least
     "vllm": Engine(head_widths=range(32, 257, 8), values="narrower"),
     "vllm-cpu": Engine(head_widths=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512), values="narrower"),
@@ -66,13 +67,20 @@ ENGINES = {
     "plain": Engine(values="equal", kv_heads_by_layer=False, heads_by_layer=False, mlp_by_layer=False, own_pairs=False,
                     format="llama"),
     # our programs are traced from the model, and keep keys and values in tensors of their own
-    "executorch": Engine(format="executorch"),
+    "executorch": Engine(drops=True, format="executorch"),
 }  # fmt: skip
 
 
 def engine_by_name(name: str) -> Engine:
     """The engine's row of the table. Raises ValueError with the allowed names for any other name."""
     return lookup(ENGINES, name, "engine")
+
+
+def check_drops(name: str) -> None:
+    """Raise ValueError unless layers may do without attention or an MLP in this engine."""
+    if not engine_by_name(name).drops:
+        able = ", ".join(other for other, engine in ENGINES.items() if engine.drops)
+        raise ValueError(f"engine {name!r} runs attention and an MLP in every layer: drop_modules is for {able}")
 
 
 def check_held(name: str, widths: Sequence[Widths], pairs: Sequence[torch.Tensor] = ()) -> None:
@@ -82,6 +90,9 @@ def check_held(name: str, widths: Sequence[Widths], pairs: Sequence[torch.Tensor
     """
     engine = engine_by_name(name)
     for layer, one in enumerate(widths):
+        if one.missing and not engine.drops:
+            raise ValueError(f"engine {name!r} runs attention and an MLP in every layer: layer {layer} has no "
+                             f"{one.missing}")  # fmt: skip
         if not engine.takes_head(one.qk_head_dim, one.v_head_dim):
             raise ValueError(
                 f"engine {name!r} {engine.heads_in_words()}: layer {layer} has query-key heads of {one.qk_head_dim} "

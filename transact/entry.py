@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from .widths import widths_of
+
 PROBED = 32  # tokens that two models are compared on
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "transact_llama")
 
@@ -60,6 +62,13 @@ def check_trainable(model: nn.Module) -> None:
     name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if name is not None:
         raise ValueError(f"{name} was made inside torch.inference_mode() and takes no gradients: load it outside")
+
+
+def check_nothing_dropped(model: nn.Module) -> None:
+    """Raise ValueError, naming the layer, where modules were dropped: what is measured of modules is of all."""
+    for layer, one in enumerate(widths_of(model.config)):
+        if one.missing:
+            raise ValueError(f"layer {layer} has no {one.missing}, which was dropped: measure the dense model")
 
 
 def check_in_one_place(model: nn.Module, device: torch.device | None) -> None:

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .entry import check_in_one_place, check_model, check_trainable, checked_windows, undisturbed
+from .entry import (
+    check_in_one_place,
+    check_model,
+    check_nothing_dropped,
+    check_trainable,
+    checked_windows,
+    undisturbed,
+)
 from .products import add_products, mirror
 from .walk import HOST, LayerWalk, hidden_bytes, kv_heads_of, on_device, resting_place
 
@@ -60,6 +67,7 @@ def loss_gradients(
     if of not in ("outputs", "weights"):
         raise ValueError(f"gradients of {of!r} are not known, allowed: outputs, weights")
     check_model(model)
+    check_nothing_dropped(model)
     check_in_one_place(model, device)
     check_trainable(model)
     with undisturbed(model):

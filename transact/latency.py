@@ -1,15 +1,15 @@
-"""What a layer's modules take by their widths: measured at a few on the device, kept in the user's cache."""
+"""What a layer's modules take by their widths: read off whole models on the device, kept in the user's cache."""
 
 import copy
 import hashlib
-import itertools
 import json
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -23,17 +23,15 @@ from .configuration_transact import TransActConfig
 from .devices import device_name
 from .engines import engine_by_name
 from .entry import undisturbed
-from .modeling_transact import TransActAttention, TransActForCausalLM, TransActMLP
+from .modeling_transact import TransActForCausalLM
 from .prune import features_of, narrowed_config
-from .timing import Ratio, cache_flusher, in_turn, ratio_of, seconds_of
-from .widths import MODULES, Widths, dense_widths, head_dim_of, widths_of
+from .timing import Ratio, in_turn, ratio_of, seconds_of
+from .widths import MODULES, Widths, dense_widths, head_dim_of, linear_parameters, widths_of
 
 TOKENS = ("decode", "prefill")
 STEPS = 8  # tokens decoded in one timed run of a model
-COPIES = 2  # of a module, called after each other in one timed run
-MODULE_REPEATS, MODEL_REPEATS, WARM_UP = 31, 15, 2
-
-Line = tuple[tuple[int, float], ...]  # widths, rising, and seconds
+TABLE_REPEATS, MODEL_REPEATS, WARM_UP = 11, 15, 2
+LEAST_BYTES = 256 * 2**20  # of the layers of a model that a table is read off: more than caches hold
 
 
 @dataclass(frozen=True)
@@ -64,35 +62,19 @@ def longest_context(config: PretrainedConfig, tokens: str) -> int:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Seconds of one layer's attention and MLP by their widths: measured at a few, rising, and straight in between.
+    """Seconds that a layer's attention and MLP add by being there, and each dimension of a head or of the MLP."""
 
-    `equal`: attention whose query-key and value heads are as wide as each other. `unequal`: for some query-key widths,
-    by value widths; these go another way through attention, so that one is no point on the line of the other.
-    """
-
-    equal: Line
-    unequal: tuple[tuple[int, Line], ...]
-    mlp: Line
+    attention: float
+    query_key_dim: float
+    value_dim: float
+    mlp: float
+    mlp_dim: float
 
     def prices(self, widths: Widths) -> tuple[float, float]:
-        """Seconds of a layer's attention and of its MLP, as `transact.allocate.Prices`."""
-        query, value = widths.qk_head_dim, widths.v_head_dim
-        if query == value:
-            attention = on_line(query, self.equal)
-        else:
-            attention = on_line(query, [(width, on_line(value, line)) for width, line in self.unequal])
-        return attention, on_line(widths.mlp, self.mlp)
-
-
-def on_line(width: int, points: Sequence[tuple[int, float]]) -> float:
-    """Seconds at a width: straight between the points and beyond their ends, never less than a narrower point has."""
-    widths = [point[0] for point in points]
-    seconds = [*itertools.accumulate((point[1] for point in points), max)]
-    if len(points) == 1:
-        return seconds[0]
-    right = min(max(bisect_right(widths, width), 1), len(points) - 1)
-    slope = (seconds[right] - seconds[right - 1]) / (widths[right] - widths[right - 1])
-    return max(0.0, seconds[right] + slope * (width - widths[right]))
+        """Seconds of a layer's attention and of its MLP, as `transact.allocate.Prices`; none of what is dropped."""
+        attention = self.attention + self.query_key_dim * widths.qk_head_dim + self.value_dim * widths.v_head_dim
+        mlp = self.mlp + self.mlp_dim * widths.mlp
+        return attention if widths.has_attention else 0.0, mlp if widths.has_mlp else 0.0
 
 
 def conditions(dense: nn.Module, workload: Workload) -> dict[str, str | int | float | None]:
@@ -106,7 +88,7 @@ def conditions(dense: nn.Module, workload: Workload) -> dict[str, str | int | fl
         "device": device_name(dense.device), "threads": torch.get_num_threads(), "dtype": str(dense.dtype),
         **asdict(workload), **shapes, "head_dim": head_dim_of(config), **features_of(config),
         "attention": config._attn_implementation, "torch": torch.__version__,
-        "transformers": transformers.__version__, "repeats": MODULE_REPEATS,
+        "transformers": transformers.__version__, "repeats": TABLE_REPEATS,
         "modules": hashlib.sha256(Path(modeling_transact.__file__).read_bytes()).hexdigest()[:12],
     }  # fmt: skip
 
@@ -128,111 +110,71 @@ def _kept_table(path: Path, current: dict) -> LatencyTable | None:
     """The table of a file, unless it is torn or of other conditions than the current ones."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["conditions"] != current:
-            return None
-        lines = kept["table"]
-        return LatencyTable(
-            _line(lines["equal"]), tuple((width, _line(line)) for width, line in lines["unequal"]), _line(lines["mlp"])
-        )
+        return LatencyTable(**kept["table"]) if kept["conditions"] == current else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _line(points: Sequence[Sequence]) -> Line:
-    return tuple((int(width), float(seconds)) for width, seconds in points)
-
-
-def spaced(widths: Sequence[int], count: int) -> list[int]:
-    """So many of the widths, evenly over them, with both ends; all where there are fewer."""
-    last = len(widths) - 1
-    return [widths[place] for place in sorted({round(part * last / (count - 1)) for part in range(count)})]
-
-
 def measured_table(dense: nn.Module, workload: Workload, *, progress: bool = False) -> LatencyTable:
-    """Runs in turn of the narrowed model's own modules, with random weights that no cache holds any more.
+    """The table by which the seconds of some models of the dense one's shapes, timed in turn, are told best.
 
-    What else a machine does only adds to a run, often twice what it takes: of each module the time that a quarter of
-    its runs stay below counts, and over rising widths the nearest times that never fall (isotonic regression).
+    A module that is timed by itself takes another time than in a model, whose weights lie in no cache and whose calls
+    follow each other: so models of random weights are timed, without their heads, each narrowed in another way. What
+    else a machine does only adds to a run, often twice what it takes: of each model the time that a quarter of its runs
+    stay below counts. Least squares over parts none of which takes less than nothing.
     """
+    with undisturbed(dense), torch.no_grad():
+        plans = table_plans(dense)
+        timers = [_model_timer(model_of_widths(dense, widths), workload, with_head=False) for widths in plans]
+        in_turn(timers, WARM_UP)
+        times = in_turn(timers, TABLE_REPEATS, bar="latency" if progress else "")
+    return fitted_table(plans, [lower_quartile(one) for one in times])
+
+
+def table_plans(dense: nn.Module) -> list[tuple[Widths, ...]]:
+    """Widths of as many layers as a table is read off, in ways that tell its parts from each other."""
     whole = dense_widths(dense.config)[0]
     queries, values, mlps = allowed_widths(dense.config, whole, MODULES, engine_by_name("transformers"))
-    few, mlps = spaced(queries, 3), spaced(mlps, 5)
-    others = spaced([width for width in values if width not in few], 3)
-    equal = spaced([width for width in queries if width in values], 5)
-    heads = [*((width, width) for width in equal), *itertools.product(few, others)]
-    flush = cache_flusher(dense.device)
-    with undisturbed(dense), torch.no_grad():
-        timers = [
-            _attention_timer(dense, replace(whole, qk_head_dim=query, v_head_dim=value), workload, flush)
-            for query, value in heads
-        ]
-        timers += [_mlp_timer(dense, replace(whole, mlp=width), workload, flush) for width in mlps]
-        in_turn(timers, WARM_UP)
-        times = in_turn(timers, MODULE_REPEATS, bar="latency" if progress else "")
-    seconds = dict(zip([*heads, *mlps], (lower_quartile(one) for one in times), strict=True))
-    return LatencyTable(
-        never_falling((width, seconds[width, width]) for width in equal),
-        tuple((query, never_falling((value, seconds[query, value]) for value in others)) for query in few),
-        never_falling((width, seconds[width]) for width in mlps),
-    )
+    layer_bytes = linear_parameters(dense.config, [whole]) * dense.dtype.itemsize
+    layers = min(dense.config.num_hidden_layers, max(2, math.ceil(LEAST_BYTES / layer_bytes)))
+    query, value, mlp = ((widths[0], widths[len(widths) // 2]) for widths in (queries, values, mlps))
+    everywhere = [
+        {"qk_head_dim": query[0]}, {"v_head_dim": value[0]}, {"mlp": mlp[0]}, {"mlp": mlp[1]},
+        *({"qk_head_dim": query[part], "v_head_dim": value[part]} for part in range(2)),
+        {"qk_head_dim": query[1], "v_head_dim": value[1], "mlp": mlp[1]},
+    ]  # fmt: skip
+    in_every_second = [{"qk_head_dim": 0, "v_head_dim": 0}, {"mlp": 0}]
+    return [
+        (whole,) * layers,
+        *((replace(whole, **changes),) * layers for changes in everywhere),
+        *(((whole, replace(whole, **changes)) * layers)[:layers] for changes in in_every_second),
+    ]
+
+
+def fitted_table(plans: Sequence[Sequence[Widths]], seconds: Sequence[float]) -> LatencyTable:
+    """The table nearest, in least squares, to the seconds of models of these widths; what else they take is alike."""
+    from scipy.optimize import nnls  # takes a quarter of a second to import
+
+    rows = [
+        [1, sum(one.has_attention for one in widths), sum(one.qk_head_dim for one in widths),
+         sum(one.v_head_dim for one in widths), sum(one.has_mlp for one in widths), sum(one.mlp for one in widths)]
+        for widths in plans
+    ]  # fmt: skip
+    counts = np.array(rows, dtype=np.float64)
+    scale = counts.max(axis=0)
+    parts, _ = nnls(counts / scale, np.array(seconds))
+    return LatencyTable(*(parts / scale).tolist()[1:])
 
 
 def lower_quartile(seconds: Sequence[float]) -> float:
-    return torch.tensor(seconds, dtype=torch.float64).quantile(0.25).item()
-
-
-def never_falling(points: Iterable[tuple[int, float]]) -> Line:
-    """The nearest seconds, in least squares, that do not fall with the width."""
-    from scipy.optimize import isotonic_regression  # takes a quarter of a second to import
-
-    widths, seconds = zip(*points, strict=True)
-    return tuple(zip(widths, isotonic_regression(seconds).x.tolist(), strict=True))
-
-
-def _attention_timer(
-    dense: nn.Module, widths: Widths, workload: Workload, flush: Callable[[], None]
-) -> Callable[[], float]:
-    """A function that gives the seconds of one layer's attention at these widths."""
-    config = config_of_widths(dense, (widths,) * dense.config.num_hidden_layers)
-    copies = min(COPIES, config.num_hidden_layers)
-    with made_as(dense):
-        modules = [TransActAttention(config, layer).eval() for layer in range(copies)]
-        hidden = torch.randn(workload.batch, 1 if workload.tokens == "decode" else workload.context, config.hidden_size)
-        first = workload.context if workload.tokens == "decode" else 0
-        places = torch.arange(first, first + hidden.shape[1])[None]
-    tables = copy.deepcopy(dense.model.rotary_emb)(hidden, position_ids=places)
-    filled = filled_cache(dense, config, workload)
-
-    def run() -> float:
-        cache = copy.deepcopy(filled)
-
-        def attend() -> None:
-            for module in modules:
-                module(hidden, position_embeddings=tables, attention_mask=None, past_key_values=cache)
-
-        flush()
-        return seconds_of(attend, dense.device) / copies
-
-    return run
-
-
-def _mlp_timer(dense: nn.Module, widths: Widths, workload: Workload, flush: Callable[[], None]) -> Callable[[], float]:
-    """A function that gives the seconds of one layer's MLP at these widths."""
-    config = config_of_widths(dense, (widths,) * dense.config.num_hidden_layers)
-    with made_as(dense):
-        modules = [TransActMLP(config, 0).eval() for _ in range(COPIES)]
-        hidden = torch.randn(workload.batch, 1 if workload.tokens == "decode" else workload.context, config.hidden_size)
-
-    def run() -> float:
-        flush()
-        return seconds_of(lambda: [module(hidden) for module in modules], dense.device) / COPIES
-
-    return run
+    return float(np.quantile(seconds, 0.25))
 
 
 def config_of_widths(dense: nn.Module, widths: Sequence[Widths]) -> TransActConfig:
-    """The configuration of a model narrowed to these widths, which attends as the dense one does."""
-    config = narrowed_config(dense.config, widths)
+    """The configuration of a model of layers of these widths, which attends as the dense one does."""
+    fewer = copy.deepcopy(dense.config)
+    fewer.num_hidden_layers = len(widths)
+    config = narrowed_config(fewer, widths)
     config._attn_implementation = dense.config._attn_implementation
     return config
 
@@ -254,14 +196,17 @@ def filled_cache(dense: nn.Module, config: PretrainedConfig, workload: Workload)
     cache = DynamicCache(config=config)
     if workload.tokens == "decode":
         with made_as(dense):
-            for layer, widths in enumerate(widths_of(config)):
+            for entry, widths in enumerate(one for one in widths_of(config) if one.has_attention):
                 shape = workload.batch, widths.kv_heads, workload.context
-                cache.update(torch.ones(*shape, widths.qk_head_dim), torch.ones(*shape, widths.v_head_dim), layer)
+                cache.update(torch.ones(*shape, widths.qk_head_dim), torch.ones(*shape, widths.v_head_dim), entry)
     return cache
 
 
 def model_of_widths(dense: nn.Module, widths: Sequence[Widths]) -> TransActForCausalLM:
-    """A model of these widths where the dense one is, with random weights: how long it takes hangs on shapes alone."""
+    """A model of these widths where the dense one is, with random weights: how long it takes hangs on shapes alone.
+
+    It has as many layers as there are widths.
+    """
     with undisturbed(dense), made_as(dense):
         return TransActForCausalLM(config_of_widths(dense, widths)).eval().requires_grad_(False)
 
@@ -274,7 +219,7 @@ def compared(dense: nn.Module, narrowed: nn.Module, workload: Workload) -> Ratio
         return ratio_of(*in_turn(timers, MODEL_REPEATS))
 
 
-def _model_timer(model: nn.Module, workload: Workload) -> Callable[[], float]:
+def _model_timer(model: nn.Module, workload: Workload, *, with_head: bool = True) -> Callable[[], float]:
     """A function that gives the seconds of one prefill, or of decoding `STEPS` tokens one by one."""
     is_decode = workload.tokens == "decode"
     ids = torch.zeros(workload.batch, 1 if is_decode else workload.context, dtype=torch.int64, device=model.device)
@@ -285,7 +230,10 @@ def _model_timer(model: nn.Module, workload: Workload) -> Callable[[], float]:
 
         def steps() -> None:
             for _ in range(STEPS if is_decode else 1):
-                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                if with_head:
+                    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                else:
+                    model.model(input_ids=ids, past_key_values=cache, use_cache=True)
 
         return seconds_of(steps, model.device)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .allocate import removal_losses
+from .allocate import dropping_losses, removal_losses
 from .calibration import LayerStatistics, Moments, held_out_split
 from .compensate import compensate_on_dense_inputs
 from .plan import select
@@ -85,24 +85,26 @@ def fitted_alone(layer: LayerStatistics) -> LayerStatistics:
 
 
 def _scaled(scores: Sequence[LayerScores], factors: torch.Tensor) -> list[LayerScores]:
-    return [
-        replace(
-            layer, rope_pairs=layer.rope_pairs * qk, value_dims=layer.value_dims * vo, mlp_dims=layer.mlp_dims * mlp
-        )
-        for layer, (qk, vo, mlp) in zip(scores, factors.tolist(), strict=True)
-    ]
+    return [_scaled_layer(*one) for one in zip(scores, factors.tolist(), strict=True)]
+
+
+def _scaled_layer(layer: LayerScores, factors: Sequence[float]) -> LayerScores:
+    qk, vo, mlp = factors
+    return replace(
+        layer, rope_pairs=layer.rope_pairs * qk, value_dims=layer.value_dims * vo, mlp_dims=layer.mlp_dims * mlp,
+        attention=None if layer.attention is None else layer.attention * vo,
+    )  # fmt: skip
 
 
 def _predicted(scores: Sequence[LayerScores], widths: Sequence[Widths]) -> torch.Tensor:
     """Predicted losses at these widths, nats a token: (L, 3), of query-key pairs, values and MLPs."""
-    rows = [
-        (
-            removal_losses(layer.rope_pairs)[width.qk_head_dim // 2],
-            removal_losses(layer.value_dims)[width.v_head_dim],
-            removal_losses(layer.mlp_dims)[width.mlp],
-        )
-        for layer, width in zip(scores, widths, strict=True)
-    ]
+    rows = []
+    for layer, width in zip(scores, widths, strict=True):
+        pairs, (values, mlp) = 0.0, dropping_losses(layer)  # of dropped attention all is values'
+        if width.has_attention:
+            pairs = removal_losses(layer.rope_pairs)[width.qk_head_dim // 2]
+            values = removal_losses(layer.value_dims)[width.v_head_dim]
+        rows.append((pairs, values, removal_losses(layer.mlp_dims)[width.mlp] if width.has_mlp else mlp))
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -131,9 +133,9 @@ def error_slopes(
     """d KL(dense || narrowed) / d share, nats a token, of each module's own error: (L, 3), float64.
 
     The errors are what pruning pairs, values and MLP dimensions adds to a module's output for the narrowed model's
-    own inputs; a share of 1 is the narrowed model. Columns: query-key pairs, values, MLPs. `final` are the dense
-    model's `final_states` of the windows, where they are at hand. A narrowed model that lies elsewhere than the dense
-    one is computed block by block on that one's `device`.
+    own inputs; a share of 1 is the narrowed model. Columns: query-key pairs, values, MLPs (all of dropped attention is
+    values'). `final` are the dense model's `final_states` of the windows, where they are at hand. A narrowed model that
+    lies elsewhere than the dense one is computed block by block on that one's `device`.
     """
     final = final_states(dense, windows) if final is None else final
     batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
@@ -145,7 +147,7 @@ def error_slopes(
     slopes = torch.zeros(len(inputs), 3, dtype=torch.float64)
     for index, (layer, before) in reversed([*enumerate(zip(narrowed.model.layers, dense.model.layers, strict=True))]):
         walk.hidden = inputs.pop()
-        with on_device(layer, device):
+        with on_device(layer, device), _stood_in(layer, before):
             for batch in range(len(batches)):
                 with _seen(layer) as seen:
                     walk.back(index, layer, above, batch)
@@ -182,6 +184,30 @@ def _divergence_gradient(
     return gradient
 
 
+class _Silent(nn.Module):
+    """Gives nothing, at which there is a gradient nevertheless."""
+
+    def forward(self, hidden_states: torch.Tensor, **arguments):
+        nothing = 0 * hidden_states
+        return (nothing, None) if arguments else nothing  # as attention, or as an MLP
+
+
+@contextmanager
+def _stood_in(layer: nn.Module, before: nn.Module) -> Iterator[None]:
+    """The layer has meanwhile silent modules behind the dense layer's norms in the place of dropped ones."""
+    pairs = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))
+    dropped = [(name, norm) for name, norm in pairs if getattr(layer, name) is None]
+    for name, norm in dropped:
+        setattr(layer, name, _Silent())
+        setattr(layer, norm, getattr(before, norm))
+    try:
+        yield
+    finally:
+        for pair in dropped:
+            for name in pair:
+                setattr(layer, name, None)
+
+
 @contextmanager
 def _seen(layer: nn.Module) -> Iterator[dict]:
     """Of a layer's attention and MLP what it is called with and its output, whose gradient is kept."""
@@ -208,7 +234,9 @@ def _slopes_of_layer(layer: nn.Module, before: nn.Module, seen: dict) -> torch.T
 
     inputs, keywords, output = seen[layer.self_attn]
     whole = before.self_attn(*inputs, **keywords)[0]
-    pairs_gone = _with_values_of(layer.self_attn, before.self_attn)(*inputs, **keywords)[0]
+    pairs_gone = whole
+    if not isinstance(layer.self_attn, _Silent):
+        pairs_gone = _with_values_of(layer.self_attn, before.self_attn)(*inputs, **keywords)[0]
     pairs, values = along(pairs_gone - whole, output), along(output - pairs_gone, output)
     inputs, _, output = seen[layer.mlp]
     return torch.tensor([pairs, values, along(output - before.mlp(*inputs), output)], dtype=torch.float64)

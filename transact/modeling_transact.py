@@ -8,7 +8,7 @@ Legend: B batch, L length, D hidden size, K key-value heads, H query heads, Q an
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -143,7 +143,7 @@ class TransActAttention(nn.Module):
     def __init__(self, config: TransActConfig, layer_idx: int):
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
+        self.layer_idx = config.attention_layers.index(layer_idx)  # in the cache, which knows no other layers
         self.kv_heads = config.kv_head_counts[layer_idx]
         self.qk_head_dim = config.qk_head_dims[layer_idx]
         self.v_head_dim = config.v_head_dims[layer_idx]
@@ -271,15 +271,28 @@ class TransActMLP(LlamaMLP):
 
 
 class TransActDecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer around the narrowed modules; the residual stream keeps its width."""
+    """Llama's decoder layer around the narrowed modules; the residual stream keeps its width.
+
+    A module of width 0 and the norm before it are not there (None), and the stream passes by.
+    """
 
     def __init__(self, config: TransActConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
-        self.self_attn = TransActAttention(config, layer_idx)
-        self.mlp = TransActMLP(config, layer_idx)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        has_attention, has_mlp = config.v_head_dims[layer_idx] > 0, config.intermediate_sizes[layer_idx] > 0
+        norm = partial(LlamaRMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = TransActAttention(config, layer_idx) if has_attention else None
+        self.mlp = TransActMLP(config, layer_idx) if has_mlp else None
+        self.input_layernorm = norm() if has_attention else None
+        self.post_attention_layernorm = norm() if has_mlp else None
+
+    def forward(self, hidden_states, **arguments):
+        if self.self_attn is not None:
+            output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **arguments)
+            hidden_states = hidden_states + output
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
 
 
 class TransActPreTrainedModel(LlamaPreTrainedModel):

@@ -35,7 +35,8 @@ class ObsPruning:
     A score is the predicted loss of removing this dimension and all that go before it. With `weighted`, errors of a
     module's output count as the language-model loss minds them (nats a token, by gradients; pairs by the gradient of a
     gate), so scores of all layers and modules compare; else as squared errors, pairs by `pair_energy`. With
-    `value_basis` values are dropped along the axes that cost least, not along the dense model's.
+    `value_basis` values are dropped along the axes that cost least, not along the dense model's. Weighted scores say
+    what dropping all attention costs as well, for which nothing can make up.
     Each dimension's second moment is raised by the fraction dimensions / tokens: on other text the kept dimensions make
     up for less than they seem to on the calibration tokens, the more so the fewer tokens there were.
     """
@@ -68,6 +69,7 @@ class ObsPruning:
             value_dims=losses,
             mlp_dims=greedy_losses(down, mean_moments(statistics.mlp_moments), tokens),
             value_basis=basis,
+            attention=((output @ mean_moments(statistics.attention_moments)) * output).sum() if self.weighted else None,
         )
 
     @staticmethod

@@ -156,7 +156,9 @@ def prune(
             criterion = criterion_by_name(recipe.criterion, seed=seed)
             goal = speedup
             if speedup is not None and not isinstance(speedup, SpeedGoal):
-                goal = speed_goal(dense, speedup, modules=recipe.modules, progress=progress)
+                goal = speed_goal(
+                    dense, speedup, modules=recipe.modules, drop_modules=recipe.drop_modules, progress=progress
+                )
             result = _in_shots(
                 dense, windows, recipe, criterion, ratio, kv_ratio, widths, goal, statistics, device, home, train,
                 progress,
@@ -196,11 +198,11 @@ def check_task(
     if speedup is not None:
         check_in_reach_of_a_clock(dense)
         if isinstance(speedup, SpeedGoal):
-            speedup.check(dense, recipe.modules)
+            speedup.check(dense, recipe.modules, recipe.drop_modules)
         widths_within(dense.config, _placeholder_scores(dense), parameter_prices(dense.config), math.inf,
-                      kv_ratio=kv_ratio, modules=recipe.modules)  # fmt: skip
+                      kv_ratio=kv_ratio, modules=recipe.modules, drop_modules=recipe.drop_modules)  # fmt: skip
     elif widths is not None:
-        check_widths(dense.config, widths)
+        check_widths(dense.config, widths, drop_modules=recipe.drop_modules)
         narrowed_config(dense.config, widths, rope=recipe.rope)
         check_held(recipe.engine, widths)
     elif ratio or kv_ratio:  # whether widths can be found does not hang on scores
@@ -449,11 +451,15 @@ def _target_widths(
     """The widths that the ratio asks for, or, with a goal, that cost its budget (or another one)."""
     if goal is not None:
         budget = goal.budget if budget is None else budget
-        return widths_within(model.config, scores, goal.prices, budget, kv_ratio=kv_ratio, modules=recipe.modules)
+        return widths_within(
+            model.config, scores, goal.prices, budget, kv_ratio=kv_ratio, modules=recipe.modules,
+            drop_modules=recipe.drop_modules,
+        )  # fmt: skip
     if recipe.allocation == "searched":
         return searched_widths(
-            model.config, scores, ratio, kv_ratio=kv_ratio, modules=recipe.modules, engine=recipe.engine
-        )
+            model.config, scores, ratio, kv_ratio=kv_ratio, modules=recipe.modules, engine=recipe.engine,
+            drop_modules=recipe.drop_modules,
+        )  # fmt: skip
     if recipe.allocation == "global":
         return global_widths(model.config, scores, ratio, kv_ratio=kv_ratio)
     return uniform_widths(

@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from .scores import LayerScores
-from .widths import Widths, widths_of
+from .widths import Widths, check_some_attention, widths_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class LayerPlan:
 
     `kv_heads` (kept heads,), `rope_pairs` (kept heads, pairs), `value_dims` (kept heads, dims), `mlp_dims` (dims,).
     Without `rope_pairs` queries and keys keep the dimensions of `value_dims`, as the paper's authors do ("released").
+    Nothing is kept of a dropped module: heads have no dimensions, and no pairs, or there are no `mlp_dims`.
     Where values are kept along other axes than the model's, `value_into` and `value_back` (kept heads, V, dims) hold
     them: v_proj's rows become value_into^T rows, o_proj's columns columns value_back, and `value_dims` count axes.
     """
@@ -133,6 +134,9 @@ class Plan:
                         f"layers.{index}.{name} must have one row for each of {len(layer.kv_heads)} kept "
                         "key-value heads"
                     )
+            if layer.rope_pairs is not None and (layer.rope_pairs.numel() == 0) != (layer.value_dims.numel() == 0):
+                raise ValueError(f"layers.{index}: of dropped attention neither rope_pairs nor value_dims are kept")
+        check_some_attention(self.widths)
 
 
 def kept_layers_of(config: PretrainedConfig) -> tuple[int, ...] | None:
@@ -144,12 +148,14 @@ def kept_layers_of(config: PretrainedConfig) -> tuple[int, ...] | None:
 
 
 def _check_indices(where: str, kept: torch.Tensor, limit: int) -> None:
-    dimensions = 2 if where.endswith(("rope_pairs", "value_dims")) else 1
-    if kept.dtype != torch.int64 or kept.numel() == 0 or kept.ndim != dimensions:
+    dimensions, least = 2 if where.endswith(("rope_pairs", "value_dims")) else 1, int(where.endswith("kv_heads"))
+    if kept.dtype != torch.int64 or kept.numel() < least or kept.ndim != dimensions:
         raise ValueError(
-            f"{where} must hold at least one int64 index in {dimensions} dimension(s), "
-            f"got {kept.dtype} {tuple(kept.shape)}"
+            f"{where} must hold {'at least one int64 index' if least else 'int64 indices'} in {dimensions} "
+            f"dimension(s), got {kept.dtype} {tuple(kept.shape)}"
         )
+    if not kept.numel():
+        return
     if kept.min() < 0 or kept.max() >= limit:
         raise ValueError(f"{where} must lie in [0, {limit}), got {kept.min()} to {kept.max()}")
     if (kept.diff(dim=-1) <= 0).any():

@@ -164,7 +164,7 @@ def narrowed_config(config: PretrainedConfig, widths: Sequence[Widths], *, rope:
     """
     settings = {name: value for name, value in config.to_dict().items() if name in CONFIGURATION_FIELDS}
     settings |= features_of(config)
-    if settings["query_key_norm"] and any(w.qk_head_dim != head_dim_of(config) for w in widths):
+    if settings["query_key_norm"] and any(w.qk_head_dim not in (0, head_dim_of(config)) for w in widths):
         raise ValueError("queries and keys are normalised head by head: their dimensions must be kept whole")
     if rope == "released":
         if len({w.v_head_dim for w in widths}) > 1:
@@ -241,6 +241,8 @@ def apply_plan(
         weights[name] = before[name].to(home or before[name].device, copy=True)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    dropped = _dropped_parts(plan.widths)
+    weights = {name: weight for name, weight in weights.items() if not name.startswith(dropped)}
     narrowed.load_state_dict(weights, strict=True, assign=True)
     rotary = model.model.rotary_emb  # its tables are not in the state dict
     mine = copy.deepcopy(rotary) if rope == "pairs" else type(narrowed.model.rotary_emb)(config)
@@ -251,6 +253,16 @@ def apply_plan(
     if home is None:
         _place_as(narrowed, model)
     return narrowed.train(model.training)
+
+
+def _dropped_parts(widths: Sequence[Widths]) -> tuple[str, ...]:
+    """What the names of the weights that go with dropped modules begin with."""
+    parts = []
+    for index, one in enumerate(widths):
+        names = () if one.has_attention else ("self_attn.", "input_layernorm.")
+        names += () if one.has_mlp else ("mlp.", "post_attention_layernorm.")
+        parts += [f"model.layers.{index}.{name}" for name in names]
+    return tuple(parts)
 
 
 def _place_as(narrowed: nn.Module, model: nn.Module) -> None:

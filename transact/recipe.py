@@ -7,11 +7,11 @@ import torch
 
 from .criteria import CRITERIA, lookup
 from .depth import DEPTHS
-from .engines import engine_by_name
+from .engines import check_drops, engine_by_name
 from .obs import ObsPruning
 from .scores import MOMENTS, OUTPUT_GRADIENTS, WEIGHT_GRADIENTS
 from .sparsity import SPARSITIES
-from .widths import GRANULARITIES, MODULES
+from .widths import GRANULARITIES, MODULES, whole_modules
 
 ALLOCATIONS = ("uniform", "searched", "global")
 COMPENSATIONS = ("none", "bias", "dense", "pruned", "magnitude", "linear")
@@ -42,6 +42,9 @@ class Recipe:
     other, a "run" of them, or all but one in each of "clusters". What makes up for them is a "magnitude", of layers
     that went by influence, or a "linear" map, of a run, or nothing; all else is for narrowing.
 
+    `drop_modules`: an allocation "searched" may drop attention or MLP of a layer altogether, where that loses less than
+    narrowing others; `engine` must hold that (`Engine.drops`).
+
     `sparsity`: at last two of every four weights become zero, by "wanda-2:4" or "magnitude-2:4" (`make_sparse`).
     """
 
@@ -58,6 +61,7 @@ class Recipe:
     engine: str = "transformers"
     depth: str = "none"
     sparsity: str = "none"
+    drop_modules: bool = False
 
     def check(self) -> None:
         """Raise ValueError for a value that is not known or settings that exclude each other."""
@@ -92,6 +96,7 @@ class Recipe:
             raise ValueError(
                 f"engine {self.engine!r} is planned for by allocation 'searched' (preset best), not {self.allocation!r}"
             )
+        self._check_drops()
         if self.allocation == "global" and (self.granularity != "heads" or set(self.modules) != set(MODULES)):
             raise ValueError("allocation 'global' drops whole heads and MLP dimensions: granularity must be heads")
         if self.allocation == "global" and self.criterion != "fluctuation":
@@ -104,6 +109,20 @@ class Recipe:
             raise ValueError("rope 'released' gives q, k, v and o the same width: all modules, and not searched")
         if self.rope == "released" and getattr(criterion, "value_basis", False):
             raise ValueError(f"rope 'released' keeps dimensions of the model: {self.criterion} changes their basis")
+
+    def _check_drops(self) -> None:
+        """Raise ValueError where modules may be dropped and nothing searches, holds or names any that could be."""
+        if not isinstance(self.drop_modules, bool):
+            raise ValueError(f"drop_modules must be True or False, got {self.drop_modules!r}")
+        if not self.drop_modules:
+            return
+        if self.allocation != "searched":
+            raise ValueError(f"drop_modules is for an allocation 'searched' (preset best), not {self.allocation!r}")
+        check_drops(self.engine)
+        if not any(whole_modules(self.modules)):
+            raise ValueError(
+                f"drop_modules drops attention (modules qk and vo) or MLPs (mlp), got {', '.join(self.modules)}"
+            )
 
     def _check_depth(self) -> None:
         """Raise ValueError where whole layers go and something is said that only narrowing has, or the other way."""

@@ -30,7 +30,8 @@ class LayerScores:
     """Scores of one layer: `rope_pairs` (K, P), `value_dims` (K, V), `mlp_dims` (M,), and of whole heads, (K,).
 
     Left out, the head score is the paper's: mean over the head's value dimensions + (10 / V) x their maximum.
-    `value_dims` are those of `value_basis` where there is one.
+    `value_dims` are those of `value_basis` where there is one. `attention` () is the predicted loss
+    of dropping all attention, where a criterion has it: errors of heads do not simply add up.
     """
 
     rope_pairs: torch.Tensor
@@ -38,6 +39,7 @@ class LayerScores:
     mlp_dims: torch.Tensor
     kv_heads: torch.Tensor | None = None
     value_basis: ValueBasis | None = None
+    attention: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.kv_heads is None:

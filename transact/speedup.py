@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
@@ -11,7 +11,7 @@ from .allocate import Prices, allowed_widths, parameter_prices, total_price
 from .engines import engine_by_name
 from .latency import Workload, compared, conditions, latency_table, longest_context, model_of_widths
 from .timing import Ratio
-from .widths import MODULES, Widths, check_modules, dense_widths
+from .widths import MODULES, Widths, check_modules, dense_widths, whole_modules
 
 BUDGETS = ("latency", "parameters")
 DEFAULT_CONTEXT = 512
@@ -24,8 +24,9 @@ class SpeedGoal:
     """How many times as fast as the dense model the narrowed one is to be, and what was measured to get there.
 
     `prices` are those of a layer's modules, in seconds or, to compare, in parameters. `ends` are the price of the dense
-    widths and of the narrowest with `modules`, each with its whole model's time over the dense model's: what lies
-    between them follows the prices, so that all that no width changes (embedding, norms, head) is in both.
+    widths and of the narrowest with `modules` (with `drop_modules` of one attention alone), each with its whole model's
+    time over the dense model's: what lies between them follows the prices, so that all that no width changes
+    (embedding, norms, head) is in both.
     """
 
     speedup: float
@@ -34,6 +35,7 @@ class SpeedGoal:
     prices: Prices = field(repr=False)
     ends: tuple[tuple[float, float], ...]
     conditions: dict = field(repr=False)
+    drop_modules: bool = False
 
     @property
     def budget(self) -> float:
@@ -44,8 +46,11 @@ class SpeedGoal:
         """Whether a measured speed-up is the one asked for, but for its own noise."""
         return measured.low <= self.speedup <= measured.high or abs(measured.median / self.speedup - 1) <= NEAR
 
-    def check(self, dense: nn.Module, modules: Sequence[str]) -> None:
+    def check(self, dense: nn.Module, modules: Sequence[str], drop_modules: bool = False) -> None:
         """Raise ValueError unless it was measured of this model, here and now, and with these modules."""
+        if self.drop_modules != drop_modules:
+            raise ValueError(f"the speed-up was measured with drop_modules {self.drop_modules}, the recipe says "
+                             f"{drop_modules}: measure it anew")  # fmt: skip
         if set(self.modules) != set(modules):
             raise ValueError(f"the speed-up was measured with {'+'.join(self.modules)}, the recipe narrows "
                              f"{'+'.join(modules)}: measure it anew")  # fmt: skip
@@ -78,13 +83,15 @@ def speed_goal(
     context: int | None = None,
     modules: Sequence[str] = MODULES,
     budget: str = "latency",
+    drop_modules: bool = False,
     progress: bool = False,
 ) -> SpeedGoal:
     """A speed-up of this model that `prune` can be given, once it is measured that it can be had and told from noise.
 
     `tokens`, `batch` and `context` are what is timed, see `Workload`; the context is 512 or as much as the model has.
-    `modules` are those that may be narrowed. `budget`: what widths are chosen by, seconds of the modules ("latency",
-    from a table that is measured once and kept) or, to compare, "parameters". Takes seconds to a minute.
+    `modules` are those that may be narrowed, with `drop_modules` to nothing. `budget`: what widths are chosen by,
+    seconds of the modules ("latency", from a table that is measured once and kept) or, to compare, "parameters". Takes
+    seconds to a minute.
 
     Raises ValueError for a speed-up that the narrowest widths do not reach, and on a device too noisy to tell.
     """
@@ -101,7 +108,7 @@ def speed_goal(
         prices = latency_table(dense, workload, progress=progress).prices
     else:
         prices = parameter_prices(dense.config)
-    whole, narrowest = dense_widths(dense.config), narrowest_widths(dense, modules)
+    whole, narrowest = dense_widths(dense.config), narrowest_widths(dense, modules, drop_modules)
     measured = [compared(dense, model_of_widths(dense, widths), workload) for widths in (whole, narrowest)]
     spread = max(ratio.spread for ratio in measured)
     if not spread < speedup**2:  # the interval of that very speed-up would hold 1
@@ -116,14 +123,20 @@ def speed_goal(
         )
     ends = tuple((total_price(prices, widths), 1 / ratio.median)
                  for widths, ratio in zip((whole, narrowest), measured, strict=True))  # fmt: skip
-    return SpeedGoal(speedup, workload, tuple(modules), prices, ends, conditions(dense, workload))
+    return SpeedGoal(speedup, workload, tuple(modules), prices, ends, conditions(dense, workload), drop_modules)
 
 
-def narrowest_widths(dense: nn.Module, modules: Sequence[str]) -> tuple[Widths, ...]:
-    """The least aligned widths of every layer."""
+def narrowest_widths(dense: nn.Module, modules: Sequence[str], drop_modules: bool = False) -> tuple[Widths, ...]:
+    """The least aligned widths of every layer; with `drop_modules` none, but for one attention."""
     whole = dense_widths(dense.config)
     least = allowed_widths(dense.config, whole[0], modules, engine_by_name("transformers"))
-    return (Widths(whole[0].kv_heads, *(widths[0] for widths in least)),) * len(whole)
+    narrow = Widths(whole[0].kv_heads, *(widths[0] for widths in least))
+    if not drop_modules:
+        return (narrow,) * len(whole)
+    drops_attention, drops_mlp = whole_modules(modules)
+    first = replace(narrow, mlp=0) if drops_mlp else narrow
+    others = replace(first, qk_head_dim=0, v_head_dim=0) if drops_attention else first
+    return (first, *(others,) * (len(whole) - 1))
 
 
 def widths_at_speed(

@@ -12,7 +12,6 @@ import torch
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
-CPU_CACHE = 64 * 2**20  # bytes written to push everything else out of a processor's last cache
 
 
 @dataclass(frozen=True)
@@ -75,20 +74,3 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def cache_flusher(device: torch.device) -> Callable[[], None]:
-    """A function that pushes everything out of the device's last cache: there a module alone would find its weights.
-
-    On CUDA twice the L2 is written, and waited for.
-    """
-    is_gpu = device.type == "cuda"
-    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if is_gpu else CPU_CACHE
-    buffer = torch.zeros(size, dtype=torch.int8, device=device)
-
-    def flush() -> None:
-        buffer.add_(1)
-        if is_gpu:
-            torch.cuda.synchronize(device)
-
-    return flush

@@ -54,6 +54,11 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+def place_of(layer: nn.Module, otherwise: torch.device | None) -> torch.device | None:
+    """Where a layer lies; a layer that keeps nothing lies anywhere."""
+    return next((parameter.device for parameter in layer.parameters()), otherwise)
+
+
 @contextmanager
 def on_device(layer: nn.Module, device: torch.device | None, *, changes: bool = False) -> Iterator[torch.device]:
     """The layer on `device` for a while (None: where it lies); yields the device.
@@ -61,7 +66,7 @@ def on_device(layer: nn.Module, device: torch.device | None, *, changes: bool = 
     What the layer was before comes back afterwards; where the weights are changed meanwhile (`changes`), what they
     became is copied into it.
     """
-    home = next(layer.parameters()).device
+    home = place_of(layer, device)
     if device is None or device == home:
         yield home
         return
@@ -130,8 +135,9 @@ class LayerWalk:
 
     def run(self, index: int, layer: nn.Module, batch: int) -> torch.Tensor:
         """The output of block `index` for a batch, where the block lies."""
-        device = next(layer.parameters()).device
-        return layer(sent(self.hidden[batch], device), **self.arguments(index, batch, device))
+        hidden = self.hidden[batch]
+        device = place_of(layer, hidden.device)
+        return layer(sent(hidden, device), **self.arguments(index, batch, device))
 
     def advance(self, index: int, layer: nn.Module, batch: int) -> None:
         """Replace the hidden states of a batch, in place, by the block's output."""
@@ -157,7 +163,8 @@ class LayerWalk:
 
         That input, `hidden[batch]`, is dropped.
         """
-        entering = sent(self.hidden[batch].detach(), next(layer.parameters()).device).requires_grad_()
+        hidden = self.hidden[batch].detach()
+        entering = sent(hidden, place_of(layer, hidden.device)).requires_grad_()
         self.hidden[batch] = entering
         with torch.enable_grad():
             output = self.run(index, layer, batch)

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from .configuration_transact import TransActConfig
 from .entry import odd_weight, shapes_of
 from .prune import FAMILIES, narrowed_config
-from .widths import dense_widths
+from .widths import dense_widths, widths_of
 
 FORMATS = ("llama", "gguf", "executorch")
 
@@ -40,6 +40,12 @@ def check_exportable(config: PretrainedConfig, format: str = "llama") -> None:
     if format == "executorch":
         check_length_free(config)
         return
+    for layer, one in enumerate(widths_of(config)):
+        if one.missing:
+            raise ValueError(
+                f"layer {layer} has no {one.missing}, which a plain Llama and a GGUF file have in every layer: the "
+                "model cannot be exported"
+            )
     if format == "llama":
         _check_heads(config, is_pruned)
     if not is_pruned:

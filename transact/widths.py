@@ -14,12 +14,30 @@ GRANULARITIES = ("dims", "heads", "both")
 
 @dataclass(frozen=True)
 class Widths:
-    """Widths of one layer: key-value heads, dimensions of a query or key head, of a value head, and of the MLP."""
+    """Widths of one layer: key-value heads, dimensions of a query or key head, of a value head, and of the MLP.
+
+    A layer whose attention is dropped has heads of 0 dimensions, one whose MLP is an MLP of 0.
+    """
 
     kv_heads: int
     qk_head_dim: int
     v_head_dim: int
     mlp: int
+
+    @property
+    def has_attention(self) -> bool:
+        return self.v_head_dim > 0
+
+    @property
+    def has_mlp(self) -> bool:
+        return self.mlp > 0
+
+    @property
+    def missing(self) -> str:
+        """What the layer does without, in words; empty where it has both modules."""
+        return " and ".join(
+            name for name, is_there in (("attention", self.has_attention), ("MLP", self.has_mlp)) if not is_there
+        )
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
@@ -71,17 +89,37 @@ def check_ratio(name: str, ratio: float | None) -> None:
         raise ValueError(f"{name} is the fraction removed and must lie in [0, 1), got {ratio!r}")
 
 
-def check_widths(config: PretrainedConfig, widths: Sequence[Widths]) -> None:
-    """Raise ValueError unless there is one for each layer and none is wider than the model's, or half a RoPE pair."""
+def check_widths(config: PretrainedConfig, widths: Sequence[Widths], *, drop_modules: bool = False) -> None:
+    """Raise ValueError unless there is one for each layer and none is wider than the model's, or half a RoPE pair.
+
+    With `drop_modules` both widths of heads, or that of the MLP, may be 0, but attention not in all layers.
+    """
     if len(widths) != config.num_hidden_layers or not all(isinstance(one, Widths) for one in widths):
         raise ValueError(f"widths must be one Widths for each of {config.num_hidden_layers} layers, got {widths!r}")
     for layer, (one, dense) in enumerate(zip(widths, dense_widths(config), strict=True)):
         for name, most in vars(dense).items():
-            width = getattr(one, name)
-            if not isinstance(width, int) or not 1 <= width <= most:
-                raise ValueError(f"widths of layer {layer}: {name} must lie between 1 and {most}, got {width}")
+            width, least = getattr(one, name), 0 if drop_modules and name != "kv_heads" else 1
+            if not isinstance(width, int) or not least <= width <= most:
+                raise ValueError(f"widths of layer {layer}: {name} must lie between {least} and {most}, got {width}")
         if one.qk_head_dim % 2:
             raise ValueError(f"widths of layer {layer}: qk_head_dim must be even, got {one.qk_head_dim}")
+        if (one.qk_head_dim == 0) != (one.v_head_dim == 0):
+            raise ValueError(
+                f"widths of layer {layer}: without attention qk_head_dim and v_head_dim are both 0, got "
+                f"{one.qk_head_dim} and {one.v_head_dim}"
+            )
+    check_some_attention(widths)
+
+
+def check_some_attention(widths: Sequence[Widths]) -> None:
+    """Raise ValueError where no layer has attention, by which alone tokens see each other."""
+    if not any(one.has_attention for one in widths):
+        raise ValueError("attention is dropped in all layers: at least one must keep it")
+
+
+def whole_modules(modules: Sequence[str]) -> tuple[bool, bool]:
+    """Whether these parts are all of attention, and all of the MLP: what can be dropped."""
+    return {"qk", "vo"} <= set(modules), "mlp" in modules
 
 
 def narrower(current: Widths, mha_dim: int, mlp_dim: int, group: int, granularity: str = "dims") -> Widths:

@@ -26,8 +26,9 @@ def weight_elements(config: PretrainedConfig, widths: Sequence[Widths]) -> int:
     vectors = hidden  # the last norm
     for w in widths:
         heads = w.kv_heads * ((group + 1) * w.qk_head_dim + w.v_head_dim)
-        vectors += 2 * hidden + features["attention_bias"] * heads + features["attention_output_bias"] * hidden
-        vectors += features["mlp_bias"] * 2 * w.mlp + features["mlp_output_bias"] * hidden
+        vectors += features["attention_bias"] * heads + features["mlp_bias"] * 2 * w.mlp
+        vectors += w.has_attention * hidden * (1 + features["attention_output_bias"])  # with the norm before it
+        vectors += w.has_mlp * hidden * (1 + features["mlp_output_bias"])
         vectors += features["query_key_norm"] * 2 * w.qk_head_dim
     return linear_parameters(config, widths) + vectors + config.vocab_size * hidden
 

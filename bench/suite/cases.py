@@ -28,13 +28,15 @@ def recipe_of(case: Case) -> transact.Recipe:
 def method_of(case: Case) -> str:
     """What tables call a case: dense, its preset if it has one or its criterion (that of the paper's), its sparsity.
 
-    Where whole layers go and it is no preset, how they are found and what makes up for them.
+    "drops" stands behind it where modules may be dropped. Where whole layers go and it is no preset, how they are found
+    and what makes up for them.
     """
     if case.criterion == "dense":
         return "dense"
-    recipe = replace(recipe_of(case), sparsity="none")
+    recipe = replace(recipe_of(case), sparsity="none", drop_modules=False)
     other = case.criterion if case.depth == "none" else f"{case.depth}, {case.compensation}"
     name = next((name for name, preset in transact.PRESETS.items() if preset == recipe), other)
+    name = f"{name}, drops" if case.drop_modules else name
     if case.sparsity == "none":
         return name
     return f"{name}, {case.sparsity}" if is_narrowed(case) else case.sparsity

@@ -408,7 +408,7 @@ class Workbench:
         if case.speedup is not None:
             goal = transact.speed_goal(
                 self.dense, case.speedup, context=PREFIX, modules=recipe.modules,
-                budget=case.budget, progress=True,
+                budget=case.budget, drop_modules=recipe.drop_modules, progress=True,
             )  # fmt: skip
         pruned = transact.prune(
             self.dense, windows, recipe=recipe, ratio=None if goal else case.ratio, kv_ratio=case.kv_ratio,

@@ -28,15 +28,15 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> None:
     config = read_config(options.directory)
     removed = _fraction_removed(options.directory, config)
-    pairs = _rope_pairs(options.directory)
-    if config.model_type == TransActConfig.model_type and len(pairs) < config.num_hidden_layers:
+    pairs, widths = _rope_pairs(options.directory), widths_of(config)
+    attentions = sum(one.has_attention for one in widths)
+    if config.model_type == TransActConfig.model_type and len(pairs) < attentions:
         raise ValueError(
-            f"{options.directory!r} has the RoPE pairs of {len(pairs)} of {config.num_hidden_layers} layers: its "
-            "*.safetensors are not all there"
+            f"{options.directory!r} has the RoPE pairs of {len(pairs)} of {attentions} layers: its *.safetensors are "
+            "not all there"
         )
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    widths = widths_of(config)
     size = torch.empty(0, dtype=config.dtype or torch.float32).element_size()
     columns = ("layer", "kv heads", "qk head dim", "v head dim", "mlp", "parameters", "kv bytes/token")
     rows = [
@@ -47,6 +47,9 @@ def run(options: argparse.Namespace) -> None:
     column_widths = [max(len(str(row[i])) for row in (columns, *rows)) for i in range(len(columns))]
     for row in (columns, *rows):
         print("  ".join(str(cell).rjust(width) for cell, width in zip(row, column_widths, strict=True)))
+    for module, is_there in (("attention", "has_attention"), ("an MLP", "has_mlp")):
+        if dropped := [layer for layer, one in enumerate(widths) if not getattr(one, is_there)]:
+            print(f"without {module}, which was dropped: layers {_in_words(dropped)}")
     kept = kept_layers_of(config)
     if kept is not None:
         print(f"the layers {_in_words(kept)} of the dense model")

@@ -87,6 +87,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--depth", metavar="NAME", help=f"instead of narrowing, whole layers go: {', '.join(('none', *DEPTHS))} (none)"
     )
     what.add_argument("--allocation", metavar="NAME", help=f"how widths are found: {', '.join(ALLOCATIONS)}")
+    what.add_argument(
+        "--drop-modules", action="store_true",
+        help="searched widths may be 0: attention or an MLP goes altogether where that loses less",
+    )  # fmt: skip
     what.add_argument("--measurements", metavar="N", type=int, help="rounds that correct searched widths (best: 3)")
     what.add_argument(
         "--for", dest="engine", metavar="ENGINE", help=f"what is to hold the model: {', '.join(ENGINES)} (transformers)"
@@ -125,8 +129,7 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
     changes = {name: getattr(options, name) for name in RECIPE_OPTIONS if getattr(options, name) is not None}
     if "modules" in changes:
         changes["modules"] = tuple(changes["modules"].split(","))
-    if options.output_bias:
-        changes["output_bias"] = True
+    changes |= {name: True for name in ("output_bias", "drop_modules") if getattr(options, name)}
     papers = {"criterion", "rope", "granularity", "depth"} & changes.keys()
     recipe = replace(recipe_by_name(options.preset or ("transact" if papers else "best")), **changes)
     recipe.check()
@@ -199,7 +202,10 @@ def check_depth_options(options: argparse.Namespace, recipe: Recipe) -> None:
 
 def goal_of(options: argparse.Namespace, dense: torch.nn.Module, recipe: Recipe) -> SpeedGoal:
     """The speed-up asked for, once it is measured that it can be had."""
-    return speed_goal(dense, options.speedup, modules=recipe.modules, progress=True, **speed_settings(options))
+    return speed_goal(
+        dense, options.speedup, modules=recipe.modules, drop_modules=recipe.drop_modules, progress=True,
+        **speed_settings(options),
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:

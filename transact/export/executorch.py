@@ -85,7 +85,9 @@ class Decoder(nn.Module):
     def __init__(self, model: nn.Module, context: int):
         super().__init__()
         self.model = model
-        for index, of in enumerate(widths_of(model.config)):
+        cached = [one for one in widths_of(model.config) if one.has_attention]
+        self.entries = len(cached)
+        for index, of in enumerate(cached):
             for name, width in (("keys", of.qk_head_dim), ("values", of.v_head_dim)):
                 cache = torch.zeros(1, of.kv_heads, context, width)
                 self.register_buffer(f"{name}_{index}", cache, persistent=False)
@@ -94,7 +96,7 @@ class Decoder(nn.Module):
         """Logits (1, 1, vocabulary) after the last of `tokens` (1, length), which stand at `places` (length)."""
         layers = [
             PlacedLayer(getattr(self, f"keys_{index}"), getattr(self, f"values_{index}"), places)
-            for index in range(len(self.model.model.layers))
+            for index in range(self.entries)
         ]
         cache = Cache(layers=layers)
         return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..checkpoint import all_or_nothing, model_hash
 from ..entry import undisturbed
+from ..widths import kv_elements_per_token, widths_of
 
 BATCH = 64  # windows that are sampled together; how many are asked for changes none of them
 CACHE_BYTES = 2**31  # most that keys and values of a batch may take
@@ -97,9 +98,7 @@ def own_samples(
 
 
 def _cache_bytes_per_token(model: nn.Module) -> int:
-    layers = model.model.layers
-    width = sum(layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features for layer in layers)
-    return width * layers[0].self_attn.k_proj.weight.element_size()
+    return kv_elements_per_token(widths_of(model.config)) * next(model.parameters()).element_size()
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
