@@ -27,7 +27,7 @@ METHOD = ["family", "method"]  # two rows with the same are one method asked for
 ASKED = {"engine": "transformers", "mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None,
          "mlp_multiple": None, "ridge": None, "budget": ""}  # fmt: skip
 RECIPE = {"granularity": "dims", "modules": "qk+vo+mlp", "allocation": "uniform", "compensation": "none",
-          "rope": "pairs", "shots": 1, "measurements": 0}  # fmt: skip
+          "rope": "pairs", "shots": 1, "measurements": 0, "drop_modules": False}  # fmt: skip
 # which of the common colours a family has; the dense model keeps its own
 FAMILIES = {"dense": 6, "width": 0, "depth": 1, "width and depth": 2, "2:4": 3, "int8": 4, "width, int8": 5,
             "width, 2:4": 9, "int4": 7}  # fmt: skip
