@@ -79,7 +79,7 @@ def compare_engines(
     *,
     engines: Sequence[str] = QUICK_ENGINES,
     ratio: float = 0.3,
-    samples: int = 32,
+    samples: int = 24,
     length: int = 256,
 ) -> Iterator[dict]:
     """Records of the dense model and of those pruned for every engine, in that engine, all in float32 before it.
