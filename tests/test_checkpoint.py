@@ -218,8 +218,9 @@ def test_killed_while_saving_leaves_whole_checkpoints_only(tmp_path):
     [
         ("qk_head_dims", [4, 5], "must be even"),
         ("qk_head_dims", [4], "1 entries for 2 layers"),
-        ("v_head_dims", [4, 17], "between 1 and the dense model's 16"),
-        ("intermediate_sizes", [4, 0], "between 1 and the dense model's 40"),
+        ("v_head_dims", [4, 17], "between 0 and the dense model's 16"),
+        ("intermediate_sizes", [4, -1], "between 0 and the dense model's 40"),
+        ("intermediate_sizes", [4, 41], "between 0 and the dense model's 40"),
     ],
 )
 def test_configuration_that_no_plan_gives_is_refused(field, value, named):

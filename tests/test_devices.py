@@ -149,7 +149,9 @@ def statistics_of(model, criterion: str, device: torch.device | None = None) -> 
 @pytest.mark.parametrize("criterion", sorted(set(transact.CRITERIA) - {"random", "magnitude"}))
 def test_statistics_may_lie_on_another_device_than_the_weights(criterion, monkeypatch):
     # it looks at numbers, which "meta" has none of: what it is given must be on one device
-    monkeypatch.setattr("transact.obs.greedy_losses", lambda readers, moments, tokens: moments[0] + readers.sum(dim=0))
+    monkeypatch.setattr("transact.obs.greedy_losses", lambda readers, moments, tokens: (
+        moments[..., 0, :] + readers.sum(dim=-2)
+    ))  # fmt: skip
     one, statistics = transact.CRITERIA[criterion], statistics_of(DENSE, criterion).layers[0]
     expected = one.score(DENSE.model.layers[0], 0, statistics)
     scores = one.score(DENSE.model.layers[0], 0, moved(statistics, "meta"))
