@@ -39,7 +39,7 @@ def test_a_cluster_gives_the_same_records(tiny_directory, tiny_text, tmp_path, c
         "--results",
     ]  # fmt: skip
     command = [sys.executable, "-c", RUN_ON_A_CLUSTER, *arguments, str(tmp_path / "cluster")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert pytest.main([*arguments, str(tmp_path / "local")]) == 0, capsys.readouterr().out
     there, here = (
@@ -85,7 +85,7 @@ ray.shutdown()
 def test_a_killed_worker_is_retried_and_one_that_always_dies_is_recorded(tmp_path):
     append_record(tmp_path / "template.jsonl", record())
     files = [str(tmp_path / name) for name in ("sentinel", "template.jsonl", "records.jsonl")]
-    done = subprocess.run([sys.executable, "-c", KILLED_ONCE, *files], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", KILLED_ONCE, *files], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     outcomes = {one.case.ratio: one for one in read_records(tmp_path / "records.jsonl")[0]}
     assert {ratio: one.status for ratio, one in outcomes.items()} == {
@@ -122,7 +122,7 @@ ray.shutdown()
 def test_cells_of_a_gpu_share_a_process_that_keeps_it(tmp_path):
     append_record(tmp_path / "template.jsonl", record())
     files = [str(tmp_path / name) for name in ("template.jsonl", "records.jsonl")]
-    done = subprocess.run([sys.executable, "-c", GPUS, *files], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", GPUS, *files], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     records = read_records(tmp_path / "records.jsonl")[0]
     assert sorted(one.case.ratio for one in records) == [ratio / 10 for ratio in range(1, 9)]
