@@ -86,13 +86,19 @@ class _Choices:
         """Of each row the choice that costs least at these weights of the price and of a KV element."""
         return (self.losses + price * self.prices + kv_price * self.kv_elements).argmin(dim=1, keepdim=True)
 
-    def lost(self, picked: torch.Tensor) -> float:
-        """The loss of one choice for each row."""
-        return self.losses.gather(1, picked).sum().item()
-
     def spent(self, picked: torch.Tensor) -> tuple[float, float]:
         """Price and KV elements of one choice for each row."""
         return self.prices.gather(1, picked).sum().item(), self.kv_elements.gather(1, picked).sum().item()
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """The widths found for groups, their loss and what they cost of the price that is searched by."""
+
+    groups: list[_Group]
+    widths: tuple[Widths, ...]
+    loss: float
+    spent: float
 
 
 def searched_widths(
@@ -129,11 +135,8 @@ def searched_widths(
     step = _mlp_multiple(config, held) * 3 * config.hidden_size * config.num_hidden_layers
     slack = 0 if held.mlp_by_layer else step / 2  # of large steps the nearest to the budget, not the nearest below it
     budget, kv_budget = (1 - ratio) * total + slack, (1 - (kv_ratio or 0.0)) * kv_total
-    found = []
-    for groups in _alternatives(config, scores, modules, engine, parameter_prices(config), drop_modules):
-        choices = _choices(groups)
-        picked = _use_up(choices, _cheapest(choices, budget, kv_budget), budget)
-        found.append((choices.lost(picked), _as_widths(groups, picked.flatten().tolist(), current), groups))
+    alternatives = _alternatives(config, scores, modules, engine, parameter_prices(config), drop_modules)
+    found = [_solved(groups, current, budget, kv_budget) for groups in alternatives]
     tolerance = max(TOLERANCE, slack / total) + 1e-9
 
     def is_enough(widths: tuple[Widths, ...]) -> bool:
@@ -144,13 +147,14 @@ def searched_widths(
         removed, most = fraction_removed(config, widths), ratio + tolerance
         return max(0.0, removed - most) if drop_modules else removed > most  # a whole module may go far beyond it
 
-    _, widths, groups = min(
-        (one for one in found if is_enough(one[1])),
-        key=lambda one: (too_much(one[1]), one[0]),
+    best = min(
+        (one for one in found if is_enough(one.widths)),
+        key=lambda one: (too_much(one.widths), one.loss),
         default=found[0],  # the narrowest heads
     )
-    narrowest = _as_widths(groups, [0] * len(groups), current)
-    widest = _as_widths(found[-1][2], [len(group.options) - 1 for group in found[-1][2]], current)
+    widths, widest_groups = best.widths, found[-1].groups
+    narrowest = _as_widths(best.groups, [0] * len(best.groups), current)
+    widest = _as_widths(widest_groups, [len(group.options) - 1 for group in widest_groups], current)
     _check_budgets(config, widths, ratio, kv_ratio or 0.0, narrowest, widest, modules, engine, tolerance)
     return widths
 
@@ -172,26 +176,24 @@ def widths_within(
     check_ratio("kv-ratio", kv_ratio)
     check_modules(config, modules, "dims")
     kv_budget, current = (1 - (kv_ratio or 0.0)) * kv_elements_per_token(dense_widths(config)), widths_of(config)
-    found = []
-    for groups in _alternatives(config, scores, modules, "transformers", prices, drop_modules):
-        choices = _choices(groups)
-        picked = _use_up(choices, _cheapest(choices, budget, kv_budget), budget)
-        widths = _as_widths(groups, picked.flatten().tolist(), current)
-        found.append((choices.lost(picked), widths, choices.spent(picked)[0], groups))
+    alternatives = _alternatives(config, scores, modules, "transformers", prices, drop_modules)
+    found = [_solved(groups, current, budget, kv_budget) for groups in alternatives]
 
-    def is_cheap(one: tuple) -> bool:
-        return one[2] <= budget * (1 + 1e-9)
+    def is_cheap(one: _Solution) -> bool:
+        return one.spent <= budget * (1 + 1e-9)
 
-    def is_small(one: tuple) -> bool:
-        return kv_fraction_removed(config, one[1]) >= (kv_ratio or 0.0) - 1e-9
+    def is_small(one: _Solution) -> bool:
+        return kv_fraction_removed(config, one.widths) >= (kv_ratio or 0.0) - 1e-9
 
-    best = min((one for one in found if is_cheap(one) and is_small(one)), key=lambda one: one[0], default=found[0])
-    _, widths, spent, groups = best
+    best = min((one for one in found if is_cheap(one) and is_small(one)), key=lambda one: one.loss, default=found[0])
     if not is_cheap(best):
-        raise ValueError(f"budget {budget:.4g} is out of reach: the narrowest {'+'.join(modules)} cost {spent:.4g}")
+        raise ValueError(
+            f"budget {budget:.4g} is out of reach: the narrowest {'+'.join(modules)} cost {best.spent:.4g}"
+        )
     if not is_small(best):
-        _refuse_kv_ratio(config, kv_ratio, _as_widths(groups, [0] * len(groups), current), "+".join(modules))
-    return widths
+        narrowest = _as_widths(best.groups, [0] * len(best.groups), current)
+        _refuse_kv_ratio(config, kv_ratio, narrowest, "+".join(modules))
+    return best.widths
 
 
 def _mlp_multiple(config: PretrainedConfig, held: Engine) -> int:
@@ -343,6 +345,14 @@ def _cheapest(choices: _Choices, budget: float, kv_budget: float) -> torch.Tenso
     if choices.spent(picked)[1] > kv_budget >= least:
         picked = _bisect(within_budget, lambda picked: choices.spent(picked)[1] <= kv_budget)
     return picked
+
+
+def _solved(groups: list[_Group], current: Sequence[Widths], budget: float, kv_budget: float) -> _Solution:
+    """What loses least of the groups' options within both budgets, what is left over being used up."""
+    choices = _choices(groups)
+    picked = _use_up(choices, _cheapest(choices, budget, kv_budget), budget)
+    widths = _as_widths(groups, picked.flatten().tolist(), current)
+    return _Solution(groups, widths, choices.losses.gather(1, picked).sum().item(), choices.spent(picked)[0])
 
 
 def _bisect(pick, is_met, steps: int = 60) -> torch.Tensor:
