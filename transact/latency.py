@@ -128,7 +128,7 @@ def measured_table(dense: nn.Module, workload: Workload, *, progress: bool = Fal
         timers = [_model_timer(model_of_widths(dense, widths), workload, with_head=False) for widths in plans]
         in_turn(timers, WARM_UP)
         times = in_turn(timers, TABLE_REPEATS, bar="latency" if progress else "")
-    return fitted_table(plans, [lower_quartile(one) for one in times])
+    return fitted_table(plans, np.quantile(times, 0.25, axis=1))
 
 
 def table_plans(dense: nn.Module) -> list[tuple[Widths, ...]]:
@@ -162,12 +162,8 @@ def fitted_table(plans: Sequence[Sequence[Widths]], seconds: Sequence[float]) ->
     ]  # fmt: skip
     counts = np.array(rows, dtype=np.float64)
     scale = counts.max(axis=0)
-    parts, _ = nnls(counts / scale, np.array(seconds))
+    parts, _ = nnls(counts / scale, seconds)
     return LatencyTable(*(parts / scale).tolist()[1:])
-
-
-def lower_quartile(seconds: Sequence[float]) -> float:
-    return float(np.quantile(seconds, 0.25))
 
 
 def config_of_widths(dense: nn.Module, widths: Sequence[Widths]) -> TransActConfig:
