@@ -9,7 +9,7 @@ from bench.quality.flips import Flips
 from bench.quality.significance import Difference
 
 from .answers import Answer, percent
-from .rises import ON, difference, with_interval
+from .rises import ON, difference, lead_over, with_interval
 from .sets import SPEED, SPEEDUP
 from .texts import is_near, texts_of
 
@@ -289,11 +289,7 @@ def _behind(found: Answer, rows: pd.DataFrame) -> str:
     if len(rows) < 2:
         return "nothing else fits"
     best, second = rows.index[:2]
-    gap = difference(found.records[second], found.records[best])
-    if gap is None:
-        return f"“{rows['label'][second]}” cannot be paired with it"
-    verdict = "beyond chance" if gap.is_sure else "inconclusive"
-    return f"its lead over “{rows['label'][second]}”, {with_interval(gap)} nats, is {verdict}"
+    return lead_over(f"“{rows['label'][second]}”", difference(found.records[second], found.records[best]))
 
 
 def tasks(frame: pd.DataFrame) -> list[str]:

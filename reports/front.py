@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.output.figures import FAINT
-from bench.quality.significance import Difference, paired_difference
+from bench.quality.significance import Difference
 from bench.records import Record
 
 from .answers import Answer, percent
 from .drawing import INTERVALS, bars_of, highest_rise, legend, style_number, style_of
 from .findings import by_interval, is_on_front, listed, plain
 from .plots import plot_dots
-from .rises import interval_column, interval_of, other_losses, text_named, with_interval
+from .rises import interval_column, interval_of, lead_over, other_losses, paired, text_named, with_interval
 from .sets import SPEEDUP
 from .texts import is_near
 
@@ -78,7 +78,7 @@ def on_others(found: Answer) -> Callable[[Record], Sequence[float] | None]:
 def _lead(record: Record, reference: Record | None, losses: Callable) -> Difference | None:
     """By how many nats the record is worse than the reference; None where they cannot be paired."""
     mine, theirs = (None if one is None else losses(one) for one in (record, reference))
-    return paired_difference(mine, theirs) if mine and theirs and len(mine) == len(theirs) else None
+    return paired(mine, theirs)
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,8 @@ def _sentence(win: Win, text: str, loss: str) -> str:
     )
     if win.next is None:
         return words + "no other method is that fast."
-    if win.lead is None:
-        return words + f"the next, {win.next['name']}, cannot be paired with it."
-    verdict = "beyond chance" if win.lead.is_sure else "inconclusive"
-    return words + f"its lead over {win.next['name']}, {with_interval(win.lead)} nats, is {verdict}."
+    unpaired = "the next, " if win.lead is None else ""
+    return words + f"{unpaired}{lead_over(win.next['name'], win.lead)}."
 
 
 def _speed_words(win: Win) -> str:

@@ -9,12 +9,12 @@ from statistics import fmean
 import numpy as np
 import pandas as pd
 
-from bench.quality.significance import Difference, paired_difference
+from bench.quality.significance import Difference
 from bench.records import HIGHEST_LOSS, PEERS_SCHEMA, Record, read_lines
 
 from .answers import percent
 from .findings import listed, plain
-from .rises import text_named, with_interval
+from .rises import paired, text_named, verdict_on, with_interval
 from .sets import SPEEDUP, TIMES, RecordSet, is_reference, is_timed
 
 SETTINGS = ("base", "calibration", "samples", "seq_len", "windows")  # that rows share which are compared
@@ -66,7 +66,7 @@ def difference(line: Mapping, other: Mapping | None, text: str) -> Difference | 
     if other is None or other is line:
         return None
     mine, theirs = (one["row"]["losses"].get(text, ()) for one in (line, other))
-    return paired_difference(mine, theirs) if mine and len(mine) == len(theirs) else None
+    return paired(mine, theirs)
 
 
 def best_of(lines: Sequence[Mapping], ratio: float, text: str) -> Mapping:
@@ -112,7 +112,7 @@ def findings(lines: Sequence[Mapping]) -> list[str]:
 def _gap_words(gap: Difference | None) -> str:
     if gap is None:
         return "what cannot be paired"
-    return f"{with_interval(gap)} nats, {'beyond chance' if gap.is_sure else 'inconclusive'}"
+    return f"{with_interval(gap)} nats, {verdict_on(gap)}"
 
 
 def about(lines: Sequence[Mapping]) -> str:

@@ -13,7 +13,7 @@ from bench.output.tables import csv_of, markdown_table, write_table
 from bench.records import Record
 
 from . import findings, peers
-from .answers import Question, answer, file_of, lead_of, table_of, title_of
+from .answers import Answer, Question, answer, file_of, lead_of, table_of, title_of
 from .frames import COLUMNS, pairs_frame, records_frame, tasks_frame
 from .front import front_table
 from .headline import write_benchmark, write_summary
@@ -54,10 +54,8 @@ def write_report(
     note = provenance(chosen)
     overview = _methods(chosen, directory, note)
     with_peers = replace(chosen, records=(*peers.peer_records(beside, chosen), *chosen.records))
-    answers = {
-        question.name: _question(question, with_peers if question is FRONT else chosen, directory, note)
-        for question in QUESTIONS
-    }
+    found = {question.name: answer(question, with_peers if question is FRONT else chosen) for question in QUESTIONS}
+    answers = {question.name: _question(question, found[question.name], directory, note) for question in QUESTIONS}
     parts = [*answers.values()]
     parts.insert(2, _capability(chosen, directory, note))
     parts[1:1] = filter(None, (_texts(chosen, directory, note), _fidelity(chosen, directory, note)))
@@ -69,8 +67,8 @@ def write_report(
     files = [file for _, files, _ in parts for file in files]
     files.append(write_all_cells(chosen, directory / "cells.csv"))
     if methods := methods_of(chosen):
-        found = answer(FRONT, with_peers)
-        won = front_table(found) if found else pd.DataFrame()
+        front = found[FRONT.name]
+        won = front_table(front) if front else pd.DataFrame()
         files.append(write_summary(methods, sections, directory, note, won))
         files.append(write_benchmark(methods, directory))
     files.append(write_whole(directory / "report.html", page(chosen, sections, note)))
@@ -177,9 +175,8 @@ def _capability(chosen: RecordSet, directory: Path, note: str) -> tuple[Section,
     return section, files, markdown_table(accuracy, shown) if len(accuracy) else ""
 
 
-def _question(question: Question, chosen: RecordSet, directory: Path, note: str) -> tuple[Section, list[Path], str]:
-    """Table and picture of one question; nothing where there are no records of it."""
-    found = answer(question, chosen)
+def _question(question: Question, found: Answer | None, directory: Path, note: str) -> tuple[Section, list[Path], str]:
+    """Table and picture of one question's answer; nothing where there are no records of it."""
     if found is None:
         return Section(question.name, question.title, question.lead, question.file), [], ""
     table = table_of(found)

@@ -8,7 +8,7 @@ from statistics import fmean
 import numpy as np
 import pandas as pd
 
-from bench.quality.significance import Difference, paired_differences
+from bench.quality.significance import Difference, paired_difference, paired_differences
 from bench.records import Record
 
 ON = "on "  # before a text's name: the rise over the dense model on it
@@ -105,6 +105,23 @@ def other_losses(record: Record, dense: Record | None) -> list[float] | None:
 def interval_of(name: str, found: Difference | None) -> dict:
     mean, low, high = (found.mean, found.low, found.high) if found else (np.nan, np.nan, np.nan)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def paired(losses: Sequence[float] | None, others: Sequence[float] | None) -> Difference | None:
+    """By how many nats losses are higher than others, window by window; None where they cannot be paired."""
+    return paired_difference(losses, others) if losses and others and len(losses) == len(others) else None
+
+
+def verdict_on(gap: Difference) -> str:
+    """Whether one difference is more than chance, in words."""
+    return "beyond chance" if gap.is_sure else "inconclusive"
+
+
+def lead_over(name: str, gap: Difference | None) -> str:
+    """How far the best is ahead of the next by name, `gap` nats, and whether that is more than chance."""
+    if gap is None:
+        return f"{name} cannot be paired with it"
+    return f"its lead over {name}, {with_interval(gap)} nats, is {verdict_on(gap)}"
 
 
 def with_interval(found: Difference) -> str:
