@@ -66,6 +66,14 @@ def test_shards_measure_the_grid_once_and_a_later_run_measures_nothing(ablations
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_every_question_is_collected_and_one_that_a_profile_leaves_out_is_skipped(ablations, tmp_path, profile):
+    code, printed = ablations(tmp_path / "none", "--profile", profile, "-k", "test_", "--collect-only")
+    assert code == 0, printed
+    assert "ablate_drops.py::test_drops[" in printed
+    assert " with records; the other " in printed
+
+
 def test_each_record_names_the_command_that_measures_it_alone(ablations, tmp_path, capsys):
     code, printed = ablations(tmp_path / "first", "--ratios", "0.25", "-k", "test_layer or test_recovery and lora")
     assert code == 0, printed
