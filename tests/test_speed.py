@@ -316,3 +316,9 @@ def test_a_decoding_rate_beside_the_dense_model_s(monkeypatch):
     assert (ratios["decode"].median, ratios["decode"].verdict) == (2, "faster")
     assert (ratios["prefill"].median, ratios["prefill"].verdict) == (0.75, "slower")
     assert speed.decode_rate(narrow_model(), 10) == (10, 0, {})
+
+
+def test_a_decoding_rate_is_taken_on_the_device(device):
+    rate, _, ratios = speed.decode_rate(narrow_model().to(device), 4, reference=tiny_llama().to(device))
+    assert rate > 0
+    assert all(ratio.low <= ratio.median <= ratio.high for ratio in ratios.values())
