@@ -1,7 +1,7 @@
 """What the caller has set or hands over changes no result: modes, defaults, kinds of windows, adapters."""
 
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -104,6 +104,18 @@ def test_a_failure_gives_the_mode_back():
         assert not torch.is_grad_enabled()
         assert torch.get_default_dtype() == torch.float64
     assert dense.training
+
+
+@pytest.mark.parametrize("outside", [nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_autocast_meanwhile_sees_weights_that_have_changed(outside):
+    dense, row = tiny_llama(), torch.ones(1, tiny_llama().config.hidden_size)
+    with outside, undisturbed(dense):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            before = dense.lm_head(row)
+        dense.lm_head.weight.data *= 2
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(dense.lm_head(row), 2 * before)
+    assert torch.is_autocast_cache_enabled()
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -206,6 +206,16 @@ def test_a_bfloat16_model_comes_back_in_bfloat16():
     assert torch.equal(recovered.model.model.rotary_emb.inv_freq, frequencies)
 
 
+@pytest.mark.parametrize("way", ["distillation", "full", "lora"])
+def test_training_in_bfloat16_goes_as_in_float32(way):
+    """Each step computes with the weights of the step before, not with copies in bfloat16 from the first one."""
+    losses = [
+        [row["loss"] for row in trained(way=way, tokens=2 * TOKENS, bf16=in_bfloat16).history if "loss" in row]
+        for in_bfloat16 in (False, True)
+    ]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.02, atol=0)
+
+
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     calls = []
 

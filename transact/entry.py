@@ -143,8 +143,8 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
             model.eval().config.return_dict = True
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in kinds - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in kinds - {"meta"}:  # no cache: inside of another autocast it outlives steps that change weights
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         if torch.get_default_device().type != "cpu":  # looks at every call of torch
             stack.enter_context(torch.device("cpu"))
         yield

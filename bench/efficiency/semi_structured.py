@@ -1,6 +1,7 @@
 """2:4 zeros where they save time: in kernels of NVIDIA's tensor cores, which multiply what is left alone."""
 
 import copy
+import warnings
 
 import torch
 from torch import nn
@@ -29,7 +30,8 @@ def semi_structured(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"2:4 zeros save no time here: no width is a multiple of {MULTIPLE}, which kernels for them take"
         )
-    for linear in fitting:
-        compressed = torch.sparse.to_sparse_semi_structured(linear.weight.detach().contiguous())
-        linear.weight = nn.Parameter(compressed, requires_grad=False)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch calls its interface a prototype
+        for linear in fitting:
+            compressed = torch.sparse.to_sparse_semi_structured(linear.weight.detach().contiguous())
+            linear.weight = nn.Parameter(compressed, requires_grad=False)
     return model
