@@ -229,9 +229,10 @@ def plot_engines(frame: pd.DataFrame, hardware: str) -> Figure:
     return figure
 
 
-SCALE_COLUMNS = ["shape", "parameters", "way", "windows", "how", "calibrate_s", "plan_s", "compensate_s", "total_s",
-                 "weight_gib", "device_gib", "host_gib", "dtype", "device", "status", "error"]  # fmt: skip
-STAGES = {"calibrate and score": "calibrate_s", "plan": "plan_s", "compensate": "compensate_s", "total": "total_s"}
+SCALE_COLUMNS = ["shape", "parameters", "way", "windows", "how", "calibrate_s", "plan_s", "narrow_s", "compensate_s",
+                 "total_s", "weight_gib", "device_gib", "host_gib", "dtype", "device", "status", "error"]  # fmt: skip
+STAGES = {"calibrate and score": "calibrate_s", "plan": "plan_s", "prune": "narrow_s", "compensate": "compensate_s",
+          "total": "total_s"}  # fmt: skip
 
 
 def read_scale(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
@@ -278,7 +279,7 @@ def write_scale_report(frame: pd.DataFrame, directory: str | os.PathLike) -> tup
 def plot_scale(frame: pd.DataFrame, hardware: str) -> Figure:
     """Bars of seconds by stage, and of memory, of each shape and way."""
     labels = [f"{row.shape_}, {row.way}" for row in frame.rename(columns={"shape": "shape_"}).itertuples()]
-    figure = Figure(figsize=(9, 1.6 + 0.45 * len(frame)), layout="constrained")
+    figure = Figure(figsize=(9, 1.8 + 0.45 * len(frame)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     start = pd.Series(0.0, index=frame.index)
     for (stage, column), (colour, *_) in zip([*STAGES.items()][:-1], STYLES, strict=False):
@@ -286,10 +287,13 @@ def plot_scale(frame: pd.DataFrame, hardware: str) -> Figure:
         panels[0].barh(labels, seconds, left=start, color=colour, label=stage)
         start = start + seconds
     panels[0].set(xlabel="seconds")
-    panels[0].legend(fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=len(STAGES) - 1
+    )
     memory = "device_gib" if frame["device_gib"].notna().any() else "host_gib"
-    bars = panels[1].barh(labels, frame[memory].fillna(0.0).astype(float), color=STYLES[3][0])
+    bars = panels[1].barh(labels, frame[memory].fillna(0.0).astype(float), color=STYLES[4][0])
     panels[1].bar_label(bars, fmt="{:,.1f}", padding=3, fontsize=8)
+    panels[1].margins(x=0.15)  # the words beside the longest bar
     panels[1].set(xlabel=f"GiB at most on the {memory.removesuffix('_gib')}")
     panels[0].invert_yaxis()
     for axes in panels:

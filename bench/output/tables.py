@@ -24,7 +24,8 @@ TABLE_FORMATS = {
     "recovery_peak_mib": "{:,.0f}", "zeros": "{:.3f}",
     "kv_ratio": "{:g}", "other_texts_rise_nats": "{:.3f}", "mean_rise_nats": "{:.3f}", "kl_nats": "{:.3f}",
     "kl_nats_standard_error": "{:.3f}", "top1_agreement": "{:.3f}", "top1_agreement_standard_error": "{:.3f}",
-    "calibrate_s": "{:.1f}", "plan_s": "{:.1f}", "compensate_s": "{:.1f}", "total_s": "{:.1f}",
+    "calibrate_s": "{:.1f}", "plan_s": "{:.1f}", "narrow_s": "{:.1f}", "compensate_s": "{:.1f}",
+    "total_s": "{:.1f}",
     "weight_gib": "{:.1f}", "device_gib": "{:.1f}", "host_gib": "{:.1f}", "first_token_ms": "{:,.0f}",
     "greedy_agreement": "{:.3f}", "greedy_agreement_standard_error": "{:.3f}", "mcnemar_p": "{:.2g}",
 }  # fmt: skip
