@@ -95,7 +95,8 @@ PYTEST = ["-m", "pytest", "--benchmark-disable", "--color=no"]
 
 
 def tests_command(out: Path, seconds: float, device: str) -> list[str]:
-    return [*PYTEST, "tests", "-v", "--tb=short", "-m", "gpu and not slow"]
+    workers = str(min(6, os.cpu_count() or 1))  # compiling takes processors, and contexts half a GiB of the device each
+    return [*PYTEST, "tests", "-v", "--tb=short", "-m", "gpu and not slow", "-n", workers, "--dist", "worksteal"]
 
 
 def quality_command(out: Path, seconds: float, device: str) -> list[str]:
@@ -228,9 +229,9 @@ def last_line(text: str) -> str:
 
 
 def tests_summary(log: str) -> dict:
-    """How many tests passed and were skipped, and the names of those that failed, by pytest's verbose output."""
-    lines = re.findall(r"^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", log, flags=re.MULTILINE)
-    outcome = dict(lines)
+    """How many tests passed and were skipped, and the names of those that failed, by what pytest's workers say."""
+    lines = re.findall(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (tests/\S+::.*?)\s*$", log, re.MULTILINE)
+    outcome = {test: said for said, test in lines}
     return {
         "passed": sum(value in ("PASSED", "XFAIL") for value in outcome.values()),
         "not_run": sum(value == "SKIPPED" for value in outcome.values()),

@@ -84,7 +84,7 @@ def test_a_part_whose_device_broke_begins_again_where_it_stopped(run, tmp_path):
 
 
 def test_what_is_done_once_is_not_done_again_for_the_same_code(run, monkeypatch):
-    parts = {"tests": part("print('tests/test_a.py::test_b PASSED')", once=True), "more": part("pass")}
+    parts = {"tests": part("print('[gw0] [100%] PASSED tests/test_a.py::test_b')", once=True), "more": part("pass")}
     assert run(parts).keys() == {"tests", "more"}
     assert run(parts).keys() == {"more"}
     monkeypatch.setattr(gpu, "code_hash", lambda: "other")
@@ -93,8 +93,9 @@ def test_what_is_done_once_is_not_done_again_for_the_same_code(run, monkeypatch)
 
 def test_outcomes_of_tests_are_read_off_pytest():
     log = "\n".join([
-        "tests/test_a.py::test_one[a b] PASSED          [ 10%]", "tests/test_a.py::test_two FAILED  [ 20%]",
-        "tests/test_a.py::test_three SKIPPED (no) [ 30%]", "tests/test_a.py::test_four ERROR", "noise PASSED",
+        "[gw0] [ 10%] PASSED tests/test_a.py::test_one[a b] ", "[gw10] [ 20%] FAILED tests/test_a.py::test_two ",
+        "[gw1] [ 30%] SKIPPED tests/test_a.py::test_three ", "[gw1] [ 40%] ERROR tests/test_a.py::test_four",
+        "tests/test_a.py::test_one[a b] ", "noise PASSED",
         "FAILED tests/test_a.py::test_two - assert",
     ])  # fmt: skip
     summary = gpu.tests_summary(log)
