@@ -95,10 +95,10 @@ def recover(
     """Train a narrowed model on windows (N, T) of token ids; the model given is changed, and in evaluation mode after.
 
     AdamW with betas 0.9 and 0.95, gradients clipped at 1, a tenth of the steps to warm up, then a cosine down to
-    nothing; weights are kept in float32 meanwhile unless they are only adapted (those of float16 also then,
-    where bfloat16 does not compute). The ways "lozo" take forward passes and `LowRankDescent` instead, with the same rates and weights
-    in their own dtype. It trains where the model lies, or under `accelerate launch` on a device for each process; the
-    teacher is used where it lies, which may be another device, several, or the host. With a directory for
+    nothing; weights are kept in float32 meanwhile unless they are only adapted (those of float16 also then, where
+    bfloat16 does not compute). The ways "lozo" take forward passes and `LowRankDescent` instead, with the same rates
+    and weights in their own dtype. It trains where the model lies, or under `accelerate launch` on a device for each
+    process; the teacher is used where it lies, which may be another device, several, or the host. With a directory for
     `checkpoints`, ten are written on the way (the last two kept), and the same call goes on from the newest one to the
     same result. `evaluate` is called before training and at `evaluations` equal distances.
 
@@ -378,7 +378,9 @@ class _ForwardTrainer(_RecoveryTrainer):
 
 
 def _relative_error(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return (given - wanted).float().square().mean() / wanted.float().square().mean()
+    """The mean over windows of each one's relative squared error, whatever is computed at once; of (batch, T, D)."""
+    errors, sizes = (one.float().square().mean(dim=(1, 2)) for one in (given - wanted, wanted))
+    return (errors / sizes).mean()
 
 
 class _PerWindow(torch.autograd.Function):
