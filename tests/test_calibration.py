@@ -81,3 +81,22 @@ def test_refuses_what_is_no_text_for_the_model():
         transact.calibrate(model, WINDOWS)
     with pytest.raises(ValueError, match=r"not finite: model\.layers\.1\.mlp\.up_proj\.weight"):
         transact.check_prunable(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
+def test_gradients_that_16_bits_do_not_hold_are_refused():
+    """Activations may be finite in float16, and what is summed over tokens on the way back not."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 3000
+    windows = torch.randint(1, 97, (16, 64), generator=torch.Generator().manual_seed(3))
+    with pytest.raises(ValueError, match=r"layer \d: the gradients are not finite; .* bfloat16 or float32"):
+        transact.calibrate(model.half(), windows, gradients="weights")
+    assert transact.calibrate(model.float(), windows, gradients="weights").tokens == windows.numel()
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
+def test_slopes_that_are_no_numbers_decide_no_widths(monkeypatch):
+    monkeypatch.setattr("transact.measured.error_slopes", lambda *_, **__: torch.full((2, 3), torch.nan))
+    with pytest.raises(ValueError, match=r"gradients of the pruned model are not finite; .* bfloat16 or float32"):
+        transact.prune(tiny_llama(), WINDOWS, ratio=0.3)

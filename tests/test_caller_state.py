@@ -118,6 +118,15 @@ def test_autocast_meanwhile_sees_weights_that_have_changed(outside):
     assert torch.is_autocast_cache_enabled()
 
 
+def test_autocast_of_the_caller_sees_weights_that_have_changed():
+    dense, row = tiny_llama(), torch.ones(1, tiny_llama().config.hidden_size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = dense.lm_head(row)
+        with undisturbed(dense):
+            dense.lm_head.weight.data *= 2
+        assert torch.equal(dense.lm_head(row), 2 * before)
+
+
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("preset", ["best", "transact", "transact-released", "llm-pruner"])
 def test_what_is_set_around_prune_changes_nothing(preset, state):

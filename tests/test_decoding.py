@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 import transact
 from tests.tiny import FAMILIES, VARIANTS, random_plan, scores_of, tiny_llama, tiny_relative, zeroed
 from transact import Widths, dense_widths, select
+from transact.modeling_transact import joined_product
 
 IDS = torch.randint(1, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 WIDTHS = {"whole": (16, 16, 40), "equal": (8, 8, 24), "keys wider": (12, 7, 24), "values wider": (6, 13, 24)}
@@ -226,6 +227,31 @@ def test_weights_that_are_views_of_something_else_stay_so():
     expected = read_at_once(narrow)
     assert_same(decoded(narrow), expected)
     assert {p.untyped_storage().data_ptr() for p in narrow.parameters()} == {flat.untyped_storage().data_ptr()}
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_weights_that_a_cuda_graph_was_recorded_with_stay_in_their_memory(tokens, monkeypatch):
+    """It reads there whatever happens to the model later; moved while it is recorded, they would lie in its memory."""
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 7, 24)
+    linears, row = (narrow.model.layers[0].mlp.gate_proj, narrow.model.layers[0].mlp.up_proj), torch.ones(1, 1, 48)
+    places = [linear.weight.data_ptr() for linear in linears]
+    is_recording = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_recording[0])
+    with torch.no_grad():
+        assert joined_product(row.expand(1, tokens, 48).as_subclass(OnCuda), *linears) is None
+        is_recording[0] = False
+        assert joined_product(row.as_subclass(OnCuda), *linears) is None
+        assert [linear.weight.data_ptr() for linear in linears] == places
+        others = (narrow.model.layers[1].mlp.gate_proj, narrow.model.layers[1].mlp.up_proj)
+        assert joined_product(row.as_subclass(OnCuda), *others) is not None  # no graph has seen these
+        is_recording[0] = True
+        assert joined_product(row.as_subclass(OnCuda), *others) is not None  # and these lie in a row already
 
 
 @pytest.mark.slow  # compilation

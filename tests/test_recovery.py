@@ -172,6 +172,24 @@ def test_accumulated_batches_are_one_batch():
         torch.testing.assert_close(tensor, in_parts[name], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("way", ["full", "lozo"])
+def test_windows_of_a_last_step_that_is_not_full_count_alike(way):
+    """Five windows at the end, at once or in parts of four and one: the loss of the step is their mean."""
+    last_losses = [
+        trained(way=way, learning_rate=1e-6, tokens=37 * 16, batch=8, device_batch=at_once).history[-1]["loss"]
+        for at_once in (8, 4)
+    ]
+    assert last_losses[1] == pytest.approx(last_losses[0], rel=1e-5)
+
+
+def test_relative_errors_of_layers_do_not_hang_on_how_many_windows_are_computed_at_once():
+    first_losses = [
+        trained(way="distillation", layer_weight=1.0, batch=8, device_batch=at_once).history[0]["loss"]
+        for at_once in (1, 8)
+    ]
+    assert first_losses[0] == pytest.approx(first_losses[1], rel=1e-5)
+
+
 def test_recomputed_activations_and_layer_outputs():
     plain = weights(trained().model)
     recomputed = trained(gradient_checkpointing=True)
@@ -214,6 +232,27 @@ def test_training_in_bfloat16_goes_as_in_float32(way):
         for in_bfloat16 in (False, True)
     ]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("way", ["full", "lozo"])
+def test_a_launcher_s_precision_does_not_stand_above_that_of_the_training(way, monkeypatch):
+    expected = weights(trained(way=way, bf16=False).model)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` does
+    found = weights(trained(way=way, bf16=False).model)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("way", ["lora", "lora-distillation"])
+def test_adapters_of_a_float16_model_get_gradients_that_float16_does_not_hold(way):
+    """The loss is a mean over all tokens of a step: parts of its gradient are less than float16 tells from nothing."""
+    model = narrowed().half()
+    settings, teacher = training(way=way, bf16=False), DENSE if "distillation" in way else None
+    expected = transact.recover(copy.deepcopy(model).float(), WINDOWS, settings, teacher=teacher).model
+    found = transact.recover(model, WINDOWS, settings, teacher=teacher).model
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float16}
+    assert all(
+        torch.equal(one.half(), other) for one, other in zip(expected.parameters(), found.parameters(), strict=True)
+    )
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -92,6 +92,19 @@ def test_accuracies_are_what_a_loop_gives(tiny, tasks_path):
     assert (result.version, result.shots, result.items) == ("2", 0, 24)
 
 
+def test_log_likelihoods_of_a_16_bit_model_are_not_rounded_to_16_bits(tiny_directory, tasks_path):
+    model, tokenizer = transact.load_model(tiny_directory, device="cpu", dtype="bfloat16")
+    words = [f"w{i + 1} w{5 * i + 2} w{3 * i + 4} w{2 * i + 9} w{i + 40}" for i in range(8)]
+    write_task(
+        tasks_path, "next", [{"context": "w1 w2", "choices": [choice], "gold": 0} for choice in words],
+        output_type="loglikelihood", doc_to_target=" {{choices[0]}}", doc_to_choice=None,
+        metric_list=[{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    )  # fmt: skip
+    result = results_of(model, tokenizer, resolve_tasks(["next"], tasks_path))["next"]
+    expected = [choice_losses(model, tokenizer, {"context": "w1 w2", "choices": [choice]})[0] for choice in words]
+    torch.testing.assert_close(torch.tensor(result.scores["perplexity"]), torch.tensor(expected), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     ("metadata", "version"),
     [(None, "none"), ({}, "none"), ({"version": None}, "none"), ({"version": "1.0.2"}, "1.0.2"),

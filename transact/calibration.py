@@ -156,7 +156,7 @@ class _Collector:
                 handle.remove()
 
     def statistics(self, index: int, tokens: int, group: int, gradients: LayerGradients | None) -> LayerStatistics:
-        """Everything summed so far. Raises ValueError where an activation was not finite."""
+        """Everything summed so far. Raises ValueError where an activation or a gradient was not finite."""
         moments = {}
         for name, (fitted, held_out) in self.moments.items():
             if fitted is not None:
@@ -166,6 +166,8 @@ class _Collector:
         for name, value in self.sums.items():
             if not value.isfinite().all():
                 raise ValueError(f"layer {index}: the {name} activations are not finite; check the model's weights")
+        if gradients is not None and not gradients.are_finite():
+            raise ValueError(f"layer {index}: the gradients are not finite; load the model in bfloat16 or float32")
         kv_heads = kv_heads_of(self.layer)
         return LayerStatistics(
             tokens=tokens,
@@ -279,7 +281,7 @@ def calibrate(
     `loss_gradients`). `device` computes block by block there (see `iterate_statistics`).
 
     Windows may be of any integers, or lists of rows. Raises ValueError where they do not fit the model, or it is none
-    of the family or carries adapters, or an activation is not finite (the layer is named).
+    of the family or carries adapters, or an activation or a gradient is not finite (the layer is named).
     """
     check_model(model)
     check_nothing_dropped(model)

@@ -135,6 +135,7 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
     dtype = torch.get_default_dtype()
     kinds = {"cpu"} | {parameter.device.type for model in models for parameter in model.parameters()}
     with ExitStack() as stack:
+        stack.callback(torch.clear_autocast_cache)  # the caller's own, of weights that were changed meanwhile
         stack.callback(torch.set_default_dtype, dtype)
         stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
         stack.callback(lambda: [setattr(config, "return_dict", value) for config, value in answers])

@@ -45,6 +45,11 @@ class LayerGradients:
     rope_pairs: torch.Tensor | None = None
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def are_finite(self) -> bool:
+        """Whether all are: a sum is not where any element is not."""
+        found = self.attention_output, self.mlp_output, self.rope_pairs, *self.weights.values()
+        return all(one.sum(dtype=torch.float64).isfinite() for one in found if one is not None)
+
 
 def loss_gradients(
     model: nn.Module,

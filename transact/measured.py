@@ -47,7 +47,7 @@ def measured_scores(
     held out of that refit one backward pass of its KL divergence to `model` gives for every module d KL / d (its share
     of its own error). For a quadratic loss of independent errors that is twice the module's loss; the quotient of half
     of it and the predicted loss becomes the factor of the module's scores. The pruned models lie with `model`, or at
-    `home`, from where one block at a time comes to it.
+    `home`, from where one block at a time comes to it. Raises ValueError where gradients are not finite.
     """
     held_out = held_out_split(windows)[1]
     held_out = (held_out if len(held_out) else windows)[: max(1, TOKENS // windows.shape[1])]
@@ -68,6 +68,8 @@ def measured_scores(
         with warnings.catch_warnings(action="ignore"):  # of few tokens: the refit that comes after says it once
             compensate_on_dense_inputs(narrowed, model, plan, fitted, ridge=RIDGE)
         measured = error_slopes(narrowed, model, held_out, final, device=home and model.device).clamp(min=0) / 2
+        if not measured.isfinite().all():
+            raise ValueError("gradients of the pruned model are not finite; load the model in bfloat16 or float32")
         del narrowed  # before the next is made
         factors = _next_factors(factors, measured, _predicted(scores, widths))
     return _scaled(scores, factors**TRUST)

@@ -40,7 +40,12 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
     one is more than linear (hooks, adapters, quantised or offloaded weights). The weights are looked at in every step,
     which costs less than a product, so that nothing is out of date whatever was done to the model since the last one.
     """
-    if token.ndim != 3 or token.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return None
+    if token.is_cuda and torch.cuda.is_current_stream_capturing():
+        for linear in linears:
+            linear.weight.is_recorded = True  # a CUDA graph goes on reading this memory
+    if token.ndim != 3 or token.shape[1] != 1 or torch.is_grad_enabled():
         return None
     weights, rows, end, in_a_row = [], 0, None, True
     for linear in linears:
@@ -72,8 +77,11 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
 def put_in_a_row(weights: Sequence[torch.Tensor]) -> bool:
     """Move weights into one memory of which they become views, names and values as before; say whether that was done.
 
-    Not to weights that are views already, of whatever keeps them so (sharding, offloading, memory shared elsewhere).
+    Not to weights that are views already, of whatever keeps them so (sharding, offloading, memory shared elsewhere),
+    nor to those that a CUDA graph reads where they are.
     """
+    if any(hasattr(weight, "is_recorded") for weight in weights):
+        return False
     if len({(weight.dtype, weight.device) for weight in weights}) > 1:
         return False
     if any(weight.is_meta or weight.is_inference() or not weight.is_contiguous() for weight in weights):

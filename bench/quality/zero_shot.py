@@ -60,7 +60,8 @@ class _CheckedModel(HFLM):
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, progress: bool):
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=32)
+        # log-likelihoods of 16 bits would be told apart by eighths and quarters
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=32, softmax_dtype="float32")
         self.hide_progress = not progress
 
     def loglikelihood(self, requests, disable_tqdm: bool = False):

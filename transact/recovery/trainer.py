@@ -95,12 +95,12 @@ def recover(
     """Train a narrowed model on windows (N, T) of token ids; the model given is changed, and in evaluation mode after.
 
     AdamW with betas 0.9 and 0.95, gradients clipped at 1, a tenth of the steps to warm up, then a cosine down to
-    nothing; weights are kept in float32 meanwhile unless they are only adapted. The ways "lozo" take forward passes
-    and `LowRankDescent` instead, with the same rates and weights in their own dtype. It trains where the model lies, or
-    under `accelerate launch` on a device for each process; the teacher is used where it lies, which may be another
-    device, several, or the host. With a directory for `checkpoints`, ten are written on the way (the last two kept),
-    and the same call goes on from the newest one to the same result. `evaluate` is called before training and at
-    `evaluations` equal distances.
+    nothing; weights are kept in float32 meanwhile unless they are only adapted (those of float16 also then, where
+    bfloat16 does not compute). The ways "lozo" take forward passes and `LowRankDescent` instead, with the same rates
+    and weights in their own dtype. It trains where the model lies, or under `accelerate launch` on a device for each
+    process; the teacher is used where it lies, which may be another device, several, or the host. With a directory for
+    `checkpoints`, ten are written on the way (the last two kept), and the same call goes on from the newest one to the
+    same result. `evaluate` is called before training and at `evaluations` equal distances.
 
     Raises ValueError for what cannot be trained so, or checkpoints of another run, and NonFiniteLossError where
     training diverges, with the last good checkpoint left where it is.
@@ -140,8 +140,11 @@ def _train(
     with _own_randomness(), current(model.device), tempfile.TemporaryDirectory() as scratch:
         if training.gradient_checkpointing:
             _checkpointing(model, "enable")({"use_reentrant": False})
+        arguments = _arguments(model, training, checkpoints or scratch, saves=checkpoints is not None)
         kind, options = _RecoveryTrainer, {}
         if "lora" in training.way:
+            if model.dtype == torch.float16 and not arguments.bf16:  # too short for gradients of a mean over all tokens
+                _cast_parameters(model, torch.float32)
             student = _with_adapters(model, training)
         elif training.is_zeroth_order():
             kind, options = _ForwardTrainer, {"descent": _descent_of(model, training)}
@@ -149,8 +152,7 @@ def _train(
         else:
             _cast_parameters(model, torch.float32)
         trainer = kind(
-            model=student,
-            args=_arguments(model, training, checkpoints or scratch, saves=checkpoints is not None),
+            model=student, args=arguments,
             train_dataset=_Windows(windows, count, training.seed), teacher=teacher,
             layer_weight=training.layer_weight, **options,
         )  # fmt: skip
@@ -261,6 +263,7 @@ def _arguments(model: nn.Module, training: Training, directory: str | Path, *, s
         save_strategy="steps" if saves else "no", save_steps=0.1, save_total_limit=2,
         logging_steps=0.01, remove_unused_columns=False, dataloader_pin_memory=not on_cpu,
     )  # fmt: skip
+    arguments.mixed_precision = "bf16" if in_bfloat16 else "no"  # a launcher may have named another
     arguments.stay_at(model.device)
     if arguments.n_gpu > 1:  # one process, one GPU: several are for `accelerate launch`, not for DataParallel
         arguments._n_gpu = 1
@@ -305,8 +308,17 @@ class _RecoveryTrainer(Trainer):
         )
         return self.lr_scheduler
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step; the last of all may be smaller than the others, and count for less."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.mean_batch = sum(len(batch["input_ids"]) for batch in batches) / max(1, len(batches))
+        return batches, items
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean over the batch: KL from the teacher's predictions (plus layers), or cross-entropy of the next token."""
+        """Mean over the batch: KL from the teacher's predictions (plus layers), or cross-entropy of the next token.
+
+        By as much larger as the batch is than the step's are on average, over which Trainer takes the mean.
+        """
         ids, with_layers = inputs["input_ids"], self.layer_weight > 0
         outputs = model(input_ids=ids, use_cache=False, output_hidden_states=with_layers)
         if self.teacher is None:
@@ -318,6 +330,7 @@ class _RecoveryTrainer(Trainer):
                 pairs = zip(outputs.hidden_states[1:], wanted.hidden_states[1:], strict=True)
                 errors = [_relative_error(mine, its.to(mine.device)).to(loss.device) for mine, its in pairs]
                 loss = loss + self.layer_weight * torch.stack(errors).mean()
+        loss = loss * (len(ids) / self.mean_batch)
         if not loss.isfinite():
             raise NonFiniteLossError(f"the loss is {loss.item()} in step {self.state.global_step + 1}")
         return (loss, outputs) if return_outputs else loss
@@ -365,7 +378,9 @@ class _ForwardTrainer(_RecoveryTrainer):
 
 
 def _relative_error(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return (given - wanted).float().square().mean() / wanted.float().square().mean()
+    """The mean over windows of each one's relative squared error, whatever is computed at once; of (batch, T, D)."""
+    errors, sizes = (one.float().square().mean(dim=(1, 2)) for one in (given - wanted, wanted))
+    return (errors / sizes).mean()
 
 
 class _PerWindow(torch.autograd.Function):
