@@ -250,19 +250,17 @@ def _check_kinds(fields: Mapping) -> None:
     """
     for kinds, parts in ((PARTS, fields), (FIELDS, fields["case"])):
         for name, kind in kinds.items():
-            if name in parts and not _is_of_kind(parts[name], kind):
+            if name in parts and not is_of_kind(parts[name], kind):
                 raise _UnusableError(f"its {name} is of another kind than this version writes")
 
 
-def _is_of_kind(value, kind) -> bool:
+def is_of_kind(value, kind) -> bool:
     """Whether a value of JSON is of a kind as `PARTS` states them; a dict of {str: kind} has any names."""
     if isinstance(kind, list):
-        return isinstance(value, list) and all(_is_of_kind(item, kind[0]) for item in value)
+        return isinstance(value, list) and all(is_of_kind(item, kind[0]) for item in value)
     if isinstance(kind, dict):
         kinds = dict.fromkeys(value, kind[str]) if isinstance(value, dict) and str in kind else kind
-        return isinstance(value, dict) and all(
-            name in value and _is_of_kind(value[name], kinds[name]) for name in kinds
-        )
+        return isinstance(value, dict) and all(name in value and is_of_kind(value[name], kinds[name]) for name in kinds)
     return isinstance(value, kind)
 
 
