@@ -12,7 +12,7 @@ import pandas as pd
 from bench.quality.significance import Difference
 from bench.records import HIGHEST_LOSS, NUMBER, NUMBER_OR_NULL, PEERS_SCHEMA, Record, is_of_kind, read_lines
 
-from .answers import percent
+from .answers import asked_words
 from .findings import listed, plain
 from .rises import paired, text_named, verdict_on, with_interval
 from .sets import SPEEDUP, TIMES, RecordSet, is_reference, is_timed
@@ -101,12 +101,14 @@ def findings(lines: Sequence[Mapping]) -> list[str]:
     for ratio in sorted({line["case"]["ratio"] for line in lines if line["row"]["method"] != "dense"}):
         for text in next(line for line in lines if line["case"]["ratio"] == ratio)["row"]["losses"]:
             best, parts = best_of(lines, ratio, text), []
-            for line in lines:
-                if line["case"]["ratio"] == ratio and is_package(line["row"]["method"]) and line is not best:
+            alike = [line for line in lines if line["case"]["ratio"] == ratio]
+            for line in alike:
+                if is_package(line["row"]["method"]) and line is not best:
                     gap = difference(line, best, text)
                     parts.append(f"“{line['row']['method']}” is behind by {_gap_words(gap)}")
             perplexity = plain(perplexity_of(best["row"]["losses"][text]), 4)
-            words = f"With {percent(ratio)} removed “{best['row']['method']}” loses least on {text_named(text)}"
+            asked = asked_words(ratio, (line["row"]["fraction_removed"] for line in alike))
+            words = f"With {asked} “{best['row']['method']}” loses least on {text_named(text)}"
             sentences.append(f"{words}, with perplexity {perplexity}{'; ' + listed(parts) if parts else ''}.")
     return sentences
 
