@@ -387,7 +387,8 @@ def fidelity(frame: pd.DataFrame) -> list[str]:
         sentences.append(
             f"With {asked_words(ratio, rows['fraction_removed'])} “{row['method']}” is nearest to the dense model: "
             f"KL divergence {row['kl_nats']:.3f} nats, the same likeliest token at "
-            f"{percent(row['top1_agreement'])} of all places, and the same greedy continuation for {percent(row['greedy_agreement'])} of its tokens."
+            f"{percent(row['top1_agreement'])} of all places, and the same greedy continuation for "
+            f"{percent(row['greedy_agreement'])} of its tokens."
         )
     return sentences
 
