@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args, get_type_hints
 
 from filelock import FileLock, Timeout
 
@@ -228,19 +228,40 @@ def read_records(path: str | os.PathLike) -> tuple[list[Record], list[str]]:
     return read_lines(path, SCHEMA, record_of)
 
 
-# what a record's parts are in JSON, by which reports handle them
-KINDS = {dict: ("case", "metrics", "standard_errors", "environment", "tasks"),
-         list: ("losses", "widths", "history", "texts", "greedy_agreement"), str: ("method", "status")}  # fmt: skip
+NUMBER, NUMBER_OR_NULL = int | float, int | float | None
+# what a record's parts are in JSON, by which reports handle them: a type, [that of items], {name: that of its value}
+PARTS = {
+    "method": str, "status": str, "command": str, "metrics": {str: NUMBER_OR_NULL},
+    "standard_errors": {str: NUMBER_OR_NULL}, "environment": {str: str | int | None}, "losses": [NUMBER_OR_NULL],
+    "widths": [dict.fromkeys(("kv_heads", "qk_head_dim", "v_head_dim", "mlp"), int)],
+    "texts": [{"name": str, "sha256": str, "losses": [NUMBER_OR_NULL], "kl_nats": [NUMBER_OR_NULL]}],
+    "greedy_agreement": [NUMBER_OR_NULL], "history": [{str: NUMBER_OR_NULL}],
+    "tasks": {str: {"items": int, "shots": int, "capability": str | None, "chance": NUMBER_OR_NULL,
+                    "metrics": {str: NUMBER_OR_NULL}, "standard_errors": {str: NUMBER_OR_NULL},
+                    "scores": {str: [NUMBER_OR_NULL]}}},
+}  # fmt: skip
+FIELDS = {name: kind | int if float in (kind, *get_args(kind)) else kind for name, kind in get_type_hints(Case).items()}
 
 
 def _check_kinds(fields: Mapping) -> None:
-    """Raise _UnusableError where a part of a record is of another kind than it is written in."""
-    for kind, names in KINDS.items():
-        for name in names:
-            if not isinstance(fields.get(name, kind()), kind):
-                raise _UnusableError(f"its {name} is no {kind.__name__}")
-    if not all(isinstance(result, dict) for result in fields["tasks"].values()):
-        raise _UnusableError("one of its tasks is no dict")
+    """Raise _UnusableError where a part of a record, or a field of its case, is of another kind than it is written in.
+
+    Parts that are left out are for `Record` to complain of.
+    """
+    for kinds, parts in ((PARTS, fields), (FIELDS, fields["case"])):
+        for name, kind in kinds.items():
+            if name in parts and not is_of_kind(parts[name], kind):
+                raise _UnusableError(f"its {name} is of another kind than this version writes")
+
+
+def is_of_kind(value, kind) -> bool:
+    """Whether a value of JSON is of a kind as `PARTS` states them; a dict of {str: kind} has any names."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(is_of_kind(item, kind[0]) for item in value)
+    if isinstance(kind, dict):
+        kinds = dict.fromkeys(value, kind[str]) if isinstance(value, dict) and str in kind else kind
+        return isinstance(value, dict) and all(name in value and is_of_kind(value[name], kinds[name]) for name in kinds)
+    return isinstance(value, kind)
 
 
 def _check_success(fields: Mapping) -> None:
@@ -248,8 +269,15 @@ def _check_success(fields: Mapping) -> None:
     for name in ("perplexity", "fraction_removed", "kv_fraction_removed", "weight_bytes"):
         if not isinstance(fields["metrics"].get(name), float | int):
             raise _UnusableError(f"its {name} is no number")
+    if fields["metrics"].get("loss_nats", 0.0) is None:
+        raise _UnusableError("its loss_nats is no number")
+    texts = [text["losses"] for text in fields.get("texts", ())]
+    if not all(texts):
+        raise _UnusableError("one of its texts has no losses")
+    if any(None in losses for losses in (fields.get("losses", ()), *texts)):
+        raise _UnusableError("one of its losses is no number")
     for name in ("device", "torch", "transformers", "transact"):
-        if name not in fields["environment"]:
+        if fields["environment"].get(name) is None:
             raise _UnusableError(f"its environment does not say {name}")
 
 

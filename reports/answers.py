@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from operator import attrgetter
@@ -25,6 +25,7 @@ from .rises import (
 )
 from .sets import ASIDE, CALIBRATION, QUALITY, SHARED, RecordSet, is_reference, quality
 
+MET = 0.01  # of the parameters: what is removed less what was asked for
 ABLATIONS = Path(__file__).resolve().parent.parent / "ablations"
 # what every other question leaves alone
 PLAIN = {"mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None, "mlp_multiple": None,
@@ -150,7 +151,9 @@ def answer(question: Question, chosen: RecordSet) -> Answer | None:
     references = sorted((r for r in chosen.records if is_reference(r)), key=lambda record: len(record.texts))
     dense = next((r for r in reversed(references) if question.belongs(r)), references[-1] if references else None)
     names = group_names(question, asked)
-    rows = [row for name, group in zip(names, asked, strict=True) for row in group_rows(question, name, group, dense)]
+    settings = settings_of(question, [record for group in asked for record in group])
+    rows = [row for name, group in zip(names, asked, strict=True)
+            for row in group_rows(question, name, group, dense, settings)]  # fmt: skip
     records = tuple(record for group in asked for record in group)
     frame = pd.DataFrame(rows).assign(position=range(len(records)))
     order = list(dict.fromkeys(["group", "ratio", "kv_ratio", *question.subject]))
@@ -220,6 +223,23 @@ def percent(fraction: float) -> str:
     return f"{fraction * 100:.3g} %"
 
 
+def is_met(ratio: float, removed: float) -> bool:
+    """Whether so much is removed as was asked for: whole layers or heads of a small model may not come near."""
+    return abs(removed - ratio) <= MET
+
+
+def asked_words(ratio: float, removed: Iterable[float]) -> str:
+    """ "30 % removed" of several models, or "30 % asked for" where not all of them lost that."""
+    return f"{percent(ratio)} {'removed' if all(is_met(ratio, one) for one in removed) else 'asked for'}"
+
+
+def removed_words(ratio: float, removed: float) -> str:
+    """ "30 % removed" of one model, or "20 % removed (30 % asked for)"."""
+    if is_met(ratio, removed):
+        return f"{percent(ratio)} removed"
+    return f"{percent(round(removed, 3))} removed ({percent(ratio)} asked for)"
+
+
 def _field_words(name: str, value) -> str:
     if value in (None, "", False):
         return ""
@@ -228,8 +248,10 @@ def _field_words(name: str, value) -> str:
     return str(value) if isinstance(value, str) else f"{name.replace('_', ' ')} {value}"
 
 
-def group_rows(question: Question, name: str, group: Sequence[Record], dense: Record | None) -> list[dict]:
-    """The rows of one group; see `Answer`."""
+def group_rows(
+    question: Question, name: str, group: Sequence[Record], dense: Record | None, settings: Mapping[tuple, str]
+) -> list[dict]:
+    """The rows of one group; see `Answer`. `settings` are those of `settings_of`."""
     best: dict[tuple, Record] = {}
     for record in group:
         rival = best.setdefault(question.setting(record), record)
@@ -243,7 +265,7 @@ def group_rows(question: Question, name: str, group: Sequence[Record], dense: Re
     rows = []
     for record, rise, by_text, other, lag in zip(group, rises, rises_by_text, others, lags, strict=True):
         row = {
-            "group": name, "label": question.label_of(record), "setting": setting_words(question, record),
+            "group": name, "label": question.label_of(record), "setting": settings[question.setting(record)],
             "method": record.method, **vars(record.case), "loss_nats": None, **record.metrics,
         }  # fmt: skip
         row |= {f"{metric}_standard_error": error for metric, error in record.standard_errors.items()}
@@ -271,14 +293,26 @@ def widths_total(record: Record) -> tuple[int, int] | None:
     return attention, sum(one["mlp"] for one in record.widths)
 
 
-def setting_words(question: Question, record: Record) -> str:
-    """Where along the question a record stands: "30 % (KV cache 50 %) removed", "1.3 times the speed"."""
+def settings_of(question: Question, records: Sequence[Record]) -> dict[tuple, str]:
+    """By setting the words for where along the question its records stand, as `setting_words` has it."""
+    at: dict[tuple, list[Record]] = {}
+    for record in records:
+        at.setdefault(question.setting(record), []).append(record)
+    return {setting: setting_words(question, alike) for setting, alike in at.items()}
+
+
+def setting_words(question: Question, alike: Sequence[Record]) -> str:
+    """Where records of one setting stand: "30 % (KV cache 50 %) removed" (or "asked for"), "1.3 times the speed"."""
+    case = alike[0].case
     if "speedup" in question.along:
-        return f"{record.case.speedup:g} times the speed"
+        return f"{case.speedup:g} times the speed"
     if "ratio" not in question.along:
         return ""
-    cache = record.case.kv_ratio if "kv_ratio" in question.along else None
-    return f"{percent(record.case.ratio)}{f' (KV cache {percent(cache)})' if cache else ''} removed"
+    # one layer loses a fraction of its own
+    removed = [record.metrics["fraction_removed"] for record in alike if record.case.only_layer is None]
+    words = asked_words(case.ratio, removed)
+    cache = case.kv_ratio if "kv_ratio" in question.along else None
+    return words.replace(" %", f" % (KV cache {percent(cache)})", 1) if cache else words
 
 
 def table_of(found: Answer) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """What was found, in words, and how sure that is: computed from paired differences and nothing else."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pandas as pd
 from bench.quality.flips import Flips
 from bench.quality.significance import Difference
 
-from .answers import Answer, percent
+from .answers import Answer, asked_words, is_met, percent, removed_words
 from .rises import ON, difference, lead_over, with_interval
 from .sets import SPEED, SPEEDUP
 from .texts import is_near, texts_of
@@ -30,12 +31,13 @@ def listed(words) -> str:
 
 
 def settings_listed(settings) -> str:
-    """ "10 %, 20 % and 30 % removed": what all end with is said once."""
+    """ "10 %, 20 % and 30 % removed" or "asked for": what all end with is said once."""
     settings = list(settings)
     if len(settings) > 6:
         return f"{len(settings)} settings"
-    if all(setting.endswith(" removed") for setting in settings):
-        return listed(setting.removesuffix(" removed") for setting in settings) + " removed"
+    for end in (" removed", " asked for"):
+        if all(setting.endswith(end) for setting in settings):
+            return listed(setting.removesuffix(end) for setting in settings) + end
     return listed(settings)
 
 
@@ -62,9 +64,25 @@ def perplexity_of(row) -> str:
 
 
 def alternatives(found: Answer) -> list[str]:
-    """Which value of the subject loses least, where, beyond chance or not; then figures of the hardest setting."""
+    """Which value of the subject loses least, where, beyond chance or not; then figures of the hardest setting.
+
+    At last what did not lose as much as was asked for.
+    """
     groups = [_races(group) for _, group in found.frame.groupby("group", sort=False)]
-    return [_winner(races) for races in groups] + [_figures(races) for races in groups]
+    told = [_winner(races) for races in groups] + [_figures(races) for races in groups]
+    return told + [sentence for races in groups for sentence in _otherwise(races)]
+
+
+def ways(found: Answer, labels: Sequence[str]) -> list[str]:
+    """What `alternatives` says of a question about these labels, after which of them no cell tells of, and where."""
+    settings = list(dict.fromkeys(found.frame["setting"]))
+    missing = []
+    for label in labels:
+        there = set(found.frame["setting"][found.frame["label"] == label])
+        if lacking := [setting for setting in settings if setting not in there]:
+            missing.append(f"“{label}”{f' at {settings_listed(lacking)}' if there else ''}")
+    first, *others = alternatives(found)
+    return [f"Not measured: {listed(missing)}. {first}" if missing else first, *others]
 
 
 def _races(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -105,6 +123,19 @@ def _figures(races: list[tuple[str, pd.DataFrame]]) -> str:
         f"{_of(races)}{at}“{best['label']}” has {perplexity_of(best)}; “{second['label']}” follows at "
         f"{by_interval(second)}{worst}."
     )
+
+
+def _otherwise(races: list[tuple[str, pd.DataFrame]]) -> list[str]:
+    """For each label what it removed where that is not what was asked for."""
+    found: dict[str, list[str]] = {}
+    for setting, rows in races:
+        if not setting.endswith(" asked for"):
+            continue
+        for _, row in rows.iterrows():
+            if not is_met(row["ratio"], row["fraction_removed"]):
+                words = f"{percent(round(row['fraction_removed'], 3))} where {setting.replace(' asked', ' was asked')}"
+                found.setdefault(row["label"], []).append(words)
+    return [f"{_of(races)}“{label}” removed {', and '.join(words)}." for label, words in found.items()]
 
 
 def budget(found: Answer) -> list[str]:
@@ -297,11 +328,12 @@ def tasks(frame: pd.DataFrame) -> list[str]:
     scored = frame[(frame["metric"] == "acc") & frame["over_dense_mean"].notna()]
     sentences = []
     for (method, ratio), rows in scored.groupby(["method", "ratio"], sort=False):
+        removed = removed_words(ratio, rows["fraction_removed"].iloc[0])
         worse, untold = (rows["over_dense_high"] < 0).sum(), rows["over_dense_high"].isna().sum()
         few = f" ({untold} have too few items to tell)" if untold else ""
         row = rows.loc[rows["over_dense_mean"].idxmin()]
         sentences.append(
-            f"“{method}” with {percent(ratio)} removed is less accurate than the dense model, beyond chance, on "
+            f"“{method}” with {removed} is less accurate than the dense model, beyond chance, on "
             f"{worse} of {len(rows)} tasks{few}; it falls furthest on {row['task']}: {row['over_dense']}, "
             f"to {row['value']:.2f}."
         )
@@ -313,12 +345,13 @@ def flips(frame: pd.DataFrame) -> list[str]:
     counted = frame[(frame["metric"] == "acc") & frame["lost"].notna()]
     sentences = []
     for (method, ratio), rows in counted.groupby(["method", "ratio"], sort=False):
+        removed = removed_words(ratio, rows["fraction_removed"].iloc[0])
         lost, won = int(rows["lost"].sum()), int(rows["won"].sum())
         all_of_them = Flips(int(rows["items"].sum()), lost, won)
         p_value = plain(all_of_them.p_value, 2) if all_of_them.p_value >= 1e-4 else "< 0.0001"
         sentences.append(
-            f"“{method}” with {percent(ratio)} removed answers {lost + won} of {all_of_them.items} items otherwise "
-            f"than the dense model: {lost} that were right are wrong, {won} that were wrong are right (McNemar's exact "
+            f"“{method}” with {removed} answers {lost + won} of {all_of_them.items} items otherwise than "
+            f"the dense model: {lost} that were right are wrong, {won} that were wrong are right (McNemar's exact "
             f"p {p_value})."
         )
     return sentences
@@ -336,8 +369,9 @@ def texts(frame: pd.DataFrame) -> list[str]:
         best, second = rows.iloc[0], rows.iloc[1]
         where = "; ".join(f"“{method}” on {listed(found)}" for method, found in least.items())
         sentences.append(
-            f"With {percent(ratio)} removed the mean rise over {len(names)} texts is least with “{best['method']}”, "
-            f"{best['mean_rise_nats']:.3f} nats; “{second['method']}” follows with {second['mean_rise_nats']:.3f}. "
+            f"With {asked_words(ratio, rows['fraction_removed'])} the mean rise over {len(names)} texts is least with "
+            f"“{best['method']}”, {best['mean_rise_nats']:.3f} nats; "
+            f"“{second['method']}” follows with {second['mean_rise_nats']:.3f}. "
             f"Least on each: {where}."
         )
     return sentences
@@ -351,9 +385,10 @@ def fidelity(frame: pd.DataFrame) -> list[str]:
             continue
         row = rows.loc[rows["kl_nats"].idxmin()]
         sentences.append(
-            f"With {percent(ratio)} removed “{row['method']}” is nearest to the dense model: KL divergence "
-            f"{row['kl_nats']:.3f} nats, the same likeliest token at {percent(row['top1_agreement'])} of all places, "
-            f"and the same greedy continuation for {percent(row['greedy_agreement'])} of its tokens."
+            f"With {asked_words(ratio, rows['fraction_removed'])} “{row['method']}” is nearest to the dense model: "
+            f"KL divergence {row['kl_nats']:.3f} nats, the same likeliest token at "
+            f"{percent(row['top1_agreement'])} of all places, and the same greedy continuation for "
+            f"{percent(row['greedy_agreement'])} of its tokens."
         )
     return sentences
 

@@ -77,6 +77,7 @@ def tasks_frame(records: Sequence[Record]) -> pd.DataFrame:
                     "capability": result["capability"], "task": task, "version": result["version"],
                     "shots": result["shots"], "items": result["items"], "metric": metric, "chance": result["chance"],
                     "method": record.method, "ratio": record.case.ratio, "value": value,
+                    "fraction_removed": record.metrics["fraction_removed"],
                     "standard_error": result["standard_errors"][metric],
                     "over_dense": with_interval(change) if change else None,
                     "lost": flipped.lost if flipped else None, "won": flipped.won if flipped else None,

@@ -12,7 +12,7 @@ from bench.output.figures import FAINT
 from bench.quality.significance import Difference
 from bench.records import Record
 
-from .answers import Answer, percent
+from .answers import Answer, percent, removed_words
 from .drawing import INTERVALS, bars_of, highest_rise, legend, style_number, style_of
 from .findings import by_interval, is_on_front, listed, plain
 from .plots import plot_dots
@@ -27,7 +27,7 @@ METHOD = ["family", "method"]  # two rows with the same are one method asked for
 ASKED = {"engine": "transformers", "mha_dim": None, "mlp_dim": None, "only_layer": None, "head_multiple": None,
          "mlp_multiple": None, "ridge": None, "budget": ""}  # fmt: skip
 RECIPE = {"granularity": "dims", "modules": "qk+vo+mlp", "allocation": "uniform", "compensation": "none",
-          "rope": "pairs", "shots": 1, "measurements": 0, "drop_modules": False}  # fmt: skip
+          "rope": "pairs", "shots": 1, "measurements": 0, "output_bias": False}  # fmt: skip
 # which of the common colours a family has; the dense model keeps its own
 FAMILIES = {"dense": 6, "width": 0, "depth": 1, "width and depth": 2, "2:4": 3, "int8": 4, "width, int8": 5,
             "width, 2:4": 9, "int4": 7}  # fmt: skip
@@ -37,7 +37,8 @@ ANY_OTHER = 8
 def label(record: Record) -> str:
     """The method with all that it was asked beside a ratio: "best", "dense, int8", "transact, head multiple 8"."""
     case = record.case
-    unsaid = ASKED if record.method != case.criterion else RECIPE | ASKED
+    is_named = record.method.partition(", ")[0] != case.criterion  # drops and sparsity stand behind any name
+    unsaid = ASKED if is_named else RECIPE | ASKED
     values = {name: getattr(case, name) for name in unsaid}
     words = [f"{name.replace('_', ' ')} {value}" for name, value in values.items() if value != unsaid[name]]
     return ", ".join([record.method, *words, *filter(None, [case.quantisation])])
@@ -46,7 +47,9 @@ def label(record: Record) -> str:
 def point_name(record: Record) -> str:
     """The label in quotation marks, and the fractions or the speed that were asked for."""
     case = record.case
-    asked = [f"{percent(case.ratio)} removed"] if case.ratio else []
+    alone = case.only_layer is not None  # which loses a fraction of its own
+    removed = case.ratio if alone else record.metrics["fraction_removed"]
+    asked = [removed_words(case.ratio, removed)] if case.ratio else []
     asked += [f"{percent(case.kv_ratio)} of the KV cache removed"] if case.kv_ratio else []
     asked += [f"{case.speedup:g} times the speed asked for"] if case.speedup else []
     return f"“{label(record)}”{f' with {listed(asked)}' if asked else ''}"
@@ -84,29 +87,33 @@ def _lead(record: Record, reference: Record | None, losses: Callable) -> Differe
 @dataclass(frozen=True)
 class Win:
     """Of all rows measured at least so many times as fast: the `best`, and the `next` of another method, if any, with
-    by how many nats it is worse. `speeds`: all of `SPEEDS` at which these two are the same."""
+    by how many nats it is worse. `speeds`: all of `SPEEDS` at which these two are the same; `of_all`: whether all rows
+    that are so fast have that loss."""
 
     speeds: tuple[float, ...]
     best: pd.Series
     next: pd.Series | None
     lead: Difference | None
+    of_all: bool
 
 
 def wins(found: Answer, loss: str, losses: Callable) -> list[Win]:
     """Who loses least at each of `SPEEDS` that anything reaches, by the column `loss`; leads are paired by `losses`."""
-    frame = front_frame(found).dropna(subset=[loss, SPEEDUP]).sort_values(loss, kind="stable")
+    frame = front_frame(found).dropna(subset=[SPEEDUP]).sort_values(loss, kind="stable")
+    frame, lacking = frame[frame[loss].notna()], frame[frame[loss].isna()]
     speeds_of: dict[tuple, list[float]] = {}
     for speed in SPEEDS:
         fast = frame[frame[SPEEDUP] >= speed]
         if len(fast):
             rivals = fast[(fast[METHOD] != fast[METHOD].iloc[0]).any(axis=1)]
-            speeds_of.setdefault((fast.index[0], rivals.index[0] if len(rivals) else None), []).append(speed)
+            of_all = not (lacking[SPEEDUP] >= speed).any()
+            speeds_of.setdefault((fast.index[0], rivals.index[0] if len(rivals) else None, of_all), []).append(speed)
     return [
         Win(
             tuple(speeds), frame.loc[best], None if rival is None else frame.loc[rival],
-            None if rival is None else _lead(found.records[rival], found.records[best], losses),
+            None if rival is None else _lead(found.records[rival], found.records[best], losses), of_all,
         )
-        for (best, rival), speeds in speeds_of.items()
+        for (best, rival, of_all), speeds in speeds_of.items()
     ]  # fmt: skip
 
 
@@ -125,12 +132,12 @@ def front(found: Answer) -> list[str]:
 
 def _sentence(win: Win, text: str, loss: str) -> str:
     speeds = listed(f"{speed:g}" for speed in win.speeds)
-    words = (
-        f"Of all that decode at least {speeds} times as fast as the dense model, {win.best['name']} loses least on "
-        f"{text}: {by_interval(win.best, loss)}, at {_speed_words(win)}; "
-    )
+    fast = f"Of all that decode at least {speeds} times as fast as the dense model"
+    measured = f", {win.best['name']} loses least on {text}" if win.of_all else (
+        f" and were measured on {text}, {win.best['name']} loses least")  # fmt: skip
+    words = f"{fast}{measured}: {by_interval(win.best, loss)}, at {_speed_words(win)}; "
     if win.next is None:
-        return words + "no other method is that fast."
+        return words + f"no other method {'' if win.of_all else 'that was measured there '}is that fast."
     unpaired = "the next, " if win.lead is None else ""
     return words + f"{unpaired}{lead_over(win.next['name'], win.lead)}."
 

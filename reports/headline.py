@@ -11,7 +11,7 @@ from bench.output.files import write_whole
 from bench.output.tables import markdown_table
 from bench.records import Record
 
-from .answers import percent
+from .answers import is_met, percent, removed_words
 from .frames import records_frame
 from .page import Section
 from .rises import other_rises
@@ -36,7 +36,9 @@ def write_summary(
         ratio = counts[counts == counts.max()].index.max()
         frame = frame[(frame["method"] == "dense") | (frame["ratio"] == ratio)]
     frame = frame.sort_values("perplexity", ignore_index=True)
-    shown = [name for name in SHOWN if name in frame and frame[name].notna().any()]
+    met = all(map(is_met, frame["ratio"], frame["fraction_removed"]))
+    columns = SHOWN if met else [*SHOWN[:2], "fraction_removed", *SHOWN[2:]]
+    shown = [name for name in columns if name in frame and frame[name].notna().any()]
     sentences = [f"**{section.title}** {section.sentences[0]}" for section in sections if section.sentences]
     pictured = next((section for section in sections if section.picture), None)
     parts = [
@@ -67,7 +69,7 @@ def _figures(record: Record, rise: float) -> list[dict]:
     case, metrics = record.case, record.metrics
     name = f"{case.model} {record.method}"
     if not is_reference(record):
-        name += f", {percent(case.ratio)} removed"
+        name += f", {removed_words(case.ratio, metrics['fraction_removed'])}"
     if case.kv_ratio is not None:
         name += f", {percent(case.kv_ratio)} of the KV cache"
     rate, error = metrics.get(SPEED), record.standard_errors.get("loss_nats")

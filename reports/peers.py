@@ -10,27 +10,33 @@ import numpy as np
 import pandas as pd
 
 from bench.quality.significance import Difference
-from bench.records import HIGHEST_LOSS, PEERS_SCHEMA, Record, read_lines
+from bench.records import HIGHEST_LOSS, NUMBER, NUMBER_OR_NULL, PEERS_SCHEMA, Record, is_of_kind, read_lines
 
-from .answers import percent
+from .answers import asked_words
 from .findings import listed, plain
 from .rises import paired, text_named, verdict_on, with_interval
 from .sets import SPEEDUP, TIMES, RecordSet, is_reference, is_timed
 
 SETTINGS = ("base", "calibration", "samples", "seq_len", "windows")  # that rows share which are compared
 SAME = 1e-3  # nats by which two machines differ on the same window
+# what a line must hold, as `bench.records` states kinds
+PARTS = {
+    "case": {"base": str, "method": str, "ratio": NUMBER, "calibration": str, "samples": int, "seq_len": int,
+             "windows": int | None},
+    "row": {"method": str, "fraction_removed": NUMBER, "losses": {str: [NUMBER]}}, "environment": {"device": str},
+}  # fmt: skip
 
 
 def read_peers(directories: Iterable[Path]) -> tuple[list[dict], list[str]]:
     """The lines of each `peers.jsonl`, the newest of each case, that share the last one's settings; and complaints."""
 
     def parse(fields: dict) -> dict:
-        case, row = fields["case"], fields["row"]
-        float(row["fraction_removed"]), float(case["ratio"]), str(row["method"]), fields["environment"]["device"]
-        if not row["losses"] or not all(map(_are_numbers, row["losses"].values())):
-            raise ValueError("no losses")
-        key = tuple(case[name] for name in (*SETTINGS, "method", "ratio"))
-        hash(key)  # raises TypeError where one is a list
+        row = fields.get("row")
+        if not is_of_kind(fields, PARTS) or not row["losses"] or not all(row["losses"].values()):
+            raise ValueError("no losses, or parts of another kind")
+        if not all(is_of_kind(row[name], NUMBER_OR_NULL) for name in row if name.startswith(("prune_s", *TIMES))):
+            raise ValueError("times of another kind")
+        key = tuple(fields["case"][name] for name in (*SETTINGS, "method", "ratio"))
         return {**fields, "key": key}
 
     lines, complaints = [], []
@@ -40,10 +46,6 @@ def read_peers(directories: Iterable[Path]) -> tuple[list[dict], list[str]]:
         complaints += complained
     newest = {line["key"]: line for line in lines}.values()
     return [line for line in newest if line["key"][: len(SETTINGS)] == lines[-1]["key"][: len(SETTINGS)]], complaints
-
-
-def _are_numbers(losses: Sequence) -> bool:
-    return len(losses) > 0 and all(isinstance(loss, int | float) for loss in losses)
 
 
 def is_package(method: str) -> bool:
@@ -99,12 +101,14 @@ def findings(lines: Sequence[Mapping]) -> list[str]:
     for ratio in sorted({line["case"]["ratio"] for line in lines if line["row"]["method"] != "dense"}):
         for text in next(line for line in lines if line["case"]["ratio"] == ratio)["row"]["losses"]:
             best, parts = best_of(lines, ratio, text), []
-            for line in lines:
-                if line["case"]["ratio"] == ratio and is_package(line["row"]["method"]) and line is not best:
+            alike = [line for line in lines if line["case"]["ratio"] == ratio]
+            for line in alike:
+                if is_package(line["row"]["method"]) and line is not best:
                     gap = difference(line, best, text)
                     parts.append(f"“{line['row']['method']}” is behind by {_gap_words(gap)}")
             perplexity = plain(perplexity_of(best["row"]["losses"][text]), 4)
-            words = f"With {percent(ratio)} removed “{best['row']['method']}” loses least on {text_named(text)}"
+            asked = asked_words(ratio, (line["row"]["fraction_removed"] for line in alike))
+            words = f"With {asked} “{best['row']['method']}” loses least on {text_named(text)}"
             sentences.append(f"{words}, with perplexity {perplexity}{'; ' + listed(parts) if parts else ''}.")
     return sentences
 

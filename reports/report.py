@@ -158,7 +158,7 @@ def _capability(chosen: RecordSet, directory: Path, note: str) -> tuple[Section,
     frame = tasks_frame([record for record in chosen.records if chosen.is_calibrated_alike(record)])
     if not len(frame):
         return Section(name, title_of(name), lead_of(name), file_of(name)), [], ""
-    columns = [column for column in frame if column not in ("over_dense_mean", "over_dense_high")]
+    columns = [column for column in frame if column not in ("over_dense_mean", "over_dense_high", "fraction_removed")]
     files = write_table(directory / "tasks", "What a pruned model loses", f"{note} {NOISE}", frame, columns)
     picture = None
     if (frame["metric"] == "acc").any():

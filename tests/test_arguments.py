@@ -132,7 +132,7 @@ def test_a_type_is_for_gguf(tmp_path, capsys):
     [
         (["--ratio", "0.99"], "out of reach"), (["--kv-ratio", "0.99"], "out of reach"),
         (["--modules", "qk,nonsense"], "modules must name some of"),
-        (["--mha-dim", "48", "--granularity", "heads", "--modules", "qk,mlp"], "name both modules or neither"),
+        (["--granularity", "heads", "--modules", "qk,mlp"], "name both modules or neither"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said_before_windows_are_sampled(

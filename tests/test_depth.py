@@ -509,10 +509,11 @@ def test_plain_shortgpt_by_command(prune, tmp_path):
     assert (recipe["depth"], recipe["compensation"], recipe["criterion"]) == ("influence", "none", "activation")
 
 
-def test_commands_go_on_from_there(prune, tiny_text, tmp_path):
+def test_commands_go_on_from_there(prune, tiny_text, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert prune("--preset", "replaceme", "--ratio", "0.4") == 0
     assert main(["export", out, str(tmp_path / "plain")]) == 0
+    assert "(40.0% of the linear ones removed)" in capsys.readouterr().out
     narrow, plain = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "plain"))
     assert torch.equal(logits(narrow), logits(plain))
     text = ["--text", str(tiny_text), "--train-seq-len", "32", "--tokens", "512", "--device", "cpu"]

@@ -293,3 +293,32 @@ def test_what_is_as_fast_and_as_good_as_the_dense_model_can_be_drawn():
     axes = draw(plot_front, found).axes[0]
     assert axes.get_xlim()[0] < 1 < axes.get_xlim()[1]
     assert axes.get_ylim()[0] < 0 < axes.get_ylim()[1]
+
+
+def test_what_was_not_measured_on_the_other_texts_is_not_spoken_of():
+    only_first = timed("flap", 0.3, 0.3, 1.3)
+    only_first = replace(only_first, texts=only_first.texts[:1])
+    first, *_, others = said(only_first, timed("best", 0.3, 0.4, 1.25))
+    assert first.startswith("Of all that decode at least 1.05, 1.1 and 1.2 times as fast as the dense model, “flap” ")
+    assert others.startswith(
+        "Of all that decode at least 1.05, 1.1 and 1.2 times as fast as the dense model and were measured on the mean "
+        "of sources and probes, “best” with 30 % removed loses least: "
+    )
+    assert others.endswith("; no other method that was measured there is that fast.")
+
+
+def test_a_point_is_named_by_what_was_removed():
+    one = timed("shortgpt", 0.3, 0.4, 1.2)
+    assert point_name(replace(one, metrics=one.metrics | {"fraction_removed": 0.302})) == "“shortgpt” with 30 % removed"
+    coarse = replace(one, metrics=one.metrics | {"fraction_removed": 0.2})
+    assert point_name(coarse) == "“shortgpt” with 20 % removed (30 % asked for)"
+
+
+def test_recipes_without_a_name_that_drop_or_are_sparse_are_told_apart():
+    recipes = [{"measurements": 0}, {"measurements": 1}, {"measurements": 0, "output_bias": True}]
+    cases = [replace(BASE, decode_tokens=8, **PRESETS["best"] | one, drop_modules=True) for one in recipes]
+    names = [label(replace(measured(case, 0.1), method="predicted-loss, drops")) for case in cases]
+    assert len(set(names)) == 3
+    assert names[1] == "predicted-loss, drops, allocation searched, compensation pruned, measurements 1"
+    named = timed("best", 0.3, 0.1, 1.1, drop_modules=True)
+    assert label(named) == "best, drops"

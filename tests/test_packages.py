@@ -97,6 +97,23 @@ def test_lines_without_losses_are_complained_of(tmp_path, losses):
     assert (found, len(complaints)) == ([], 1)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("case", "ratio", "0.3"), ("case", "samples", [32]), ("case", "base", None),
+     ("row", "fraction_removed", "0.3"), ("row", "method", None), ("row", "losses", "few"), ("row", "losses", [1.0]),
+     ("row", "prune_s", "long"), ("row", "decode_speedup", [1.2]), ("row", "decode_speedup_low", "1.1"),
+     ("row", "prefill_speedup", {}), ("environment", "device", [1])],
+)  # fmt: skip
+def test_lines_whose_parts_are_of_another_kind_are_complained_of(part, name, value, tmp_path):
+    first, *others = lines()
+    others[-1][part][name] = value
+    written = "".join(json.dumps(one) + "\n" for one in (first, *others))
+    (tmp_path / "peers.jsonl").write_text(written, encoding="utf-8")
+    found, complaints = read_peers([tmp_path])
+    assert [one["row"]["method"] for one in found] == ["dense", "best"]
+    assert len(complaints) == 1
+
+
 def test_a_package_that_was_timed_is_on_the_front(tmp_path):
     [record] = peer_records(read(tmp_path, *lines()), chosen())
     assert (record.method, family_of(record)) == ("optipfair 0.4.2", "width")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import filelock
 import pytest
@@ -48,6 +48,12 @@ def record(criterion: str = "activation", ratio: float = 0.2, perplexity: float 
     )  # fmt: skip
 
 
+METRICS, ENVIRONMENT, TEXT = record().metrics, record().environment, record().texts[0]
+WIDTHS = {"kv_heads": 2, "qk_head_dim": 8, "v_head_dim": 8, "mlp": 40}
+TASK = {"version": "2", "shots": 0, "items": 1, "sha256": "d" * 64, "capability": None, "chance": None,
+        "metrics": {"acc": 1.0}, "standard_errors": {"acc": None}, "scores": {"acc": [1.0]}}  # fmt: skip
+
+
 def test_round_trip(tmp_path):
     path = tmp_path / "deep" / "records.jsonl"
     written = [record(), record("dense", 0.0, 20.0)]
@@ -60,9 +66,7 @@ def test_round_trip(tmp_path):
 
 
 def test_versions_of_tasks_are_text_in_older_records_too(tmp_path):
-    task = {"version": 2.0, "shots": 0, "items": 1, "sha256": "d" * 64, "capability": None, "chance": None,
-            "metrics": {"acc": 1.0}, "standard_errors": {"acc": None}, "scores": {"acc": [1.0]}}  # fmt: skip
-    older, newer = (replace(record(), tasks={"words": task | {"version": version}}) for version in (2.0, "2"))
+    older, newer = (replace(record(), tasks={"words": TASK | {"version": version}}) for version in (2.0, "2"))
     append_record(tmp_path / "r.jsonl", older)
     append_record(tmp_path / "r.jsonl", newer)
     read, complaints = read_records(tmp_path / "r.jsonl")
@@ -236,7 +240,12 @@ def test_shards_in_one_file_or_beside_each_other_are_the_same_records(tmp_path):
     [
         ({"metrics": {"perplexity": 30.0}}, "its fraction_removed is no number"),
         ({"metrics": {"perplexity": None}}, "its perplexity is no number"),
+        ({"metrics": {**METRICS, "loss_nats": None}}, "its loss_nats is no number"),
+        ({"losses": (1.0, math.nan)}, "one of its losses is no number"),
+        ({"texts": ({**TEXT, "losses": (math.nan, 2.0)},)}, "one of its losses is no number"),
+        ({"texts": ({**TEXT, "losses": ()},)}, "one of its texts has no losses"),
         ({"environment": {}}, "its environment does not say device"),
+        ({"environment": {**ENVIRONMENT, "device": None}}, "its environment does not say device"),
     ],
 )
 def test_a_record_that_lacks_what_reports_show_is_passed_over(tmp_path, broken, reason):
@@ -302,12 +311,47 @@ def test_versions_of_tasks_that_are_dates_are_told_apart():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("metrics", []), ("tasks", None), ("tasks", [1]), ("losses", "text"), ("widths", 5), ("texts", {"a": 1}),
-     ("history", None), ("method", None), ("environment", [])],
+     ("history", None), ("method", None), ("environment", []), ("metrics", {**METRICS, "decode_speedup": "fast"}),
+     ("metrics", {**METRICS, "decode_speedup_low": [1]}), ("standard_errors", {"perplexity": "small"}),
+     ("losses", [1.0, "2"]), ("widths", [1]), ("widths", [{}]), ("widths", [{**WIDTHS, "mlp": "whole"}]),
+     ("texts", ["words"]), ("texts", [{}]), ("texts", [{**TEXT, "losses": None}]), ("texts", [{**TEXT, "sha256": 5}]),
+     ("texts", [{**TEXT, "name": None}]), ("texts", [{**TEXT, "kl_nats": 0.1}]), ("greedy_agreement", ["same"]),
+     ("history", [5]), ("history", [{"tokens": "many"}]), ("environment", {**ENVIRONMENT, "device": []}),
+     ("command", None), ("tasks", {"words": {}}), ("tasks", {"words": {**TASK, "scores": {"acc": ["right"]}}}),
+     ("tasks", {"words": {**TASK, "metrics": [1]}}), ("tasks", {"words": {**TASK, "items": None}})],
 )  # fmt: skip
 def test_lines_whose_parts_are_of_another_kind_are_passed_over(name, value, tmp_path):
-    path = tmp_path / "records.jsonl"
+    assert_passed_over(tmp_path / "records.jsonl", {name: value}, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ratio", None), ("ratio", "0.3"), ("ratio", [0.3]), ("kv_ratio", "half"), ("model", None), ("seed", {}),
+     ("criterion", 5), ("evaluation_text", None), ("decode_tokens", None), ("quantisation", None), ("depth", 5),
+     ("drop_modules", "yes"), ("speedup", "1.3"), ("code", [])],
+)  # fmt: skip
+def test_lines_whose_cases_are_of_another_kind_are_passed_over(name, value, tmp_path):
+    written = asdict(record())["case"]
+    assert_passed_over(tmp_path / "records.jsonl", {"case": written | {name: value}}, name)
+
+
+def assert_passed_over(path, changes, name):
     append_record(path, record())
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}) + "\n" + path.read_text())
-    read, complaints = read_records(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes) + "\n" + path.read_text())
+    read, [complaint] = read_records(path)
     assert [one.case for one in read] == [CASE]
-    assert complaints[0].startswith(f"{path}:1: ")
+    assert complaint.startswith(f"{path}:1: its ")
+    assert name in complaint
+
+
+def test_whole_figures_and_those_that_are_no_number_are_read(tmp_path):
+    """JSON of other writers has 1 for 1.0; a text's divergences and a metric on the side may be no number."""
+    written = record(ratio=0)
+    unknown = {**written.texts[0], "kl_nats": (math.nan, 0.2)}
+    written = replace(written, metrics={**written.metrics, "decode_speedup_low": math.nan}, texts=(unknown,),
+                      losses=(3, 3, 3), tasks={"words": {**TASK, "chance": 0}})  # fmt: skip
+    append_record(tmp_path / "r.jsonl", written)
+    [read], complaints = read_records(tmp_path / "r.jsonl")
+    assert complaints == []
+    assert read.metrics["decode_speedup_low"] is None
+    assert read.texts[0]["kl_nats"] == [None, 0.2]

@@ -610,3 +610,70 @@ def test_another_way_may_be_best_in_that_memory_or_nothing_else_fit_or_nothing_b
     assert said_of_training(trained("lora", None), trained("full", None)) == []
     same = trained("lozo-distillation", 800.0, 0.3)
     assert said_of_training(lozo, same)[1].endswith("is inconclusive.")
+
+
+def removing(record, fraction):
+    """The record, of which another fraction was removed than was asked for."""
+    return replace(record, metrics=record.metrics | {"fraction_removed": fraction})
+
+
+def of_ways(*cells):
+    """The dense model and cells of the question of drops: (preset, drops, ratio, fraction removed)."""
+    maker = Maker()
+    made = [removing(maker.record(replace(BASE, **PRESETS[preset], ratio=ratio, drop_modules=drops)), fraction)
+            for preset, drops, ratio, fraction in cells]  # fmt: skip
+    return [maker.record(DENSE), *made]
+
+
+COARSE = (("best", False, 0.3, 0.302), ("best", True, 0.3, 0.298), ("shortgpt", False, 0.3, 0.2),
+          ("best", False, 0.5, 0.5), ("best", True, 0.5, 0.5), ("shortgpt", False, 0.5, 0.4))  # fmt: skip
+
+
+def test_fractions_that_were_not_met_are_not_said_to_be_removed(tmp_path):
+    found = answer(BY_NAME["drops"], newest_set(of_ways(*COARSE)))
+    assert set(found.frame["setting"]) == {"30 % asked for", "50 % asked for"}
+    sentences = BY_NAME["drops"].find(found)
+    assert "“whole layers” removed 20 % where 30 % was asked for, and 40 % where 50 % was asked for." in sentences
+    assert not any("30 % removed" in one or "50 % removed" in one for one in sentences)
+    write_report(of_ways(*COARSE), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "With 50 % asked for the mean rise over 3 texts is least" in page
+    assert "With 50 % asked for “" in page[page.index('id="fidelity"') :]
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "50 % removed" not in summary
+    assert "fraction_removed" in summary
+    names = {one["name"] for one in json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))}
+    assert "synthetic shortgpt, 40 % removed (50 % asked for): loss" in names
+    assert "synthetic best, 50 % removed: loss" in names
+
+
+def test_settings_that_all_met_are_said_to_be_removed():
+    met = [(preset, drops, ratio, ratio + 0.005) for preset, drops, ratio, _ in COARSE]
+    found = answer(BY_NAME["drops"], newest_set(of_ways(*met)))
+    assert set(found.frame["setting"]) == {"30 % removed", "50 % removed"}
+    assert not any("asked for" in one for one in BY_NAME["drops"].find(found))
+
+
+def test_one_layer_alone_loses_a_fraction_of_its_own():
+    records = [Maker().record(replace(BASE, only_layer=layer, ratio=0.5)) for layer in range(3)]
+    assert set(answer(BY_NAME["layer"], newest_set(records)).frame["setting"]) == {"50 % removed"}
+
+
+def test_accuracy_is_of_what_was_removed():
+    maker = Maker()
+    cases = (replace(case, tasks="probe_sums+probe_copying", task_limit=80) for case in (DENSE, BASE))
+    dense, pruned = (maker.with_tasks(maker.record(case), rate) for case, rate in zip(cases, (0.9, 0.4), strict=True))
+    frame = tasks_frame([dense, removing(pruned, 0.2)])
+    for sentence in (*findings.tasks(frame), *findings.flips(frame)):
+        assert sentence.startswith("“transact” with 20 % removed (30 % asked for) ")
+
+
+def test_ways_without_cells_are_not_spoken_of():
+    drops = BY_NAME["drops"]
+    two = of_ways(*(cell for cell in COARSE if not cell[1]))
+    sentences = drops.find(answer(drops, newest_set(two)))
+    assert sentences[0].startswith("Not measured: “widths and modules”. ")
+    some = of_ways(*(cell for cell in COARSE if cell[:3] != ("best", True, 0.3)))
+    sentences = drops.find(answer(drops, newest_set(some)))
+    assert sentences[0].startswith("Not measured: “widths and modules” at 30 % asked for. ")
+    assert not drops.find(answer(drops, newest_set(of_ways(*COARSE))))[0].startswith("Not measured")

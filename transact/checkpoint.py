@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from .plan import Plan
+from .widths import fraction_removed, widths_of
 
 EXPORTED = "exported.json"  # marks a directory that `transact export` wrote
 PLAN = Path("pruning", "plan.safetensors")  # in a folder: engines take all `*.safetensors` of a directory for weights
@@ -187,3 +188,10 @@ def read_pruning(directory: str) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is not what `transact prune` writes") from error
     return pruning
+
+
+def fraction_removed_of(directory: str, config: PreTrainedConfig) -> float:
+    """What a checkpoint lost, as `pruning.json` says, which knows the dense model; else as the configuration does."""
+    if (Path(directory) / "pruning.json").is_file():
+        return read_pruning(directory)["fraction_removed"]
+    return fraction_removed(config, widths_of(config))

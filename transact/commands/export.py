@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from .. import __version__
-from ..checkpoint import EXPORTED, all_or_nothing, check_export_destination, save_model
+from ..checkpoint import EXPORTED, all_or_nothing, check_export_destination, fraction_removed_of, save_model
 from ..export import (
     FORMATS,
     GGUF_TYPES,
@@ -23,7 +23,7 @@ from ..export import (
     write_program,
 )
 from ..models import load_model, load_tokenizer, read_config
-from ..widths import fraction_removed, widths_of
+from ..widths import widths_of
 from .parser import add_output_options, add_subcommand
 
 TYPES = {"gguf": tuple(GGUF_TYPES), "executorch": PROGRAM_TYPES}  # of numbers in the file, by format
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     if options.format == "gguf":
         check_tokenizer(tokenizer, model)
     stated = (llama_by_layer if options.format == "gguf" else plain_llama)(model, pad=options.pad)
-    pruned, size = fraction_removed(model.config, widths_of(model.config)), stated.num_parameters()
+    pruned, size = fraction_removed_of(options.directory, model.config), stated.num_parameters()
     extra = size - model.num_parameters()
     uncut = []
     with all_or_nothing(out) as partial:
@@ -114,11 +114,11 @@ def _export_program(options: argparse.Namespace, out: Path) -> None:
     if fast is None:
         raise ValueError(f"the tokeniser of {options.directory!r} has no tokenizer.json, which phones read: convert it")
     model, _ = load_model(options.directory, dtype="float32", device="cpu")
+    pruned = fraction_removed_of(options.directory, model.config)
     with all_or_nothing(beside) as tokenizer_file, all_or_nothing(out) as partial:
         write_program(partial, model, **settings)
         fast.save(str(tokenizer_file))
         size = partial.stat().st_size
-    pruned = fraction_removed(model.config, widths_of(model.config))
     print(
         f"{out}: {size / 2**20:,.1f} MiB, {model.num_parameters():,} parameters ({pruned:.1%} of the linear ones "
         f"removed), room for {context:,} tokens; tokeniser in {beside}"

@@ -8,14 +8,14 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from ..checkpoint import read_pruning
+from ..checkpoint import fraction_removed_of
 from ..configuration_transact import TransActConfig
 from ..engines import ENGINES, check_held
 from ..entry import in_one_line
 from ..export import check_exportable, check_tokenizer
 from ..models import load_tokenizer, read_config
 from ..plan import kept_layers_of
-from ..widths import fraction_removed, kv_elements_per_token, widths_of
+from ..widths import kv_elements_per_token, widths_of
 from .parser import add_subcommand
 
 
@@ -27,7 +27,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     config = read_config(options.directory)
-    removed = _fraction_removed(options.directory, config)
+    removed = fraction_removed_of(options.directory, config)
     pairs, widths = _rope_pairs(options.directory), widths_of(config)
     attentions = sum(one.has_attention for one in widths)
     if config.model_type == TransActConfig.model_type and len(pairs) < attentions:
@@ -99,13 +99,6 @@ def _against(engine: str, directory: str, model: torch.nn.Module, pairs: list[to
     except ValueError as error:
         return str(error)
     return None
-
-
-def _fraction_removed(directory: str, config: transformers.PretrainedConfig) -> float:
-    """As `pruning.json` says, which knows the dense model; else as the configuration does."""
-    if (Path(directory) / "pruning.json").is_file():
-        return read_pruning(directory)["fraction_removed"]
-    return fraction_removed(config, widths_of(config))
 
 
 def _parameters(module: torch.nn.Module) -> str:

@@ -140,6 +140,8 @@ def check_prune_options(options: argparse.Namespace) -> None:
     """Raise ValueError for numbers that are not allowed and options that exclude each other."""
     if _names_widths(options) and (options.ratio is not None or options.kv_ratio is not None):
         raise ValueError("--ratio/--kv-ratio and --mha-dim/--mlp-dim both name widths; give one of them")
+    if _names_widths(options):
+        _check_nothing_is_found(options)
     if options.speedup is None:
         for name in ("speed_of", "speed_batch", "speed_context"):
             if getattr(options, name) is not None:
@@ -167,6 +169,16 @@ def check_prune_options(options: argparse.Namespace) -> None:
         source_names(options.text)
         if options.layerwise:
             raise ValueError("--layerwise keeps the model off the device: it cannot be trained there, drop --tokens")
+
+
+def _check_nothing_is_found(options: argparse.Namespace) -> None:
+    """Raise ValueError for an option that says how widths are found, which would be ignored: they are named."""
+    for name, is_given in (
+        ("drop-modules", options.drop_modules), ("modules", options.modules is not None),
+        ("allocation", options.allocation not in (None, "uniform")), ("measurements", options.measurements),
+    ):  # fmt: skip
+        if is_given:
+            raise ValueError(f"--{name} says which widths are found, --mha-dim/--mlp-dim name them; give one of them")
 
 
 def _names_widths(options: argparse.Namespace) -> bool:
