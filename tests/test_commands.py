@@ -315,3 +315,11 @@ def test_hub_that_cannot_be_reached_is_one_line(prune, capsys, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert_refused(lambda: prune("--calibration", "wikitext2"), "Couldn't reach the Hub", capsys)
+
+
+def test_a_checkpoint_that_a_caller_described_is_inspected(tmp_path, capsys):
+    dense = tiny_llama("gqa")
+    pruned = transact.prune(dense, torch.arange(96).view(4, 24), recipe="transact", ratio=0.3)
+    transact.save_checkpoint(tmp_path / "pruned", pruned.model, pruned.plan, {"ratio": 0.3})
+    assert main(["inspect", str(tmp_path / "pruned")]) == 0
+    assert f"{transact.fraction_removed(dense.config, pruned.plan.widths):.1%}" in capsys.readouterr().out

@@ -191,7 +191,11 @@ def read_pruning(directory: str) -> dict:
 
 
 def fraction_removed_of(directory: str, config: PreTrainedConfig) -> float:
-    """What a checkpoint lost, as `pruning.json` says, which knows the dense model; else as the configuration does."""
-    if (Path(directory) / "pruning.json").is_file():
+    """What a checkpoint lost, as `pruning.json` says, which knows the dense model; else as the configuration does.
+
+    Callers of `save_checkpoint` state there what they like.
+    """
+    path = Path(directory) / "pruning.json"
+    if path.is_file() and "fraction_removed" in path.read_text(encoding="utf-8"):
         return read_pruning(directory)["fraction_removed"]
     return fraction_removed(config, widths_of(config))
