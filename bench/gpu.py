@@ -95,8 +95,9 @@ PYTEST = ["-m", "pytest", "--benchmark-disable", "--color=no"]
 
 
 def tests_command(out: Path, seconds: float, device: str) -> list[str]:
-    workers = str(min(6, os.cpu_count() or 1))  # compiling takes processors, and contexts half a GiB of the device each
-    return [*PYTEST, "tests", "-v", "--tb=short", "-m", "gpu and not slow", "-n", workers, "--dist", "worksteal"]
+    # compiling takes processors, and each process half a GiB of the device
+    workers = ["-n", "logical", "--maxprocesses", "6", "--dist", "worksteal"]
+    return [*PYTEST, "tests", "-v", "--tb=short", "-m", "gpu and not slow", *workers]
 
 
 def quality_command(out: Path, seconds: float, device: str) -> list[str]:

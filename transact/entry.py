@@ -151,6 +151,15 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
         yield
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are; those that other processes have included.
+
+    A sum is not where any element is not, and needs no mask as large as the tensor.
+    """
+    total = tensor.detach().sum(dtype=torch.float64)
+    return bool((total.full_tensor() if hasattr(total, "full_tensor") else total).isfinite())
+
+
 def check_same_function(model: nn.Module, other: nn.Module, complaint: str) -> None:
     """Raise ValueError, with this complaint, where the two give other logits for a few tokens, beyond rounding."""
     with undisturbed(model, other), torch.no_grad():

@@ -17,6 +17,7 @@ from .entry import (
     check_nothing_dropped,
     check_trainable,
     checked_windows,
+    is_finite,
     undisturbed,
 )
 from .products import add_products, mirror
@@ -46,9 +47,9 @@ class LayerGradients:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def are_finite(self) -> bool:
-        """Whether all are: a sum is not where any element is not."""
+        """Whether all values are."""
         found = self.attention_output, self.mlp_output, self.rope_pairs, *self.weights.values()
-        return all(one.sum(dtype=torch.float64).isfinite() for one in found if one is not None)
+        return all(is_finite(one) for one in found if one is not None)
 
 
 def loss_gradients(

@@ -14,6 +14,7 @@ from .entry import (
     check_same_function,
     check_unquantised,
     has_own_head,
+    is_finite,
     model_type_of,
     odd_weight,
     shapes_of,
@@ -48,8 +49,7 @@ def check_prunable(model: nn.Module) -> None:
     check_unquantised(model)
     _check_weights(model)
     for name, parameter in model.named_parameters():
-        # a sum is non-finite where any element is, and needs no mask as large as the weight
-        if not parameter.detach().sum(dtype=torch.float64).isfinite():
+        if not is_finite(parameter):
             raise ValueError(f"the model's weights are not finite: {name} holds NaN or infinity")
 
 

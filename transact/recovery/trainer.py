@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ..checkpoint import plain_generation
 from ..configuration_transact import TransActConfig
 from ..devices import has_bfloat16
-from ..entry import check_model, check_trainable, check_unquantised, checked_windows, undisturbed
+from ..entry import check_model, check_trainable, check_unquantised, checked_windows, is_finite, undisturbed
 from ..modeling_transact import TransActForCausalLM
 from ..plan import kept_layers_of
 from ..sparsity import is_sparse
@@ -214,12 +214,6 @@ def gathered(model: nn.Module, config: PretrainedConfig) -> PreTrainedModel:
     whole = AutoModelForCausalLM.from_config(config).float()
     whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
     return whole
-
-
-def is_finite(parameter: torch.Tensor) -> bool:
-    """Whether all values are; those that other processes have included."""
-    total = parameter.detach().sum(dtype=torch.float64)
-    return bool((total.full_tensor() if hasattr(total, "full_tensor") else total).isfinite())
 
 
 def _checkpointing(model: nn.Module, verb: str) -> Callable:
