@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import transact
-from transact.devices import device_name, has_bfloat16, resolve_device
+from transact.devices import device_name, has_bfloat16, multiplies_bfloat16, resolve_device
 
 PACKAGES = ("transact", "torch", "transformers", "numpy")
 
@@ -38,13 +38,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def fast_dtype(device: str) -> str:
-    """bfloat16 on CUDA devices that have it and on CPUs with matrix units for it (AMX), else float32.
-
-    With AVX-512 instructions alone bfloat16 is no faster: on two such cores 2,048 tokens took SmolLM2's decoder stack
-    2.1 to 2.3 s in float32 and 3.1 to 3.2 s in bfloat16.
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    """bfloat16 on CUDA devices that have it and on processors with matrix units for it, else float32."""
     where = resolve_device(device)
-    is_fast = "amx_bf16" in flags if where.type == "cpu" else has_bfloat16(where)
+    is_fast = multiplies_bfloat16() if where.type == "cpu" else has_bfloat16(where)
     return "bfloat16" if is_fast else "float32"

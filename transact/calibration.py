@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .entry import check_in_one_place, check_model, check_nothing_dropped, checked_windows, undisturbed
 from .gradients import LayerGradients, loss_gradients
 from .products import Half, add_products, mirror
-from .walk import LayerWalk, kv_heads_of
+from .walk import LayerWalk, is_slow, kv_heads_of
 
 HELD_OUT_EVERY = 8  # of so many windows one is kept aside, to choose the ridge of the least squares on
 
@@ -214,6 +214,7 @@ def iterate_statistics(
     With `second_moments`, which are large, the model is computed block by block, so that each layer's can be used and
     dropped before the next layer's exist; hidden states of all windows are kept meanwhile. With a `device` it is so
     too: the model stays where it lies, one block at a time is computed on the device, hidden states in host memory.
+    And on processors that are slow in the model's dtype: one block at a time is in float32.
     """
     group = model.config.num_attention_heads // model.config.num_key_value_heads
     per_batch = max(1, tokens_per_batch // windows.shape[1])
@@ -224,7 +225,7 @@ def iterate_statistics(
     ]
     collectors = [_Collector(layer, second_moments) for layer in model.model.layers]
     bar = {"desc": "calibrate", "disable": None if progress else True}
-    if device is None and not second_moments:
+    if device is None and not second_moments and not is_slow(model.dtype, model.device):
         finished = _collect_at_once(model, batches, collectors, bar)
     else:
         walk = LayerWalk(model, [batch for _, batch in batches], device=device)

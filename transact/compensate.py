@@ -284,7 +284,7 @@ def _refit(half: _Half, its: _Half, held_out: Sequence[int], bias: bool, ridge: 
     The target is the residual stream of the dense model, whose half `its` has been added to it.
     """
     linear, kept = half.projection, []
-    streams = sum(hidden.nbytes for hidden in half.walk.hidden)
+    streams = sum(hidden.numel() for hidden in half.walk.hidden) * linear.weight.element_size()
     size = 2 * streams + streams * linear.in_features // linear.out_features  # of both models, and what would be kept
     is_kept = is_small(size, linear.weight.device) and half.walk.hidden[0].device == linear.weight.device
     equations = [NormalEquations.empty(linear.in_features, linear.out_features, linear.weight.device) for _ in range(2)]

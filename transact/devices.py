@@ -1,5 +1,6 @@
 """Devices by name, and what they can do."""
 
+import functools
 import os
 import platform
 import warnings
@@ -43,11 +44,25 @@ def has_bfloat16(device: torch.device) -> bool:
     return is_native
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has matrix units for bfloat16 (AMX); without them float32 takes less time.
+
+    With AVX-512 two cores took SmolLM2's decoder stack through 2,048 tokens in 3.1 to 3.2 s, in float32 in 2.1 to 2.3.
+    With AVX2 alone 512 tokens times 2,048 x 8,192 weights took .84 s (float32 .17), and back 61 s (float32 .13).
+    """
+    return "amx_bf16" in _cpuinfo()
+
+
+def _cpuinfo() -> str:
+    """What Linux says of the processor."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def device_name(device: torch.device) -> str:
     """The product name of a CUDA device, or else of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -21,7 +21,7 @@ from .entry import (
     undisturbed,
 )
 from .products import add_products, mirror
-from .walk import HOST, LayerWalk, hidden_bytes, kv_heads_of, on_device, resting_place
+from .walk import HOST, LayerWalk, hidden_bytes, kv_heads_of, on_device, resting_place, sent
 
 OUTPUTS_EVERY = 8  # every eighth window is enough for second moments of D-vectors
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -146,11 +146,11 @@ def _gradients_of_the_head(
     """Gradient of the summed loss at the last block's output, for each batch."""
     gradients = []
     for hidden, batch in zip(walk.hidden, batches, strict=True):
-        hidden = hidden.detach().to(where).requires_grad_()
+        hidden = sent(hidden.detach(), where).requires_grad_()
         for window, ids in zip(hidden, batch.to(where), strict=True):  # one by one: logits are the largest
             logits = model.lm_head(model.model.norm(window[:-1])).float()
             nn.functional.cross_entropy(logits, ids[1:], reduction="sum").backward()
-        gradients.append(hidden.grad.to(walk.hidden[0].device))
+        gradients.append(hidden.grad.to(walk.hidden[0]))
     return gradients
 
 

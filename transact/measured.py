@@ -6,7 +6,7 @@ Legend: L layers, T tokens, D hidden size.
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from .compensate import compensate_on_dense_inputs
 from .plan import select
 from .prune import apply_plan
 from .scores import LayerScores
-from .walk import LayerWalk, on_device
+from .walk import LayerWalk, on_device, sent
 from .widths import Widths
 
 TOKENS, TOKENS_PER_BATCH = 2048, 1024
@@ -120,8 +120,11 @@ def _next_factors(factors: torch.Tensor, measured: torch.Tensor, predicted: torc
 @torch.no_grad()
 def final_states(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     """What enters the language-model head, for all windows: (samples, length, D)."""
-    batches = windows.to(model.device).split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
-    return torch.cat([model.model(input_ids=batch, use_cache=False).last_hidden_state for batch in batches])
+    walk = LayerWalk(model, windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
+    for index, layer in walk.blocks(disable=True):
+        for batch in range(len(walk.hidden)):
+            walk.advance(index, layer, batch)
+    return torch.cat([model.model.norm(hidden.to(model.model.norm.weight.device)) for hidden in walk.hidden])
 
 
 def error_slopes(
@@ -143,13 +146,16 @@ def error_slopes(
     batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
     walk = LayerWalk(narrowed, batches, device=device)
     inputs, above = walk.inputs(disable=True), []
-    with on_device(narrowed.lm_head, device), on_device(narrowed.model.norm, device):
+    heads = narrowed.model.norm, narrowed.lm_head, dense.lm_head
+    with ExitStack() as stack:
+        for module in heads:
+            stack.enter_context(on_device(module, device))
         for entering, wanted in zip(walk.hidden, final.split([len(batch) for batch in batches]), strict=True):
             above.append(_gradient_of_the_heads(narrowed, dense, entering, wanted))
     slopes = torch.zeros(len(inputs), 3, dtype=torch.float64)
     for index, (layer, before) in reversed([*enumerate(zip(narrowed.model.layers, dense.model.layers, strict=True))]):
         walk.hidden = inputs.pop()
-        with on_device(layer, device), _stood_in(layer, before):
+        with on_device(layer, device), on_device(before, device), _stood_in(layer, before):
             for batch in range(len(batches)):
                 with _seen(layer) as seen:
                     walk.back(index, layer, above, batch)
@@ -165,10 +171,10 @@ def _gradient_of_the_heads(
 
     `wanted` is what enters the dense model's head.
     """
-    hidden = entering.detach().to(narrowed.model.norm.weight.device).requires_grad_()
+    hidden = sent(entering.detach(), narrowed.model.norm.weight.device).requires_grad_()
     given = narrowed.model.norm(hidden)
     given.backward(_divergence_gradient(narrowed, dense, given.detach(), wanted))
-    return hidden.grad.to(entering.device)
+    return hidden.grad.to(entering)
 
 
 def _divergence_gradient(
@@ -180,7 +186,8 @@ def _divergence_gradient(
         mine = mine.requires_grad_()
         logits = narrowed.lm_head(mine)
         with torch.no_grad():
-            surplus = logits.float().softmax(dim=-1).sub_(dense.lm_head(theirs).float().softmax(dim=-1))
+            theirs = dense.lm_head(sent(theirs, dense.lm_head.weight.device))
+            surplus = logits.float().softmax(dim=-1).sub_(theirs.float().softmax(dim=-1))
         logits.backward(surplus.to(logits.dtype))
         into.copy_(mine.grad)
     return gradient

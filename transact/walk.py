@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .devices import multiplies_bfloat16
+
 SHARE = 0.05  # of a device's memory, what may wait there
 HOST = torch.device("cpu")
 
@@ -43,15 +45,22 @@ def resting_place(size: int, device: torch.device) -> torch.device:
     return device if is_small(size, device) else HOST
 
 
+def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies matrices in a dtype of 16 bits more slowly than in float32."""
+    if device.type != "cpu":
+        return False
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16())
+
+
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device, itself where it lies there.
+    """The tensor on a device, itself where it lies there; in float32 where the device `is_slow` in its dtype.
 
     From the host to CUDA by way of pinned memory, which torch keeps and uses again: a block's worth, so that a model
     need not be pinned as a whole. Copies from there are several times as fast, and nothing waits for them.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return tensor.to(device, torch.float32 if is_slow(tensor.dtype, device) else None)
 
 
 def place_of(layer: nn.Module, otherwise: torch.device | None) -> torch.device | None:
@@ -61,16 +70,17 @@ def place_of(layer: nn.Module, otherwise: torch.device | None) -> torch.device |
 
 @contextmanager
 def on_device(layer: nn.Module, device: torch.device | None, *, changes: bool = False) -> Iterator[torch.device]:
-    """The layer on `device` for a while (None: where it lies); yields the device.
+    """The layer on `device` for a while (None: where it lies), in float32 where that `is_slow`; yields the device.
 
     What the layer was before comes back afterwards; where the weights are changed meanwhile (`changes`), what they
     became is copied into it.
     """
     home = place_of(layer, device)
-    if device is None or device == home:
+    device = home if device is None else device
+    tensors = [*layer.parameters(), *layer.buffers()]
+    if device == home and not any(is_slow(tensor.dtype, device) for tensor in tensors):
         yield home
         return
-    tensors = [*layer.parameters(), *layer.buffers()]
     before = [(tensor, tensor.data, tensor.grad) for tensor in tensors]
     for tensor, data, _ in before:
         tensor.grad = None  # of a user's training: no use here
@@ -169,13 +179,13 @@ class LayerWalk:
         with torch.enable_grad():
             output = self.run(index, layer, batch)
         output.backward(sent(above[batch], output.device))
-        above[batch] = entering.grad.to(above[batch].device)
+        above[batch] = entering.grad.to(above[batch])
         self.hidden[batch] = None
 
 
 def _to(value, device: torch.device):
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return sent(value, device)
     if isinstance(value, tuple):
         return tuple(_to(item, device) for item in value)
     if isinstance(value, dict):

@@ -27,6 +27,7 @@ from ..entry import check_model, check_trainable, check_unquantised, checked_win
 from ..modeling_transact import TransActForCausalLM
 from ..plan import kept_layers_of
 from ..sparsity import is_sparse
+from ..walk import is_slow
 from .callbacks import Bar, Milestones
 from .checkpoints import last_checkpoint, settings_of
 from .placement import Arguments, current, own_forward
@@ -95,12 +96,13 @@ def recover(
     """Train a narrowed model on windows (N, T) of token ids; the model given is changed, and in evaluation mode after.
 
     AdamW with betas 0.9 and 0.95, gradients clipped at 1, a tenth of the steps to warm up, then a cosine down to
-    nothing; weights are kept in float32 meanwhile unless they are only adapted (those of float16 also then, where
-    bfloat16 does not compute). The ways "lozo" take forward passes and `LowRankDescent` instead, with the same rates
-    and weights in their own dtype. It trains where the model lies, or under `accelerate launch` on a device for each
-    process; the teacher is used where it lies, which may be another device, several, or the host. With a directory for
-    `checkpoints`, ten are written on the way (the last two kept), and the same call goes on from the newest one to the
-    same result. `evaluate` is called before training and at `evaluations` equal distances.
+    nothing; weights are kept in float32 meanwhile unless they are only adapted (then also those of float16 where
+    bfloat16 does not compute, and those of 16 bits on processors that are slow in them). The ways "lozo" take forward
+    passes and `LowRankDescent` instead, with the same rates and weights in their own dtype. It trains where the model
+    lies, or under `accelerate launch` on a device for each process; the teacher is used where it lies, which may be
+    another device, several, or the host. With a directory for `checkpoints`, ten are written on the way (the last two
+    kept), and the same call goes on from the newest one to the same result. `evaluate` is called before training and at
+    `evaluations` equal distances.
 
     Raises ValueError for what cannot be trained so, or checkpoints of another run, and NonFiniteLossError where
     training diverges, with the last good checkpoint left where it is.
@@ -143,7 +145,8 @@ def _train(
         arguments = _arguments(model, training, checkpoints or scratch, saves=checkpoints is not None)
         kind, options = _RecoveryTrainer, {}
         if "lora" in training.way:
-            if model.dtype == torch.float16 and not arguments.bf16:  # too short for gradients of a mean over all tokens
+            is_short = model.dtype == torch.float16 and not arguments.bf16  # for gradients of a mean over all tokens
+            if is_short or is_slow(model.dtype, model.device):
                 _cast_parameters(model, torch.float32)
             student = _with_adapters(model, training)
         elif training.is_zeroth_order():
