@@ -14,7 +14,7 @@ from bench.efficiency.costs import weight_elements
 from bench.efficiency.memory import kv_bytes_per_token
 from tests.test_decoding import assert_same, decoded, read_at_once
 from tests.test_speedup import TABLE, made_up_scores
-from tests.tiny import FAMILIES, VARIANTS, random_plan, tiny_llama, tiny_relative, zeroed
+from tests.tiny import FAMILIES, VARIANTS, random_plan, searched_loss, tiny_llama, tiny_relative, zeroed
 from transact import PRESETS, Plan, Recipe, Widths, fraction_removed, searched_widths
 from transact.__main__ import main
 from transact.allocate import dropping_losses, parameter_prices, removal_losses, total_price, widths_within
@@ -206,15 +206,6 @@ def test_slopes_of_dropped_modules_are_those_of_finite_differences():
     assert all(layer.mlp is None for layer in (narrowed.model.layers[index] for index in NO_MLP))
 
 
-def predicted(scores, widths) -> float:
-    """Of dropped attention values alone count: without any it does not matter where they are taken from."""
-    return sum(
-        ((removal_losses(layer.rope_pairs)[one.qk_head_dim // 2] if one.v_head_dim else 0)
-         + removal_losses(layer.value_dims)[one.v_head_dim] + removal_losses(layer.mlp_dims)[one.mlp]).item()
-        for layer, one in zip(scores, widths, strict=True)
-    )  # fmt: skip
-
-
 def test_the_loss_of_dropping_attention_is_that_of_all_that_it_gives():
     dense, given = tiny_llama("gqa"), {}
     statistics = transact.calibrate(dense, WINDOWS, second_moments=True, gradients="outputs")
@@ -241,7 +232,7 @@ def test_a_search_with_drops_never_predicts_a_worse_loss(ratio, kv_ratio):
         scores = made_up_scores(config, seed)
         without = searched_widths(config, scores, ratio, kv_ratio=kv_ratio)
         widths = searched_widths(config, scores, ratio, kv_ratio=kv_ratio, drop_modules=True)
-        assert predicted(scores, widths) <= predicted(scores, without) + 1e-9
+        assert searched_loss(scores, widths) <= searched_loss(scores, without) + 1e-9
         assert ratio - 0.005 <= fraction_removed(config, widths)
         assert fraction_removed(config, widths) <= max(ratio + 0.005, fraction_removed(config, without)) + 1e-9
         assert kv_fraction_removed(config, widths) >= (kv_ratio or 0) - 1e-9
@@ -256,7 +247,7 @@ def test_a_search_by_seconds_with_drops_never_predicts_a_worse_loss(share):
         without = widths_within(config, scores, TABLE.prices, budget)
         widths = widths_within(config, scores, TABLE.prices, budget, drop_modules=True)
         assert total_price(TABLE.prices, widths) <= budget * (1 + 1e-9)
-        assert predicted(scores, widths) <= predicted(scores, without) + 1e-9
+        assert searched_loss(scores, widths) <= searched_loss(scores, without) + 1e-9
 
 
 def test_planning_with_drops_equals_trying_everything():
@@ -268,7 +259,7 @@ def test_planning_with_drops_equals_trying_everything():
         scores = made_up_scores(config, seed)
         stays = max((0, 1), key=lambda index: removal_losses(scores[index].value_dims)[0])
         tried = [
-            (predicted(scores, pair), total_price(prices, pair)) for pair in itertools.product(layers, repeat=2)
+            (searched_loss(scores, pair), total_price(prices, pair)) for pair in itertools.product(layers, repeat=2)
             if pair[stays].v_head_dim
         ]  # fmt: skip
         budgets = {min(tried, key=lambda one, price=price: one[0] + price * one[1])[1] for price in
@@ -276,7 +267,7 @@ def test_planning_with_drops_equals_trying_everything():
         for budget in budgets - {0.0}:
             widths = widths_within(config, scores, prices, budget, drop_modules=True)
             best = min(loss for loss, price in tried if price <= budget * (1 + 1e-9))
-            assert predicted(scores, widths) == pytest.approx(best)
+            assert searched_loss(scores, widths) == pytest.approx(best)
 
 
 def test_only_modules_that_are_named_as_a_whole_are_dropped():

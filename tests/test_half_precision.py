@@ -9,9 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import transact.pipeline
 import transact.walk
+from tests.tiny import tiny_llama
 from transact import PRESETS, Recipe, Training, calibrate, prune, recover
-
-from .tiny import tiny_llama
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_math")
 HALVES = {torch.bfloat16, torch.float16}

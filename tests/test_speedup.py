@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig
 
 import transact
-from tests.tiny import tiny_llama, tiny_relative
+from tests.tiny import searched_loss, tiny_llama, tiny_relative
 from transact import latency, speedup
 from transact.__main__ import main
-from transact.allocate import parameter_prices, removal_losses, total_price, widths_within
+from transact.allocate import parameter_prices, total_price, widths_within
 from transact.latency import (
     LatencyTable,
     Workload,
@@ -84,14 +84,6 @@ def made_up_scores(config: LlamaConfig, seed: int = 0) -> list[LayerScores]:
     ]  # fmt: skip
 
 
-def loss_of(scores: list[LayerScores], widths) -> float:
-    return sum(
-        (removal_losses(layer.rope_pairs)[one.qk_head_dim // 2] + removal_losses(layer.value_dims)[one.v_head_dim]
-         + removal_losses(layer.mlp_dims)[one.mlp]).item()
-        for layer, one in zip(scores, widths, strict=True)
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("share", [0.15, 0.3, 0.5, 0.8, 1.0])
 def test_a_budget_of_the_table_s_seconds_is_met_and_used_up(share):
     config = tiny_llama(layers=4).config
@@ -114,7 +106,7 @@ def test_planning_equals_trying_everything():
     layers = [transact.Widths(2, *one) for one in itertools.product((2, 4), (1, 2, 3, 4), (1, 2, 3, 4))]
     for seed in range(5):
         scores = made_up_scores(config, seed)
-        alone = [[(loss_of([layer], [one]), sum(table.prices(one))) for one in layers] for layer in scores]
+        alone = [[(searched_loss([layer], [one]), sum(table.prices(one))) for one in layers] for layer in scores]
         tried = [(a[0] + b[0], a[1] + b[1]) for a, b in itertools.product(*alone)]
         # budgets at which a price of a second splits the choice: between them only the last MLPs are filled up greedily
         budgets = {min(tried, key=lambda one, price=price: one[0] + price * one[1])[1] for price in
@@ -123,7 +115,7 @@ def test_planning_equals_trying_everything():
         for budget in budgets:
             widths = widths_within(config, scores, table.prices, budget)
             best = min(loss for loss, price in tried if price <= budget * (1 + 1e-9))
-            assert loss_of(scores, widths) == pytest.approx(best)
+            assert searched_loss(scores, widths) == pytest.approx(best)
 
 
 def test_what_takes_no_time_is_not_narrowed():

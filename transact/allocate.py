@@ -27,6 +27,10 @@ from .widths import (
 )
 
 TOLERANCE = 0.005  # of the fraction removed
+# Attention's losses count so many times: what calibration text says of them is too little for text that is unlike it.
+# SmolLM2, 24 windows, 10 and 30 % removed, nats on WikiText-2 valid and TinyStories train:
+# 1: .261 and .865, .373 and 1.068; 2: .231 and .723, .289 and .946; 4: .220 and .738, .271 and .945
+ATTENTION = 2.0
 
 
 def removal_losses(scores: torch.Tensor) -> torch.Tensor:
@@ -277,7 +281,8 @@ def _heads_of(
     for qk, v in itertools.product(allowed[0], allowed[1]):
         if held.takes_head(qk, v):
             widths = replace(current, qk_head_dim=qk, v_head_dim=v)
-            options[qk, v] = pairs[qk] + values[v], prices(widths)[0], kv_elements_per_token(held.cached([widths]))
+            loss = ATTENTION * (pairs[qk] + values[v])
+            options[qk, v] = loss, prices(widths)[0], kv_elements_per_token(held.cached([widths]))
     return _Group((index,), ("qk_head_dim", "v_head_dim"), options)
 
 
@@ -306,8 +311,8 @@ def _with_drops(
     stays = max(range(len(lost)), key=lambda index: lost[index][0])
     if drops_attention:
         heads = [
-            group if index == stays else replace(group, options={(0, 0): (attention, 0.0, 0)} | group.options)
-            for index, (group, (attention, _)) in enumerate(zip(heads, lost, strict=True))
+            group if index == stays else replace(group, options={(0, 0): (ATTENTION * loss, 0.0, 0)} | group.options)
+            for index, (group, (loss, _)) in enumerate(zip(heads, lost, strict=True))
         ]
     if drops_mlp:
         mlps = [
