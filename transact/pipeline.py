@@ -153,7 +153,7 @@ def prune(
                 if device is None and speedup is None and train is None and recipe.shots == 1:
                     home = pruned_home(dense, recipe, windows, kept)
                 check_room_to_prune(dense, recipe, windows.numel(), kept, device, home)
-            criterion = criterion_by_name(recipe.criterion, seed=seed)
+            criterion = criterion_by_name(recipe.criterion, seed=seed, drops=recipe.drop_modules)
             goal = speedup
             if speedup is not None and not isinstance(speedup, SpeedGoal):
                 goal = speed_goal(
