@@ -66,6 +66,16 @@ def test_prune_writes_a_checkpoint_that_anyone_can_check(prune, tiny_directory, 
     assert tensors["layers.1.rope_pairs"].shape[0] == 2
 
 
+@pytest.mark.parametrize(
+    "how", [["--ratio", "0.3"], ["--mha-dim", "24"], ["--preset", "crash", "--ratio", "0.5"]], ids=str
+)
+def test_prune_checks_what_the_model_computes_once(prune, monkeypatch, how):
+    checked = []
+    monkeypatch.setattr("transact.pipeline.check_computed", checked.append)
+    assert prune("--preset", "transact", *how) == 0
+    assert len(checked) == 1
+
+
 def test_prune_calibrates_on_sources_in_turn(prune, tiny_text, tmp_path, capsys):
     settings = ["--preset", "transact", "--samples", "6", "--seq-len", "16"]
     assert prune("--calibration", f"self,{tiny_text},self", *settings) == 0

@@ -19,7 +19,7 @@ from ..entry import check_seed
 from ..export import check_exportable, check_tokenizer
 from ..latency import TOKENS, Workload
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
-from ..pipeline import DEFAULT_RATIO, Pruned, check_depth_task, check_speed_task, check_task, prune, stage
+from ..pipeline import DEFAULT_RATIO, Pruned, check_depth_task, check_speed_task, check_task, prune_checked, stage
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
 from ..sparsity import SPARSITIES, zero_fraction
 from ..speedup import DEFAULT_CONTEXT, SpeedGoal, check_speedup, speed_goal
@@ -261,7 +261,7 @@ def run(options: argparse.Namespace) -> None:
             windows = mixed(sources, seed=options.seed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    pruned = prune(
+    pruned = prune_checked(
         dense, windows, recipe=recipe, ratio=_ratio(options), kv_ratio=options.kv_ratio, widths=widths,
         speedup=goal, seed=options.seed, device=device if options.layerwise else None, train=train, progress=True,
     )  # fmt: skip
