@@ -95,8 +95,21 @@ def load_model(
         )
     with _reach(source):
         config = _config_of(name, source)
-        model, loading = _weights_of(name, source, config, dtype)
+        model = _model_of(name, source, config, dtype)
         tokenizer = _tokenizer_of(name, source, config)
+    return model.to(device).eval(), tokenizer
+
+
+def _model_of(name: str | os.PathLike, source: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    """The model. Raises ValueError where its files cannot be read, or hold other weights than the configuration says."""
+    try:
+        with torch.inference_mode(False):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source, config=config, revision=_revision_of(config), dtype=DTYPES.get(dtype, "auto"),
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except Exception as error:  # torn files raise whatever their parser raises
+        raise ValueError(f"model {str(name)!r} cannot be read: {in_one_line(error)}") from error
     # transformers fills what is missing or mismatched with random numbers, and leaves out what is unexpected
     for what, state in {
         "missing_keys": "missing", "mismatched_keys": "of the wrong shape",
@@ -112,21 +125,7 @@ def load_model(
     head_dim, rotated = head_dim_of(model.config), 2 * len(model.model.rotary_emb.inv_freq)
     if rotated != head_dim:
         raise ValueError(f"model {str(name)!r} does not run: RoPE rotates {rotated} of {head_dim} dimensions of a head")
-    return model.to(device).eval(), tokenizer
-
-
-def _weights_of(
-    name: str | os.PathLike, source: str, config: PretrainedConfig, dtype: str
-) -> tuple[PreTrainedModel, dict]:
-    """The model, and what transformers says of its weights. Raises ValueError where the files cannot be read."""
-    try:
-        with torch.inference_mode(False):
-            return AutoModelForCausalLM.from_pretrained(
-                source, config=config, revision=_revision_of(config), dtype=DTYPES.get(dtype, "auto"),
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-    except Exception as error:  # torn files raise whatever their parser raises
-        raise ValueError(f"model {str(name)!r} cannot be read: {in_one_line(error)}") from error
+    return model
 
 
 def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
