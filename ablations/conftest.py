@@ -23,6 +23,7 @@ from bench.suite.grid import estimate, in_order, shard_of
 from bench.suite.workbench import Workbench
 from reports.peers import read_peers
 from reports.report import write_report, written
+from transact.entry import counted
 from transact.models import read_config
 from transact.texts import SELF, TEXTS
 
@@ -124,7 +125,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     noted = [item.stash[CASE] for item in mine if CASE in item.stash]
     run.cases = tuple(in_order(shard_of(noted, *run.shard) if run.shard else noted))
     if run.shard and not run.cases:
-        run.notes.append(f"shard {run.shard[0]}/{run.shard[1]} of {len(set(noted))} cells holds none")
+        run.notes.append(f"shard {run.shard[0]}/{run.shard[1]} of {counted(len(set(noted)), 'cell')} holds none")
     given = options_given(config.getoption, config._parser.parse_known_args([]))
     for item in mine:
         if CASE in item.stash:

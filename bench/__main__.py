@@ -15,7 +15,7 @@ from torch import nn
 
 from transact.commands.parser import OneLineParser, add_model_options, run_command
 from transact.devices import resolve_device
-from transact.entry import check_vocabulary
+from transact.entry import check_vocabulary, counted
 from transact.models import DTYPES, EMBEDDED_MODEL, load_model, load_tokenizer, read_config
 from transact.texts import TEXTS, load_text
 
@@ -111,8 +111,8 @@ def zero_shot_command(options: argparse.Namespace) -> None:
         for metric, value in result.metrics.items():
             error = result.standard_errors[metric]
             spread = f" +- {error:.4f}" if error is not None else ""
-            print(f"{name:24} {metric:24} {value:.4f}{spread}  ({result.items} items, {result.shots} shots, "
-                  f"version {result.version})", flush=True)  # fmt: skip
+            print(f"{name:24} {metric:24} {value:.4f}{spread}  ({counted(result.items, 'item')}, "
+                  f"{counted(result.shots, 'shot')}, version {result.version})", flush=True)  # fmt: skip
     plain = {name: dataclasses.asdict(result) for name, result in results.items()}
     for result in plain.values():
         del result["scores"]
@@ -270,8 +270,8 @@ def peers_command(options: argparse.Namespace) -> None:
         frame = pd.DataFrame(rows)
         note = (
             f"{where['device']}, float32; {options.ratio:.0%} of the decoder layers' linear parameters asked of each, "
-            f"on the same {case['samples']} calibration windows of {case['seq_len']} tokens, without training; "
-            f"perplexity of {case['windows']} windows."
+            f"on the same {counted(case['samples'], 'calibration window')} of {case['seq_len']} tokens, without "
+            f"training; perplexity of {counted(case['windows'], 'window')}."
         )
         files = write_table(options.results / "peers", "Other packages' pruning beside ours", note, frame, list(frame))
     print_report(markdown_table(frame, list(frame)), files)
@@ -293,9 +293,9 @@ def served_command(options: argparse.Namespace) -> None:
         )  # fmt: skip
         note = (
             f"{environment(resolve_device(options.device))['device']}; so many requests at once, the models in turn, "
-            f"median of {options.rounds} rounds{', without torch.compile' if options.eager else ''}; `tokens_per_s` of "
-            "all requests together, `first_token_ms` of the median one; `same_tokens`: as in transformers, each greedy "
-            "continuation counted up to its first difference."
+            f"median of {counted(options.rounds, 'round')}{', without torch.compile' if options.eager else ''}; "
+            "`tokens_per_s` of all requests together, `first_token_ms` of the median one; `same_tokens`: as in "
+            "transformers, each greedy continuation counted up to its first difference."
         )
         frame = pd.DataFrame(rows)
         files = write_table(options.results / "served", "Checkpoints in vLLM's server", note, frame, list(frame))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -240,6 +241,17 @@ PARTS = {
                     "metrics": {str: NUMBER_OR_NULL}, "standard_errors": {str: NUMBER_OR_NULL},
                     "scores": {str: [NUMBER_OR_NULL]}}},
 }  # fmt: skip
+# within what figures lie: shares, what may be below zero (if only by rounding), and all others; what stands inside of a
+# part that is named here lies where that does, unless it is named itself
+HIGHEST = sys.float_info.max
+SHARE, ANY, OTHERS = (0, 1), (-HIGHEST, HIGHEST), (0, HIGHEST)
+BOUNDS = {
+    **dict.fromkeys(("ratio", "kv_ratio", "fraction_removed", "kv_fraction_removed", "zeros", "chance"), SHARE),
+    **dict.fromkeys(("top1_agreement", "greedy_agreement", "same_tokens"), SHARE),
+    **dict.fromkeys(("kl_nats", "history", "tasks", "scores"), ANY),
+    "items": OTHERS,
+    "perplexity": (1, HIGHEST),
+}
 FIELDS = {name: kind | int if float in (kind, *get_args(kind)) else kind for name, kind in get_type_hints(Case).items()}
 
 
@@ -262,6 +274,25 @@ def is_of_kind(value, kind) -> bool:
         kinds = dict.fromkeys(value, kind[str]) if isinstance(value, dict) and str in kind else kind
         return isinstance(value, dict) and all(name in value and is_of_kind(value[name], kinds[name]) for name in kinds)
     return isinstance(value, kind)
+
+
+def _check_figures(value, place: str = "its", bounds: tuple[float, float] = OTHERS, known: Mapping = BOUNDS) -> None:
+    """Raise _UnusableError, naming place, value and what is allowed, for a figure of a record that cannot be.
+
+    What is not known is null; JSON of other writers may have NaN and Infinity.
+    """
+    if isinstance(value, dict):
+        for name, part in value.items():
+            is_error = name == "standard_errors"  # whose names are those of what they are errors of
+            inside = (OTHERS, {}) if is_error else (known.get(name, bounds), known)
+            _check_figures(part, f"{place} {name}", *inside)
+    elif isinstance(value, list):
+        for part in value:
+            _check_figures(part, place, bounds, known)
+    elif isinstance(value, int | float) and not bounds[0] <= value <= bounds[1]:
+        low, high = bounds
+        allowed = "finite numbers" if bounds == ANY else f"{low} and more" if high == HIGHEST else f"{low} to {high}"
+        raise _UnusableError(f"{place} is {reprlib.repr(value)}, allowed: {allowed}")
 
 
 def _check_success(fields: Mapping) -> None:
@@ -306,12 +337,13 @@ def read_lines(path: str | os.PathLike, schema: int, parse: Callable[[dict], T])
         try:
             fields = json.loads(line)
             if fields["schema"] == schema:
+                _check_figures(fields)
                 parsed.append(parse(fields))
                 continue
             complaint = f"schema {fields['schema']}, this version reads {schema}"
         except _UnusableError as error:
             complaint = f"{error}, passed over"
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             complaint = "not a record (torn line?), passed over"
         complaints.append(f"{path}:{number}: {complaint}")
     return parsed, complaints

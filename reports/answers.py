@@ -41,6 +41,7 @@ class Question:
     it that differ in these only, hold the values of `where` (and `PLAIN`'s elsewhere), satisfy `belongs`, and take at
     least two values of the subject. `label` names a record's value of the subject. `draw` and `find` make a picture
     and sentences of an answer; `columns` are the metrics its table shows beside perplexity, `ON` the rise on each text.
+    Where each cell is compared with the dense model, one `alone` is an answer.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Question:
     belongs: Callable[[Record], bool] = lambda record: True
     label: Callable[[Record], str] | None = None
     columns: tuple[str, ...] = ()
+    alone: bool = False
 
     @property
     def file(self) -> str:
@@ -134,7 +136,7 @@ class Answer:
 
 
 def answer(question: Question, chosen: RecordSet) -> Answer | None:
-    """The answer that the records give, or None where fewer than two can be compared."""
+    """The answer that the records give, or None where none can be compared."""
     varying = {*question.subject, *question.along}
     identity = attrgetter(*(n for n in Case.__dataclass_fields__ if n not in {*varying, *ASIDE, *SHARED, *CALIBRATION}))
     free = [name for name in CALIBRATION if name in varying]
@@ -166,8 +168,10 @@ def compared(question: Question, groups: Sequence[Sequence[Record]]) -> list[lis
     """The groups, each without the records that have no other value of the subject at the same setting.
 
     Where one group has three values or more, those of two are chance meetings of other questions' records, and left
-    out.
+    out. A question that one cell answers takes all.
     """
+    if question.alone:
+        return [list(group) for group in groups]
 
     def values(group: Sequence[Record]) -> int:
         return len({question.value(record) for record in group})
@@ -221,6 +225,11 @@ def _pruned(groups: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
 def percent(fraction: float) -> str:
     """ "12.5 %"."""
     return f"{fraction * 100:.3g} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 cell", "2,000 cells"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def is_met(ratio: float, removed: float) -> bool:

@@ -26,9 +26,9 @@ def style_of(method: str, others: Sequence[str] = ()) -> tuple[str, str, str]:
 
 
 def style_number(number: int) -> tuple[str, str, str]:
-    """Colour, marker and dashes of the line of that number; beyond ten, colours come again with other markers."""
-    colour, _, dashes = STYLES[number % len(STYLES)]
-    return colour, STYLES[(number + number // len(STYLES)) % len(STYLES)][1], dashes
+    """Colour, marker and dashes of the line of that number; colours that come again have other markers and dashes."""
+    _, marker, dashes = STYLES[(number + number // len(STYLES)) % len(STYLES)]
+    return STYLES[number % len(STYLES)][0], marker, dashes
 
 
 def styles_of(labels: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[str, str, str]]:

@@ -9,7 +9,7 @@ import pandas as pd
 from bench.quality.flips import Flips
 from bench.quality.significance import Difference
 
-from .answers import Answer, asked_words, is_met, percent, removed_words
+from .answers import Answer, asked_words, counted, is_met, percent, removed_words
 from .rises import ON, difference, lead_over, with_interval
 from .sets import SPEED, SPEEDUP
 from .texts import is_near, texts_of
@@ -28,6 +28,11 @@ def listed(words) -> str:
     """ "a", "a and b", "a, b and c", each once."""
     words = list(dict.fromkeys(words))
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def some(number: int, word: str) -> str:
+    """ "none is", "1 is", "2 are" or "2 have", by the word in the plural."""
+    return f"{number or 'none'} {word if number > 1 else {'are': 'is', 'have': 'has'}[word]}"
 
 
 def settings_listed(settings) -> str:
@@ -59,8 +64,11 @@ def is_sure(row, name: str = "behind") -> bool:
 
 
 def perplexity_of(row) -> str:
-    times = row["times_dense"]
-    return f"perplexity {plain(row['perplexity'], 4)}" + ("" if pd.isna(times) else f" ({plain(times, 3)} times dense)")
+    words = f"perplexity {plain(row['perplexity'], 4)}"
+    if pd.isna(row["times_dense"]):
+        return words
+    times = plain(row["times_dense"], 3)
+    return f"{words} ({'1.00' if times == '1' else times} times dense)"  # of the dense model itself, or nearly
 
 
 def alternatives(found: Answer) -> list[str]:
@@ -103,8 +111,12 @@ def _winner(races: list[tuple[str, pd.DataFrame]]) -> str:
     sure = sum(is_sure(rows.iloc[1]) for _, rows in races)
     untold = not sure and not any(is_noise(rows.iloc[1]) for _, rows in races)
     if len(races) == 1:
+        first, second = races[0][1]["label"].iloc[:2]
+        if len(races[0][1]) == 2:
+            verdict = "beyond chance" if sure else UNTOLD if untold else "but within noise"
+            return f"{_of(races)}“{first}” loses less than “{second}”, {verdict}."
         verdict = "beyond chance" if sure else UNTOLD if untold else "but within noise of the next"
-        return f"{_of(races)}“{next(iter(wins))}” loses least, {verdict}."
+        return f"{_of(races)}“{first}” loses least, {verdict}."
     lead = f"the lead over the next is beyond chance in {sure or 'none'} of {len(races)} comparisons"
     lead = UNTOLD if untold else lead
     if len(wins) == 1:
@@ -148,11 +160,11 @@ def budget(found: Answer) -> list[str]:
         least = rows.iloc[0]
         of = ", ".join(filter(None, (group, setting)))
         words = f"{of}: " if of else ""
-        words += f"Of {len(rows)} budgets {best['label']} is best, with {perplexity_of(best)}"
+        words += f"Of {len(rows)} budgets “{best['label']}” is best, with {perplexity_of(best)}"
         if enough is not best and enough["label"] != best["label"]:
-            words += f"; {enough['label']} is within noise of it"
+            words += f"; “{enough['label']}” is within noise of it"
         if least["label"] != best["label"]:
-            words += f"; the smallest, {least['label']}, costs {by_interval(least)}"
+            words += f"; the smallest, “{least['label']}”, costs {by_interval(least)}"
         sentences.append(words + ".")
     return sentences
 
@@ -194,10 +206,10 @@ def layers(found: Answer) -> list[str]:
         rows = rows.sort_values("rise")
         least, most = rows.iloc[0], rows.iloc[-1]
         quiet = sum(is_noise(row, "rise") for _, row in rows.iterrows())
-        told = f"{quiet} of {len(rows)} layers are within noise of the dense model"
+        told = f"Of {counted(len(rows), 'layer')} {some(quiet, 'are')} within noise of the dense model"
         if rows["rise_low"].isna().any():
             told = "So few windows do not tell which layers differ from the dense model by chance"
-        of = ", ".join(filter(None, (group, setting)))
+        of = ", ".join(filter(None, (group, setting.replace(" %", " % of the layer", 1))))
         sentences.append(
             f"{of + ': ' if of else ''}Layer {most['only_layer']:.0f} suffers most from being narrowed alone, "
             f"{by_interval(most, 'rise')}; layer {least['only_layer']:.0f} least, {by_interval(least, 'rise')}. "
@@ -217,8 +229,8 @@ def trade_off(found: Answer) -> list[str]:
     front = found.frame[is_on_front(found.frame, ("perplexity",), ("fraction_removed", "kv_fraction_removed"))]
     counts = Counter(front["label"])
     return [
-        f"{len(front)} of {len(found.frame)} cells are beaten by no other in parameters, KV cache and perplexity at "
-        f"once: {listed(f'{count} of “{label}”' for label, count in counts.most_common())}.",
+        f"Of {counted(len(found.frame), 'cell')} {some(len(front), 'are')} beaten by no other in parameters, KV cache "
+        f"and perplexity at once: {listed(f'{count} of “{label}”' for label, count in counts.most_common())}.",
         *alternatives(found),
     ]
 
@@ -244,7 +256,8 @@ def speed(found: Answer) -> list[str]:
     error = "" if pd.isna(error) else f" ± {error:.2g}"
     names = listed(f"“{row['label']}” with {row['setting']}" for _, row in front.iterrows())
     return [
-        f"{len(front)} of {len(frame)} cells are beaten by no other in quality and speed at once: {names}.",
+        f"Of {counted(len(frame), 'cell')} {some(len(front), 'are')} beaten by no other in quality and speed at once: "
+        f"{names}.",
         f"The fastest of them, “{fastest['label']}” with {fastest['setting']}, decodes "
         f"{plain(fastest['decode_tokens_per_s'], 3)}{error} tokens per second{times} at {perplexity_of(fastest)}.",
         *verdicts(frame),
@@ -264,8 +277,8 @@ def verdicts(frame: pd.DataFrame) -> list[str]:
     timed = frame[frame["decode_speedup"].notna()]
     faster, slower = timed["decode_speedup_low"] > 1, timed["decode_speedup_high"] < 1
     counts = {"faster": faster.sum(), "slower": slower.sum(), "inconclusive": (~faster & ~slower).sum()}
-    return [f"Run in turn with the dense model, of {len(timed)} cells "
-            f"{listed(f'{count} are {name}' for name, count in counts.items() if count)}."]  # fmt: skip
+    parts = listed(f"{some(count, 'are')} {name}" for name, count in counts.items() if count)
+    return [f"Run in turn with the dense model, of {counted(len(timed), 'cell')} {parts}."]
 
 
 def budgets(found: Answer) -> list[str]:
@@ -302,8 +315,8 @@ def memory(found: Answer) -> list[str]:
     measured = found.frame[(found.frame["recovery"] != "") & found.frame["recovery_peak_mib"].notna()]
     for (group, setting), rows in measured.sort_values("recovery_peak_mib").groupby(["group", "setting"], sort=False):
         of = ", ".join(filter(None, (group, setting)))
-        peaks = listed(f"{row['recovery_peak_mib']:,.0f} by “{row['label']}”" for _, row in rows.iterrows())
-        sentences.append(f"{of}: the most MiB held in training, with all else that lay there, are {peaks}.")
+        peaks = listed(f"{row['recovery_peak_mib']:,.0f} MiB by “{row['label']}”" for _, row in rows.iterrows())
+        sentences.append(f"{of}: the most memory held in training, with all else that lay there: {peaks}.")
         forward = rows["recovery_peak_mib"][rows["recovery"].isin(FORWARD_ONLY)].min()
         within = rows[rows["recovery_peak_mib"] <= SAME * forward].sort_values(["perplexity", "loss_nats"])
         if len(within):
@@ -330,28 +343,30 @@ def tasks(frame: pd.DataFrame) -> list[str]:
     for (method, ratio), rows in scored.groupby(["method", "ratio"], sort=False):
         removed = removed_words(ratio, rows["fraction_removed"].iloc[0])
         worse, untold = (rows["over_dense_high"] < 0).sum(), rows["over_dense_high"].isna().sum()
-        few = f" ({untold} have too few items to tell)" if untold else ""
+        few = f" ({some(untold, 'have')} too few items to tell)" if untold else ""
         row = rows.loc[rows["over_dense_mean"].idxmin()]
+        falls = "falls on none"
+        if row["over_dense_mean"] < 0:
+            falls = f"falls furthest on {row['task']}: {row['over_dense']}, to {row['value']:.2f}"
         sentences.append(
             f"“{method}” with {removed} is less accurate than the dense model, beyond chance, on "
-            f"{worse} of {len(rows)} tasks{few}; it falls furthest on {row['task']}: {row['over_dense']}, "
-            f"to {row['value']:.2f}."
+            f"{worse} of {counted(len(rows), 'task')}{few}; it {falls}."
         )
     return sentences
 
 
 def flips(frame: pd.DataFrame) -> list[str]:
     """For each pruned method: how many answers of all tasks changed, in both directions, and whether that is chance."""
-    counted = frame[(frame["metric"] == "acc") & frame["lost"].notna()]
+    flipped = frame[(frame["metric"] == "acc") & frame["lost"].notna()]
     sentences = []
-    for (method, ratio), rows in counted.groupby(["method", "ratio"], sort=False):
+    for (method, ratio), rows in flipped.groupby(["method", "ratio"], sort=False):
         removed = removed_words(ratio, rows["fraction_removed"].iloc[0])
         lost, won = int(rows["lost"].sum()), int(rows["won"].sum())
         all_of_them = Flips(int(rows["items"].sum()), lost, won)
         p_value = plain(all_of_them.p_value, 2) if all_of_them.p_value >= 1e-4 else "< 0.0001"
         sentences.append(
-            f"“{method}” with {removed} answers {lost + won} of {all_of_them.items} items otherwise than "
-            f"the dense model: {lost} that were right are wrong, {won} that were wrong are right (McNemar's exact "
+            f"“{method}” with {removed} answers {lost + won} of {counted(all_of_them.items, 'item')} otherwise than "
+            f"the dense model: {lost} wrong where that is right, {won} right where that is wrong (McNemar's exact "
             f"p {p_value})."
         )
     return sentences
@@ -406,7 +421,7 @@ def transfer(found: Answer) -> list[str]:
         )  # fmt: skip
         which = ", ".join(filter(None, (best["group"], f"calibrated on {best['label']}")))
         words = f"the mean rise over {len(names)} texts is least with “{which}”, {best['mean_rise_nats']:.3f} nats"
-        sides = f"; {np.nanmean(near):.3f} near and {np.nanmean(far):.3f} far on the average" if near and far else ""
+        sides = f"; {np.nanmean(near):.3f} near and {np.nanmean(far):.3f} far on average" if near and far else ""
         sentences.append(f"{f'With {setting} ' if setting else ''}{words}{sides}.")
     for (group, setting), rows in found.frame.groupby(["group", "setting"], sort=False):
         parts = ", ".join(f"“{row['label']}” {row['mean_rise_nats']:.3f}" for _, row in rows.iterrows())

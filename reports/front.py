@@ -119,9 +119,13 @@ def wins(found: Answer, loss: str, losses: Callable) -> list[Win]:
 
 def front(found: Answer) -> list[str]:
     """Which method loses least at which speed and whether its lead is more than chance, on each side of the picture."""
-    if not len(front_frame(found)):
+    if found.dense is None:
         return ["No record of the dense model: no loss can be compared with it."]
+    if not len(frame := front_frame(found)):
+        return ["No loss can be paired with the dense model's, window by window."]
     first, others = text_titles(found)
+    if len(found.frame) == 1:
+        return [_only(frame.iloc[0], first, others)]
     won = wins(found, "rise", on_first)
     sentences = [_sentence(win, first, "rise") for win in won]
     reached = [speed for win in won for speed in win.speeds]
@@ -130,25 +134,33 @@ def front(found: Answer) -> list[str]:
     return sentences + [_sentence(win, others, "others") for win in wins(found, "others", on_others(found))]
 
 
+def _only(row: pd.Series, first: str, others: str) -> str:
+    """What is said where nothing but one cell was timed beside the dense model."""
+    speed = _speed_words(row, 0).replace("its", "the dense model's")
+    losses = [f"{by_interval(row, loss)} on {text}" for loss, text in (("rise", first), ("others", others))
+              if pd.notna(row[loss])]  # fmt: skip
+    return f"One cell alone was timed beside the dense model, {row['name']}: at {speed} it loses {listed(losses)}."
+
+
 def _sentence(win: Win, text: str, loss: str) -> str:
     speeds = listed(f"{speed:g}" for speed in win.speeds)
     fast = f"Of all that decode at least {speeds} times as fast as the dense model"
     measured = f", {win.best['name']} loses least on {text}" if win.of_all else (
         f" and were measured on {text}, {win.best['name']} loses least")  # fmt: skip
-    words = f"{fast}{measured}: {by_interval(win.best, loss)}, at {_speed_words(win)}; "
+    words = f"{fast}{measured}: {by_interval(win.best, loss)}, at {_speed_words(win.best, win.speeds[-1])}; "
     if win.next is None:
         return words + f"no other method {'' if win.of_all else 'that was measured there '}is that fast."
     unpaired = "the next, " if win.lead is None else ""
     return words + f"{unpaired}{lead_over(win.next['name'], win.lead)}."
 
 
-def _speed_words(win: Win) -> str:
-    """How fast the best is, in what interval, and whether that is fast enough for sure."""
-    low, high = win.best[f"{SPEEDUP}_low"], win.best[f"{SPEEDUP}_high"]
-    words = f"{plain(win.best[SPEEDUP], 3)} times its speed"
+def _speed_words(row: pd.Series, wanted: float) -> str:
+    """How fast a row is, in what interval, and whether that is as fast as wanted for sure."""
+    low, high = row[f"{SPEEDUP}_low"], row[f"{SPEEDUP}_high"]
+    words = f"{plain(row[SPEEDUP], 3)} times its speed"
     if pd.isna(low):
         return f"{words} (in too few runs for an interval)"
-    unsure = ", so perhaps less than that" if low < win.speeds[-1] else ""
+    unsure = ", so perhaps less than that" if low < wanted else ""
     return f"{words} ({plain(low, 3)} to {plain(high, 3)}{unsure})"
 
 
@@ -159,11 +171,12 @@ def front_table(found: Answer) -> pd.DataFrame:
         best = win.best.to_frame().T
         rows.append({
             "times_as_fast": ", ".join(f"{speed:g}" for speed in win.speeds), "loses_least": win.best["name"],
-            "loss_over_dense": interval_column(best, "rise")[0], "speedup": _speed_words(win).replace(" its speed", ""),
+            "loss_over_dense": interval_column(best, "rise")[0],
+            "speedup": _speed_words(win.best, win.speeds[-1]).replace(" its speed", ""),
             "next": None if win.next is None else win.next["name"],
             "behind_by": None if win.lead is None else with_interval(win.lead),
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).dropna(axis="columns", how="all")
 
 
 def text_titles(found: Answer) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from bench.output.files import write_whole
 from bench.output.tables import markdown_table
 from bench.records import Record
 
-from .answers import is_met, percent, removed_words
+from .answers import counted, is_met, percent, removed_words
 from .frames import records_frame
 from .page import Section
 from .rises import other_rises
@@ -79,7 +79,7 @@ def _figures(record: Record, rise: float) -> list[dict]:
         (f"{name}: decoding", "ms/token", 1e3 / rate if rate else math.nan, None),
     ]
     device = record.environment["device"]
-    about = f"{case.evaluation_windows} windows of {case.evaluation_text}, {case.dtype} on {device}"
+    about = f"{counted(case.evaluation_windows, 'window')} of {case.evaluation_text}, {case.dtype} on {device}"
     return [
         {"name": title, "unit": unit, "value": round(value, 5), "extra": about}
         | ({"range": f"± {spread:.5f}"} if spread is not None else {})

@@ -15,6 +15,7 @@ from bench.output.tables import cells_of, text_columns
 from bench.quality.significance import FEW
 from bench.records import Case, Record
 
+from .answers import counted
 from .sets import SHARED, RecordSet
 
 MOST_ROWS = 60  # a longer table is in its CSV file
@@ -45,7 +46,7 @@ def page(chosen: RecordSet, sections: Sequence[Section], note: str) -> str:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.filters |= {"marked_up": marked_up, "drawing": drawing, "rows": rows, "commands": measure_again,
-                          "count": "{:,}".format}  # fmt: skip
+                          "count": "{:,}".format, "counted": counted}  # fmt: skip
     commands = [record.command for record in chosen.records]
     return templates.get_template("page.html").render(
         case=chosen.newest.case,

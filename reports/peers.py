@@ -12,7 +12,7 @@ import pandas as pd
 from bench.quality.significance import Difference
 from bench.records import HIGHEST_LOSS, NUMBER, NUMBER_OR_NULL, PEERS_SCHEMA, Record, is_of_kind, read_lines
 
-from .answers import asked_words
+from .answers import asked_words, counted
 from .findings import listed, plain
 from .rises import paired, text_named, verdict_on, with_interval
 from .sets import SPEEDUP, TIMES, RecordSet, is_reference, is_timed
@@ -122,10 +122,11 @@ def _gap_words(gap: Difference | None) -> str:
 def about(lines: Sequence[Mapping]) -> str:
     """On what they were calibrated and measured."""
     case = lines[-1]["case"]
-    windows = "all windows" if case["windows"] is None else f"{case['windows']} windows"
+    windows = "all windows" if case["windows"] is None else counted(case["windows"], "window")
     return (
-        f"Each is asked for the same share by `nox -s rivals` and calibrated on {case['samples']} windows of "
-        f"{case['seq_len']} tokens of {case['calibration']}, without training; perplexity of {windows}, {case['base']}."
+        "Each is asked for the same share by `nox -s rivals` and calibrated on "
+        f"{counted(case['samples'], 'window')} of {case['seq_len']} tokens of {case['calibration']}, without training; "
+        f"perplexity of {windows}, {case['base']}."
     )
 
 

@@ -104,7 +104,7 @@ def plot_dots(found: Answer, metrics: Sequence[str] = ("perplexity",), most: int
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     if left_out > 0:
-        figure.suptitle(f"the {most} of the least perplexity; {left_out} more are in the table", fontsize=10)
+        figure.suptitle(f"the {most} of the least perplexity; the table has {left_out} more", fontsize=10)
     return figure
 
 
@@ -151,7 +151,7 @@ def plot_layers(found: Answer) -> Figure:
         bars = (rows["rise"] - rows["rise_low"], rows["rise_high"] - rows["rise"])
         axes.errorbar(rows["only_layer"].astype(int), rows["rise"], yerr=np.clip(bars, 0, None), color=colour,
                       marker=marker, markersize=5, linestyle=dashes, linewidth=1, capsize=2,
-                      label=", ".join(filter(None, (group, f"{setting} of the layer" if setting else ""))))  # fmt: skip
+                      label=", ".join(filter(None, (group, setting.replace(" %", " % of the layer", 1)))))  # fmt: skip
     axes.axhline(0, color=FAINT, linewidth=1, zorder=0)
     axes.set(xlabel="the one layer that is narrowed", ylabel="rise in loss (nats; bars: 95 % interval)")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -5,7 +5,7 @@ from functools import partial
 from bench.records import Case, Record
 
 from . import findings, front, plots
-from .answers import Question
+from .answers import Question, counted
 from .rises import ON, text_named
 from .sets import ASIDE, CALIBRATION, SHARED, SPEEDUP, is_timed
 
@@ -46,7 +46,7 @@ def method(record: Record) -> str:
 
 def calibration_label(record: Record) -> str:
     case = record.case
-    return f"{case.calibration_samples:,} windows of {case.calibration_seq_len:,}"
+    return f"{counted(case.calibration_samples, 'window')} of {case.calibration_seq_len:,}"
 
 
 def ridge_label(record: Record) -> str:
@@ -70,7 +70,7 @@ def recovery_label(record: Record) -> str:
         return "untrained"
     rate = "" if case.learning_rate is None else f", rate {case.learning_rate:.3g}"
     frugal = ", one window at once" if case.recovery_frugal else ""
-    return f"{case.recovery}, {case.recovery_tokens:,} tokens{rate}{frugal}"
+    return f"{case.recovery}, {counted(case.recovery_tokens, 'token')}{rate}{frugal}"
 
 
 TRAINING = ("recovery", "recovery_tokens", "recovery_sha256", "recovery_ids", "learning_rate", "recovery_frugal")
@@ -79,7 +79,7 @@ SHRINKING = tuple(name for name in Case.__dataclass_fields__ if name not in {*SH
 FRONT = Question(
     "front", SHRINKING, front.plot_front, front.front, along=(), label=front.label,
     belongs=lambda record: record.metrics.get(SPEEDUP) is not None,
-    columns=("family", "ratio", "kv_ratio", "speedup", *IN_TURN, *PREFILL_IN_TURN, "weight_mib"),
+    columns=("family", "ratio", "kv_ratio", "speedup", *IN_TURN, *PREFILL_IN_TURN, "weight_mib"), alone=True,
 )  # fmt: skip
 QUESTIONS = (
     Question("preset", RECIPE, plots.plot_lines, findings.alternatives, along=("ratio", "kv_ratio"),
@@ -93,7 +93,7 @@ QUESTIONS = (
     Question("layer", ("only_layer",), plots.plot_layers, findings.layers,
              belongs=lambda record: record.case.only_layer is not None),
     Question("shots", ("shots",), plots.plot_lines, findings.alternatives,
-             label=lambda record: f"{record.case.shots} shot" + "s" * (record.case.shots != 1)),
+             label=lambda record: counted(record.case.shots, "shot")),
     Question("calibration",
              ("calibration_samples", "calibration_seq_len", "calibration_sha256", "calibration_ids"),
              plots.plot_budget, findings.budget, label=calibration_label,
@@ -116,7 +116,7 @@ QUESTIONS = (
              label=allocation_label, columns=("parameters", "kv_bytes_per_token")),
     Question("measurements", ("measurements",), plots.plot_lines, findings.alternatives,
              belongs=lambda record: record.case.allocation == "searched",
-             label=lambda record: "{} round{}".format(record.case.measurements, "s" * (record.case.measurements != 1))),
+             label=lambda record: counted(record.case.measurements, "round")),
     Question("alignment", ("head_multiple", "mlp_multiple"),
              partial(plots.plot_dots, metrics=("perplexity", "decode_tokens_per_s")), findings.alternatives,
              label=multiples_label, columns=(*IN_TURN, "decode_tokens_per_s", "decode_tokens_per_s_standard_error")),
@@ -129,7 +129,7 @@ QUESTIONS = (
     Question("recovery", TRAINING, plots.plot_training, findings.training, label=recovery_label,
              columns=("recovery_tokens", "recovery_peak_mib")),
     Question("recovery_shots", ("shots",), plots.plot_lines, findings.alternatives, where={"recovery": TRAINED},
-             label=lambda record: f"{record.case.shots} shot" + "s" * (record.case.shots != 1)),
+             label=lambda record: counted(record.case.shots, "shot")),
     Question("recovery_criterion", ("criterion",), plots.plot_lines, findings.alternatives,
              where={"recovery": TRAINED}),
     Question("sparsity", ("sparsity",), plots.plot_lines, findings.alternatives,

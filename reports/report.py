@@ -13,7 +13,7 @@ from bench.output.tables import csv_of, markdown_table, write_table
 from bench.records import Record
 
 from . import findings, peers
-from .answers import Answer, Question, answer, file_of, lead_of, table_of, title_of
+from .answers import Answer, Question, answer, counted, file_of, lead_of, table_of, title_of
 from .frames import COLUMNS, pairs_frame, records_frame, tasks_frame
 from .front import front_table
 from .headline import write_benchmark, write_summary
@@ -78,7 +78,7 @@ def write_report(
 def written(files: Sequence[Path]) -> str:
     """One line: how many files, where, and which to open first."""
     pictures = sum(file.suffix == ".png" for file in files)
-    return f"wrote {len(files)} files, {pictures} of them pictures; open {files[-1]}"
+    return f"wrote {counted(len(files), 'file')}, {counted(pictures, 'picture')} among them; open {files[-1]}"
 
 
 def _methods(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, list[Path], str]:
@@ -139,7 +139,7 @@ def _fidelity(chosen: RecordSet, directory: Path, note: str) -> tuple[Section, l
     compared = len(chosen.newest.texts[0]["kl_nats"]) if chosen.newest.texts else 0
     about = (
         f"KL divergence of the dense model's predictions and the share of places with the same likeliest token, on "
-        f"{compared} windows; share of the tokens of greedy continuations up to the first difference."
+        f"{counted(compared, 'window')}; share of the tokens of greedy continuations up to the first difference."
     )
     shown = [name for name in frame if name != "fraction_removed" and frame[name].notna().any()]
     files = write_table(directory / "fidelity", title, f"{note} {about}", frame, shown)
@@ -163,8 +163,8 @@ def _capability(chosen: RecordSet, directory: Path, note: str) -> tuple[Section,
     picture = None
     if (frame["metric"] == "acc").any():
         items = sorted(set(frame["items"]))
-        several = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
-        title = f"{chosen.newest.case.model}, {chosen.newest.case.dtype}, {several} items a task"
+        several = counted(items[0], "item") if len(items) == 1 else f"{items[0]} to {items[-1]} items"
+        title = f"{chosen.newest.case.model}, {chosen.newest.case.dtype}, {several} a task"
         files += write_figure(directory / "tasks", draw(plot_tasks, frame, title))
         picture = directory / "tasks.svg"
     shown = ["task", "items", "method", "ratio", "value", "standard_error", "over_dense", "lost", "won", "mcnemar_p"]
@@ -223,7 +223,7 @@ def write_all_cells(chosen: RecordSet, path: Path) -> Path:
 
 def figure_title(chosen: RecordSet) -> str:
     case = chosen.newest.case
-    windows = f"{case.evaluation_windows} windows of {case.evaluation_seq_len} tokens"
+    windows = f"{counted(case.evaluation_windows, 'window')} of {case.evaluation_seq_len} tokens"
     return f"{case.model}, {windows} of {case.evaluation_text}, {case.dtype}"
 
 
@@ -237,10 +237,10 @@ def provenance(chosen: RecordSet) -> str:
     calibrated = ""
     if chosen.calibration:
         text, _, _, samples, length, seed = chosen.calibration
-        calibrated = f" calibrated on {samples} windows of {length} of {text}, seed {seed};"
+        calibrated = f" calibrated on {counted(samples, 'window')} of {length} tokens of {text}, seed {seed};"
     return (
-        f"Model {case.model} ({case.model_hash}); {case.evaluation_windows} windows of {case.evaluation_seq_len} "
-        f"tokens of {case.evaluation_text} (SHA-256 {case.evaluation_sha256[:12]});{calibrated} {case.dtype} on "
-        f"{where['device']}; torch {where['torch']}, transformers {where['transformers']}, "
-        f"transact {where['transact']} (code {case.code})."
+        f"Model {case.model} ({case.model_hash}); {counted(case.evaluation_windows, 'window')} of "
+        f"{case.evaluation_seq_len} tokens of {case.evaluation_text} (SHA-256 {case.evaluation_sha256[:12]});"
+        f"{calibrated} {case.dtype} on {where['device']}; torch {where['torch']}, "
+        f"transformers {where['transformers']}, transact {where['transact']} (code {case.code})."
     )

@@ -36,6 +36,7 @@ def files_of(root: Path) -> list[Path]:
 class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder: Path
+    asked: list[str]  # the paths that anything was asked of, in turn
 
     def log_message(self, *arguments):
         pass
@@ -73,6 +74,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urlsplit(self.path).path  # a revision may have slashes, which are quoted
+        self.asked.append(path)
         if found := FILE.fullmatch(path):
             return self.send_file(found[1] or "models", found[2], unquote(found[3]))
         if found := TREE.fullmatch(path):
@@ -121,13 +123,14 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running_hub(folder: Path) -> Iterator[str]:
-    """The address of a hub that serves the folder; it is gone afterwards."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubOf", (Hub,), {"folder": folder}))
+def running_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The address of a hub that serves the folder, and the paths that it was asked for; it is gone afterwards."""
+    asked: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubOf", (Hub,), {"folder": folder, "asked": asked}))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}", asked
     finally:
         server.shutdown()
         server.server_close()

@@ -28,9 +28,9 @@ def widths(**changes) -> list[transact.Widths]:
 
 
 REFUSED = {
-    "too few widths": ({"widths": WHOLE[:1]}, r"widths must be one Widths for each of 2 layers"),
-    "no widths": ({"widths": []}, r"widths must be one Widths for each of 2 layers"),
-    "numbers": ({"widths": [3, 4]}, r"widths must be one Widths for each of 2 layers"),
+    "too few widths": ({"widths": WHOLE[:1]}, r"widths must be one Widths a layer, 2 of them"),
+    "no widths": ({"widths": []}, r"widths must be one Widths a layer, 2 of them"),
+    "numbers": ({"widths": [3, 4]}, r"widths must be one Widths a layer, 2 of them"),
     "too many heads": ({"widths": widths(kv_heads=3)}, r"layer 1: kv_heads must lie between 1 and 2, got 3"),
     "no heads": ({"widths": widths(kv_heads=0)}, r"layer 1: kv_heads must lie between 1 and 2, got 0"),
     "half a dimension": ({"widths": widths(mlp=3.5)}, r"layer 1: mlp must lie between 1 and 40, got 3\.5"),

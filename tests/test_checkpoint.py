@@ -217,7 +217,7 @@ def test_killed_while_saving_leaves_whole_checkpoints_only(tmp_path):
     ("field", "value", "named"),
     [
         ("qk_head_dims", [4, 5], "must be even"),
-        ("qk_head_dims", [4], "1 entries for 2 layers"),
+        ("qk_head_dims", [4], "must be one width a layer, 2 of them, got"),
         ("v_head_dims", [4, 17], "between 0 and the dense model's 16"),
         ("intermediate_sizes", [4, -1], "between 0 and the dense model's 40"),
         ("intermediate_sizes", [4, 41], "between 0 and the dense model's 40"),

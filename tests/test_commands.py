@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 import transact
 from bench.__main__ import main as bench_main
 from tests.test_measures import independent_loss
 from tests.tiny import NARROWING, tiny_llama, zeroed
 from transact.__main__ import main
+from transact.commands.export import heads_and_mlp_in_words
+from transact.commands.inspect import layers_in_words
+from transact.recovery import hold_out
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -64,6 +68,16 @@ def test_prune_writes_a_checkpoint_that_anyone_can_check(prune, tiny_directory, 
     tensors = load_file(tmp_path / "out" / "pruning" / "plan.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.int64}
     assert tensors["layers.1.rope_pairs"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    "how", [["--ratio", "0.3"], ["--mha-dim", "24"], ["--preset", "crash", "--ratio", "0.5"]], ids=str
+)
+def test_prune_checks_what_the_model_computes_once(prune, monkeypatch, how):
+    checked = []
+    monkeypatch.setattr("transact.pipeline.check_computed", checked.append)
+    assert prune("--preset", "transact", *how) == 0
+    assert len(checked) == 1
 
 
 def test_prune_calibrates_on_sources_in_turn(prune, tiny_text, tmp_path, capsys):
@@ -190,7 +204,7 @@ def test_bench_memory(prune, tmp_path, capsys):
             ["--calibration", "no-such.txt"],
             "no text 'no-such.txt', allowed: self, embedded, docstrings, sources, wikitext2, ptb, c4, or a text file",
         ),
-        (["--samples", "200"], "4000 tokens are 125 windows of 32, 200 asked for"),
+        (["--samples", "200"], "125 windows of 32 in 4,000 tokens, 200 asked for"),
         (["--samples", "0"], "at least one window"),
         (["--seq-len", "1"], "seq-len must be at least 2"),
         (["--seq-len", "129"], "context of 128"),
@@ -323,3 +337,22 @@ def test_a_checkpoint_that_a_caller_described_is_inspected(tmp_path, capsys):
     transact.save_checkpoint(tmp_path / "pruned", pruned.model, pruned.plan, {"ratio": 0.3})
     assert main(["inspect", str(tmp_path / "pruned")]) == 0
     assert f"{transact.fraction_removed(dense.config, pruned.plan.widths):.1%}" in capsys.readouterr().out
+
+
+def test_one_of_anything_is_one(prune, tiny_directory, tiny_text, tmp_path, capsys):
+    training = ["--tokens", "32", "--text", str(tiny_text), "--train-seq-len", "32", "--way", "lora"]
+    assert prune("--preset", "transact", "--samples", "1", *training) == 0
+    said = capsys.readouterr().err
+    assert ", in 1 step\n" in said
+    assert "calibrated on 1 window of words.txt\n" in said
+    tiny_llama(layers=1).save_pretrained(tmp_path / "low")
+    assert main(["inspect", str(tmp_path / "low")]) == 0
+    assert "of the linear parameters of 1 decoder layer removed" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the text is too short: 1 window of 9 in 10 tokens, 2 asked for"):
+        transact.cut_windows(torch.arange(10), length=9, count=2)
+    with pytest.raises(ValueError, match="the text is too short: 1 window of 9 tokens, at least 16 are needed"):
+        hold_out(torch.arange(9)[None])
+    one_head = LlamaConfig(hidden_size=8, num_attention_heads=1, num_key_value_heads=1, intermediate_size=16)
+    assert heads_and_mlp_in_words(one_head) == "1 head of 8, MLP 16"
+    assert layers_in_words([3]) == "layer 3"
+    assert layers_in_words([0, 1, 4]) == "layers 0 to 1, 4"

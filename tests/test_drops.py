@@ -23,6 +23,7 @@ from transact.export import check_exportable
 from transact.export.executorch import traced
 from transact.latency import Workload, compared, model_of_widths
 from transact.measured import error_slopes
+from transact.obs import ObsPruning
 from transact.speedup import SpeedGoal, narrowest_widths
 from transact.widths import dense_widths, kv_fraction_removed, widths_of
 
@@ -221,6 +222,23 @@ def test_the_loss_of_dropping_attention_is_that_of_all_that_it_gives():
         expected = torch.einsum("td,de,te->", outputs, moments, outputs).item() / 2 / of.tokens
         scores = criterion.score(layer, index, of)
         assert dropping_losses(scores) == pytest.approx((expected, scores.mlp_dims.max().item()), rel=1e-3)
+
+
+def test_what_all_attention_gives_is_computed_only_where_it_may_go(monkeypatch):
+    made, score = [], ObsPruning.score
+
+    def noted(*arguments):
+        made.append(score(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(ObsPruning, "score", noted)
+    for drops in (False, True):
+        transact.prune(tiny_llama("gqa"), WINDOWS, recipe=replace(CLOSED, drop_modules=drops), ratio=0.3)
+    without, drops = made[:2], made[2:]
+    assert [one.attention for one in without] == [None, None]
+    assert all(one.attention > 0 for one in drops)
+    for name in ("rope_pairs", "value_dims", "mlp_dims", "kv_heads"):
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(without, drops, strict=True))
 
 
 @pytest.mark.parametrize(

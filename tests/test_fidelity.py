@@ -226,8 +226,8 @@ def test_texts_that_cannot_be_used_are_named(workbench, tiny_text, other_text, t
         ({"evaluation": f"{tiny_text},{tiny_text}"}, "evaluation text '.*words.txt' is the same as 'words.txt' before"),
         ({"evaluation": f"{tiny_text},{other_text},{copy}"}, "copy.txt' is the same as 'other.txt' before it"),
         ({"evaluation": f"{tiny_text},"}, "evaluation must be names of texts with commas between them"),
-        ({"other_windows": 1000}, "evaluation text 'other.txt': .*900 tokens are 28 windows of 32, 1000 asked for"),
-        ({"windows": 1000}, "evaluation text 'words.txt': .*4000 tokens are 125 windows of 32, 1000 asked for"),
+        ({"other_windows": 1000}, "evaluation text 'other.txt': .*28 windows of 32 in 900 tokens, 1000 asked for"),
+        ({"windows": 1000}, "evaluation text 'words.txt': .*125 windows of 32 in 4,000 tokens, 1000 asked for"),
         ({"other_windows": 0}, "evaluation text 'other.txt': at least one window is needed, got 0"),
         ({"compared_windows": 0}, "compared-windows must be at least 1, got 0"),
     ):

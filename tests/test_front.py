@@ -98,6 +98,37 @@ def test_another_ratio_of_the_same_method_is_no_rival():
                                  "method is that fast.")  # fmt: skip
 
 
+def test_one_cell_beside_the_dense_model_is_a_front(tmp_path, drawn):
+    one = timed("best", 0.3, 0.4, 1.2, others=0.7)
+    [sentence] = said(one)
+    assert sentence.startswith(
+        "One cell alone was timed beside the dense model, “best” with 30 % removed: at 1.2 times the dense model's "
+        "speed (1.18 to 1.22) it loses +0.400 ["
+    )
+    assert "] nats on embedded and +0.700 [" in sentence
+    assert sentence.endswith("] nats on the mean of sources and probes.")
+    axes = draw(plot_front, found_of(one)).axes[0]
+    assert {text.get_text() for text in axes.figure.legends[0].get_texts()} == {
+        "beaten by no other", "dense", "width: best",
+    }  # fmt: skip
+    write_report([dense(), one], tmp_path)
+    assert "front" in drawn
+    assert "One cell alone" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "times_as_fast" in summary
+    assert "behind_by" not in summary
+
+
+def test_one_cell_without_interval_or_other_texts_or_dense_model():
+    one = timed("best", 0.3, 0.4, 1.2, interval=None)
+    one = replace(one, texts=one.texts[:1])
+    [sentence] = said(one)
+    assert "at 1.2 times the dense model's speed (in too few runs for an interval) it loses +0.400 [" in sentence
+    assert sentence.endswith("] nats on embedded.")
+    assert FRONT.find(answer(FRONT, newest_set([one])))[0].startswith("No record of the dense model")
+    assert said(replace(one, losses=())) == ["No loss can be paired with the dense model's, window by window."]
+
+
 def test_a_lead_within_noise_is_inconclusive():
     sentences = said(timed("best", 0.3, 0.40, 1.2, spread=0.2), timed("flap", 0.3, 0.41, 1.2, spread=0.3))
     assert "its lead over “flap” with 30 % removed, +0.010 [" in sentences[0]

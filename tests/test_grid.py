@@ -17,7 +17,7 @@ import transact
 from ablations.options import run_of, workbench_arguments
 from ablations.profiles import PROFILES
 from bench.suite.cases import ids_hash, weights_of
-from bench.suite.grid import calibration_of, estimate, in_order, parse_shard, shard_of
+from bench.suite.grid import Estimate, calibration_of, estimate, in_order, parse_shard, shard_of
 from bench.suite.workbench import Workbench
 from tests.test_records import CASE, record
 from transact import CRITERIA, PRESETS, Recipe
@@ -274,6 +274,7 @@ def test_estimates_come_from_like_records_or_a_stated_rate():
     failed = replace(measured, status="failed")
     assert estimate(cases, [failed], 10**8).recorded == 0
     assert str(estimate(cases[:1], [measured], 10**8)) == "1 cell, all measured already"
+    assert str(Estimate(1, 0, 1, 1.2)).startswith("1 cell, 0 with records; the other 1 takes about 1 second (")
 
 
 OPTIONS = {"profile": "quick", "results": "results"}

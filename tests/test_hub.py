@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -64,14 +65,21 @@ def hub(tiny_directory, tmp_path_factory):
     parts = ("train", "validation", "test")
     data_set(data / "allenai/ai2_arc", "ARC-Easy", dict.fromkeys(parts, questions("question")))
     data_set(data / "allenai/openbookqa", "main", dict.fromkeys(parts, questions("question_stem")))
-    with running_hub(folder) as address:
-        yield address
+    with running_hub(folder) as running:
+        yield running
+
+
+@pytest.fixture
+def paths(hub):
+    """The paths that the hub is asked for in this test."""
+    hub[1].clear()
+    return hub[1]
 
 
 @pytest.fixture
 def environment(hub, tmp_path):
     """Variables of a process that knows this hub only, with a cache of its own."""
-    return {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hub_cache"), "HF_HUB_DISABLE_XET": "1",
+    return {**os.environ, "HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path / "hub_cache"), "HF_HUB_DISABLE_XET": "1",
             "TRANSACT_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
 
 
@@ -158,6 +166,15 @@ def test_what_cannot_be_had_is_one_line_soon(environment):
     assert torn.startswith("model 'org/torn' cannot be read: ")
     assert said.startswith("no model 'org/other' (")
     assert seconds < SOON
+
+
+def test_a_model_is_asked_for_once(environment, paths):
+    [(said, _)] = asked(environment, "org/tiny")
+    assert said == ""
+    times = Counter(paths)
+    print(times)
+    assert times["/"] == times["/api/models/org/tiny"] == 1
+    assert max(times.values()) == 2  # what a file is, and the file
 
 
 def test_a_text_out_of_reach_is_one_line_soon(monkeypatch):

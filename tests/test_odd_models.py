@@ -270,7 +270,7 @@ def test_a_head_that_is_the_embedding_stays_so(tmp_path):
         ({"model.layers.1.mlp.down_proj.bias": torch.ones(48)}, r"down_proj\.bias is unexpected"),
         ({"model.layers.2.mlp.up_proj.weight": torch.ones(40, 48)}, r"layers\.2\.mlp\.up_proj\.weight is unexpected"),
         ({"model.layers.1.self_attn.q_norm.weight": torch.ones(16)}, r"q_norm\.weight is unexpected"),
-        ({"v_head.weight": torch.ones(1, 48)}, r"v_head\.weight is unexpected.* \(1 such weights\)"),
+        ({"v_head.weight": torch.ones(1, 48)}, r"v_head\.weight is unexpected.* \(1 such weight\)"),
         ({"model.layers.1.mlp.up_proj.weight": None}, r"layers\.1\.mlp\.up_proj\.weight is missing"),
         ({"lm_head.weight": None}, r"lm_head\.weight is missing"),
         ({"model.norm.weight": torch.ones(47)}, r"model\.norm\.weight is of the wrong shape"),

@@ -1,6 +1,7 @@
 """Other packages in the report: named with their versions, compared on the same windows, on the front where timed."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -159,3 +160,16 @@ def test_the_command_reads_them_beside_the_records(tmp_path, capsys):
     read(tmp_path, *lines())
     assert main([str(tmp_path)]) == 0
     assert "How do other packages do, as they ship?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("prune_s", -1.0), ("decode_speedup", math.inf), ("fraction_removed", -0.5)]
+)
+def test_figures_that_cannot_be_are_complained_of_by_name(name, value, tmp_path):
+    first, *others = lines()
+    others[-1]["row"][name] = value
+    written = "".join(json.dumps(one) + "\n" for one in (first, *others))
+    (tmp_path / "peers.jsonl").write_text(written, encoding="utf-8")
+    found, [complaint] = read_peers([tmp_path])
+    assert [one["row"]["method"] for one in found] == ["dense", "best"]
+    assert f"its row {name} is {value}, allowed: 0 " in complaint

@@ -321,7 +321,7 @@ def test_versions_of_tasks_that_are_dates_are_told_apart():
      ("tasks", {"words": {**TASK, "metrics": [1]}}), ("tasks", {"words": {**TASK, "items": None}})],
 )  # fmt: skip
 def test_lines_whose_parts_are_of_another_kind_are_passed_over(name, value, tmp_path):
-    assert_passed_over(tmp_path / "records.jsonl", {name: value}, name)
+    assert name in assert_passed_over(tmp_path / "records.jsonl", {name: value})
 
 
 @pytest.mark.parametrize(
@@ -332,16 +332,17 @@ def test_lines_whose_parts_are_of_another_kind_are_passed_over(name, value, tmp_
 )  # fmt: skip
 def test_lines_whose_cases_are_of_another_kind_are_passed_over(name, value, tmp_path):
     written = asdict(record())["case"]
-    assert_passed_over(tmp_path / "records.jsonl", {"case": written | {name: value}}, name)
+    assert name in assert_passed_over(tmp_path / "records.jsonl", {"case": written | {name: value}})
 
 
-def assert_passed_over(path, changes, name):
+def assert_passed_over(path, changes) -> str:
+    """What is said of a record with these changes, written before one that is read."""
     append_record(path, record())
     path.write_text(json.dumps(json.loads(path.read_text()) | changes) + "\n" + path.read_text())
     read, [complaint] = read_records(path)
     assert [one.case for one in read] == [CASE]
     assert complaint.startswith(f"{path}:1: its ")
-    assert name in complaint
+    return complaint
 
 
 def test_whole_figures_and_those_that_are_no_number_are_read(tmp_path):
@@ -355,3 +356,55 @@ def test_whole_figures_and_those_that_are_no_number_are_read(tmp_path):
     assert complaints == []
     assert read.metrics["decode_speedup_low"] is None
     assert read.texts[0]["kl_nats"] == [None, 0.2]
+
+
+IMPOSSIBLE = (
+    ({"standard_errors": {"perplexity": -1.0}}, "standard_errors perplexity is -1.0, allowed: 0 and more"),
+    ({"standard_errors": {"kl_nats": -1e-9}}, "standard_errors kl_nats is -1e-09, allowed: 0 and more"),
+    ({"standard_errors": {"loss_nats": math.inf}}, "standard_errors loss_nats is inf, allowed: 0 and more"),
+    ({"standard_errors": {"loss_nats": math.nan}}, "standard_errors loss_nats is nan, allowed: 0 and more"),
+    ({"metrics": {**METRICS, "prune_s": -2}}, "metrics prune_s is -2, allowed: 0 and more"),
+    ({"metrics": {**METRICS, "peak_memory_mib": -1.5}}, "metrics peak_memory_mib is -1.5, allowed: 0 and more"),
+    ({"metrics": {**METRICS, "decode_speedup": math.inf}}, "metrics decode_speedup is inf, allowed: 0 and more"),
+    ({"metrics": {**METRICS, "weight_bytes": 10**400}}, "metrics weight_bytes is 100000000000000000...00000"),
+    ({"metrics": {**METRICS, "kl_nats": -math.inf}}, "metrics kl_nats is -inf, allowed: finite numbers"),
+    ({"metrics": {**METRICS, "perplexity": 0.0}}, "metrics perplexity is 0.0, allowed: 1 and more"),
+    ({"metrics": {**METRICS, "fraction_removed": 1.5}}, "metrics fraction_removed is 1.5, allowed: 0 to 1"),
+    ({"losses": [1.0, -1.0]}, "losses is -1.0, allowed: 0 and more"),
+    ({"greedy_agreement": [0.5, 2]}, "greedy_agreement is 2, allowed: 0 to 1"),
+    ({"texts": [{**TEXT, "top1_agreement": [-0.5]}]}, "texts top1_agreement is -0.5, allowed: 0 to 1"),
+    ({"texts": [{**TEXT, "losses": [math.nan]}]}, "texts losses is nan, allowed: 0 and more"),
+    ({"widths": [{**WIDTHS, "mlp": -8}]}, "widths mlp is -8, allowed: 0 and more"),
+    ({"case": {**asdict(CASE), "ratio": -0.2}}, "case ratio is -0.2, allowed: 0 to 1"),
+    ({"case": {**asdict(CASE), "calibration_samples": -2}}, "case calibration_samples is -2, allowed: 0 and more"),
+    ({"tasks": {"words": {**TASK, "items": -1}}}, "tasks words items is -1, allowed: 0 and more"),
+    ({"tasks": {"words": {**TASK, "standard_errors": {"acc": -0.1}}}}, "tasks words standard_errors acc is -0.1"),
+    ({"tasks": {"words": {**TASK, "scores": {"acc": [math.inf]}}}}, "tasks words scores acc is inf"),
+    ({"history": [{"tokens": 8, "loss_nats": math.nan}]}, "history loss_nats is nan, allowed: finite numbers"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "words"), IMPOSSIBLE, ids=[words for _, words in IMPOSSIBLE])
+def test_figures_that_cannot_be_are_passed_over_and_named(changes, words, tmp_path):
+    complaint = assert_passed_over(tmp_path / "records.jsonl", changes)
+    assert complaint.startswith(f"{tmp_path / 'records.jsonl'}:1: its {words}")
+    assert complaint.endswith(", passed over")
+
+
+def test_scores_divergences_and_training_may_be_below_zero(tmp_path):
+    one = record()
+    one = replace(one, metrics={**one.metrics, "kl_nats": -1e-9}, history=({"tokens": 8, "loss": -1e-9},),
+                  texts=({**TEXT, "kl_nats": [-1e-9]},),
+                  tasks={"words": {**TASK, "metrics": {"acc": -2.0}, "scores": {"acc": [-2.0]}}})  # fmt: skip
+    append_record(tmp_path / "r.jsonl", one)
+    read, complaints = read_records(tmp_path / "r.jsonl")
+    assert (len(read), complaints) == (1, [])
+
+
+def test_a_line_of_brackets_is_no_record(tmp_path):
+    append_record(tmp_path / "r.jsonl", record())
+    with (tmp_path / "r.jsonl").open("a") as file:
+        file.write("[" * 100_000 + "\n")
+    read, [complaint] = read_records(tmp_path / "r.jsonl")
+    assert len(read) == 1
+    assert complaint.endswith("not a record (torn line?), passed over")

@@ -11,20 +11,24 @@ import sys
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from itertools import cycle
+from pathlib import Path
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 
+from bench.output.figures import INK, STYLES
 from bench.output.files import write_whole
 from bench.output.tables import latex_table, markdown_table
 from bench.records import append_record, finite, read_records
-from reports import findings
+from reports import drawing, findings
 from reports.__main__ import main
-from reports.answers import answer, table_of
+from reports.answers import answer, counted, table_of
+from reports.drawing import METHODS, style_number, style_of
 from reports.findings import plain
 from reports.frames import records_frame, tasks_frame
 from reports.questions import QUESTIONS
-from reports.report import write_report
+from reports.report import write_report, written
 from reports.rises import rises_of_texts, text_label, text_named
 from reports.sets import ASIDE, newest_set
 from reports.texts import is_near, texts_frame, texts_of
@@ -178,9 +182,9 @@ def test_words_follow_the_figures():
     def said(*records):
         return " ".join(question.find(answer(question, newest_set(records))))
 
-    assert "“dims” loses least, beyond chance" in said(maker.record(DENSE), better, worse)
+    assert "“dims” loses less than “heads”, beyond chance" in said(maker.record(DENSE), better, worse)
     swapped = [replace(better, case=worse.case), replace(worse, case=better.case)]
-    assert "“heads” loses least, beyond chance" in said(maker.record(DENSE), *swapped)
+    assert "“heads” loses less than “dims”, beyond chance" in said(maker.record(DENSE), *swapped)
     assert "but within noise" in said(maker.record(DENSE), better, replace(better, case=worse.case))
 
 
@@ -449,8 +453,8 @@ def test_flips_of_known_items_are_counted_in_both_directions():
     assert rows.loc["transact", "mcnemar_p"] == 2 * (1 + 6) / 2**6
     assert frame[frame["metric"] == "f1"]["lost"].isna().all()  # no score of right or wrong
     assert findings.flips(frame) == [
-        "“transact” with 30 % removed answers 6 of 8 items otherwise than the dense model: 5 that were right are "
-        "wrong, 1 that were wrong are right (McNemar's exact p 0.22)."
+        "“transact” with 30 % removed answers 6 of 8 items otherwise than the dense model: 5 wrong where that is "
+        "right, 1 right where that is wrong (McNemar's exact p 0.22)."
     ]
     other = replace(pruned, tasks={"t": {**pruned.tasks["t"], "sha256": "e" * 64}})  # the data set has changed since
     alone = tasks_frame([dense, other])
@@ -677,3 +681,73 @@ def test_ways_without_cells_are_not_spoken_of():
     sentences = drops.find(answer(drops, newest_set(some)))
     assert sentences[0].startswith("Not measured: “widths and modules” at 30 % asked for. ")
     assert not drops.find(answer(drops, newest_set(of_ways(*COARSE))))[0].startswith("Not measured")
+
+
+def test_no_two_lines_look_alike():
+    assert len({style_of(method)[0] for method in METHODS}) == len(METHODS)
+    lines = [style_number(number) for number in range(3 * len(STYLES))]
+    assert len({(colour, dashes) for colour, _, dashes in lines}) == len(lines)
+    assert len({(colour, marker) for colour, marker, _ in lines}) == len(lines)
+
+
+def test_colours_are_seen_on_the_light_and_on_the_dark_page():
+    def luminance(colour: str) -> float:
+        parts = (int(colour[place : place + 2], 16) / 255 for place in (0, 2, 4))
+        linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    page = (Path(drawing.__file__).parent / "page.css").read_text(encoding="utf-8")
+    grounds = {luminance(ground) for ground in re.findall(r"--ground: #([0-9a-f]{6});", page)}
+    assert len(grounds) == 2
+    for colour in {colour.lower() for colour, _, _ in STYLES} - {INK}:  # the ink of a page is that of its words
+        for ground in grounds:
+            darker, brighter = sorted((luminance(colour), ground))
+            assert (brighter + 0.05) / (darker + 0.05) > 2.2, colour
+
+
+def test_one_of_anything_is_one():
+    one = pd.DataFrame({"decode_speedup": [1.2], "decode_speedup_low": [1.1], "decode_speedup_high": [1.3]})
+    assert findings.verdicts(one) == ["Run in turn with the dense model, of 1 cell 1 is faster."]
+    two = pd.concat([one, one * 0.5])
+    assert findings.verdicts(two) == ["Run in turn with the dense model, of 2 cells 1 is faster and 1 is slower."]
+    task = {"metric": "acc", "method": "best", "ratio": 0.3, "fraction_removed": 0.3, "task": "t", "value": 0.5}
+    worse = pd.DataFrame([{**task, "over_dense_mean": -0.1, "over_dense_high": math.nan, "over_dense": "-0.100"}])
+    assert findings.tasks(worse) == [
+        "“best” with 30 % removed is less accurate than the dense model, beyond chance, on 0 of 1 task (1 has too few "
+        "items to tell); it falls furthest on t: -0.100, to 0.50."
+    ]
+    flipped = pd.DataFrame([{**task, "lost": 1, "won": 0, "items": 1}])
+    assert "answers 1 of 1 item otherwise" in findings.flips(flipped)[0]
+    assert counted(1, "window") == "1 window"
+    assert counted(2000, "window") == "2,000 windows"
+    assert written([Path("one.png")]) == "wrote 1 file, 1 picture among them; open one.png"
+
+
+def test_layers_within_noise_are_counted_in_words():
+    cases = [replace(BASE, only_layer=layer, ratio=0.5) for layer in range(3)]
+    records = [Maker().record(case) for case in cases]
+    dense = Maker().record(DENSE)
+    as_dense = replace(records[0], losses=tuple(loss + 0.01 * (-1) ** i for i, loss in enumerate(dense.losses)))
+    found = answer(BY_NAME["layer"], newest_set([dense, as_dense, *records[1:]]))
+    [sentence] = BY_NAME["layer"].find(found)
+    assert sentence.startswith("50 % of the layer removed: Layer ")
+    assert sentence.endswith(" nats. Of 3 layers 1 is within noise of the dense model.")
+
+
+def test_what_falls_on_no_task_is_not_said_to_fall():
+    task = {"metric": "acc", "method": "best", "ratio": 0.3, "fraction_removed": 0.3, "task": "t", "value": 0.5}
+    rows = pd.DataFrame([{**task, "over_dense_mean": 0.1, "over_dense_high": 0.2, "over_dense": "+0.100"}])
+    assert findings.tasks(rows)[0].endswith("on 0 of 1 task; it falls on none.")
+
+
+def test_what_is_as_good_as_the_dense_model_is_so_many_times_it():
+    row = {"perplexity": 22.35, "times_dense": 1.0}
+    assert findings.perplexity_of(row) == "perplexity 22.35 (1.00 times dense)"
+    assert findings.perplexity_of({**row, "times_dense": None}) == "perplexity 22.35"
+
+
+def test_of_two_the_better_is_said_to_be_better_than_the_other():
+    maker = Maker()
+    records = [maker.record(replace(BASE, **fields)) for fields in ({}, {"granularity": "heads"})]
+    found = answer(BY_NAME["granularity"], newest_set([maker.record(DENSE), *records]))
+    assert BY_NAME["granularity"].find(found)[0] == "“dims” loses less than “heads”, beyond chance."

@@ -125,7 +125,7 @@ def test_bad_sources_are_named(model, tokenizer, tiny_text, tmp_path):
         (f"self,{short}", 4, "short.txt': the text is too short: 3 tokens"),
         ("self,,embedded", 6, "no text '' in 'self,,embedded', allowed: self"),
         ("self,nowhere.txt", 4, "no text 'nowhere.txt' in .*allowed: self"),
-        (f"self,{tiny_text}", 1, "1 windows are too few for 2 turns: none would be of"),
+        (f"self,{tiny_text}", 1, "2 turns need more than 1 window: none would be of"),
     ):
         with pytest.raises(ValueError, match=complaint):
             calibration_windows(model, tokenizer, calibration, count=count, length=12)

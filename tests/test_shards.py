@@ -92,7 +92,7 @@ def test_each_record_names_the_command_that_measures_it_alone(ablations, tmp_pat
 def test_a_shard_without_cells_is_no_failure_and_skips_say_why(ablations, tmp_path):
     code, printed = ablations(tmp_path, "--shard", "9/9", "-k", "test_layer and not 1")
     assert code == 0, printed
-    assert "shard 9/9 of 1 cells holds none" in printed
+    assert "shard 9/9 of 1 cell holds none" in printed
     code, printed = ablations(tmp_path, "--ratios", "0.999", "-k", "test_granularity and heads")
     assert code == 0, printed
     assert "test_granularity[heads-0.999]: ratio 0.999 is out of reach" in printed

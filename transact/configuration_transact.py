@@ -125,7 +125,7 @@ class TransActConfig(LlamaConfig):
         for name, (least, dense) in dense_widths.items():
             widths = getattr(self, name)
             if len(widths) != self.num_hidden_layers:
-                raise ValueError(f"{name} has {len(widths)} entries for {self.num_hidden_layers} layers")
+                raise ValueError(f"{name} must be one width a layer, {self.num_hidden_layers} of them, got {widths}")
             if not all(least <= width <= dense for width in widths):
                 raise ValueError(f"{name} must lie between {least} and the dense model's {dense}: {widths}")
         if any(width % 2 for width in self.qk_head_dims):

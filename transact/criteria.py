@@ -239,7 +239,12 @@ def lookup(table: dict, name: str, what: str):
     return table[name]
 
 
-def criterion_by_name(name: str, *, seed: int = 0) -> object:
-    """The criterion of the table by its name; `seed` goes to the one that draws numbers. Raises as `lookup` does."""
+def criterion_by_name(name: str, *, seed: int = 0, drops: bool = True) -> object:
+    """The criterion of the table by its name. Raises as `lookup` does.
+
+    `seed` goes to the one that draws numbers, `drops` to those that predict losses: whether whole modules may go.
+    """
     criterion = lookup(CRITERIA, name, "criterion")
+    if isinstance(criterion, ObsPruning):
+        return replace(criterion, drops=drops)
     return replace(criterion, seed=seed) if isinstance(criterion, Random) else criterion

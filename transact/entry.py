@@ -178,6 +178,11 @@ def check_same_function(model: nn.Module, other: nn.Module, complaint: str) -> N
         raise ValueError(f"{complaint}: its logits are {off:.1%} off")
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 window", "2,000 windows"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def in_one_line(error: Exception) -> str:
     """The error's message without line ends, cut where it gets long."""
     message = " ".join((str(error) or type(error).__name__).split())

@@ -13,12 +13,19 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub import constants as hub
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .cache import cache_directory
 from .checkpoint import all_or_nothing
 from .devices import resolve_device
-from .entry import MODEL_TYPES, has_own_head, in_one_line
+from .entry import MODEL_TYPES, counted, has_own_head, in_one_line
 from .widths import head_dim_of
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -86,12 +93,21 @@ def load_model(
             f"model {str(name)!r} cannot be read: it holds adapters ({ADAPTERS}); merge them into the model's weights "
             "first (merge_and_unload of peft), and save that"
         )
-    read_config(name)
+    with _reach(source):
+        config = _config_of(name, source)
+        model = _model_of(name, source, config, dtype)
+        tokenizer = _tokenizer_of(name, source, config)
+    return model.to(device).eval(), tokenizer
+
+
+def _model_of(name: str | os.PathLike, source: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    """The model. Raises ValueError where its files cannot be read, or hold other weights than the configuration says."""
     try:
-        with torch.inference_mode(False), _reach(source):
+        with torch.inference_mode(False):
             model, loading = AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, ignore_mismatched_sizes=True
-            )
+                source, config=config, revision=_revision_of(config), dtype=DTYPES.get(dtype, "auto"),
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
     except Exception as error:  # torn files raise whatever their parser raises
         raise ValueError(f"model {str(name)!r} cannot be read: {in_one_line(error)}") from error
     # transformers fills what is missing or mismatched with random numbers, and leaves out what is unexpected
@@ -102,24 +118,36 @@ def load_model(
         if loading[what]:
             first = sorted(key if isinstance(key, str) else key[0] for key in loading[what])[0]
             raise ValueError(
-                f"model {str(name)!r} cannot be read: {first} is {state} ({len(loading[what])} such weights)"
+                f"model {str(name)!r} cannot be read: {first} is {state} ({counted(len(loading[what]), 'such weight')})"
             )
     model.config.tie_word_embeddings = not has_own_head(model)
     model.config.return_dict = True  # outputs are asked for by name
     head_dim, rotated = head_dim_of(model.config), 2 * len(model.model.rotary_emb.inv_freq)
     if rotated != head_dim:
         raise ValueError(f"model {str(name)!r} does not run: RoPE rotates {rotated} of {head_dim} dimensions of a head")
-    return model.to(device).eval(), load_tokenizer(name)
+    return model
 
 
 def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer alone of a model by name. Raises ValueError, in one line, where it cannot be read."""
     source = _source(name)
+    with _reach(source):
+        return _tokenizer_of(name, source)
+
+
+def _tokenizer_of(
+    name: str | os.PathLike, source: str, config: PretrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, of the same revision as the configuration where that was read already."""
     try:
-        with _reach(source):
-            return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, config=config, revision=_revision_of(config))
     except Exception as error:  # torn files raise whatever their parser raises
         raise ValueError(f"the tokeniser of {str(name)!r} cannot be read: {in_one_line(error)}") from error
+
+
+def _revision_of(config: PretrainedConfig | None) -> str:
+    """The commit that a configuration is of, for which no hub is asked again what is newest; else the newest."""
+    return getattr(config, "_commit_hash", None) or "main"
 
 
 def _source(name: str | os.PathLike) -> str:
@@ -137,9 +165,13 @@ def _reach(source: str) -> AbstractContextManager:
 def read_config(name: str | os.PathLike) -> PretrainedConfig:
     """The configuration of a model by name. Raises ValueError where there is none or it is not of the Llama type."""
     source = _source(name)
+    with _reach(source):
+        return _config_of(name, source)
+
+
+def _config_of(name: str | os.PathLike, source: str) -> PretrainedConfig:
     try:
-        with _reach(source):
-            config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
     except Exception as error:  # not there, torn, or refused by its own validation
         allowed = f"allowed: {EMBEDDED_MODEL}, a checkpoint directory, or a Hugging Face id that can be reached"
         if difflib.get_close_matches(str(name), [EMBEDDED_MODEL]):

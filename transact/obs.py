@@ -36,13 +36,14 @@ class ObsPruning:
     module's output count as the language-model loss minds them (nats a token, by gradients; pairs by the gradient of a
     gate), so scores of all layers and modules compare; else as squared errors, pairs by `pair_energy`. With
     `value_basis` values are dropped along the axes that cost least, not along the dense model's. Weighted scores say
-    what dropping all attention costs as well, for which nothing can make up.
+    what dropping all attention costs as well, for which nothing can make up, unless no modules are to go (`drops`).
     Each dimension's second moment is raised by the fraction dimensions / tokens: on other text the kept dimensions make
     up for less than they seem to on the calibration tokens, the more so the fewer tokens there were.
     """
 
     weighted: bool = False
     value_basis: bool = False
+    drops: bool = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -59,7 +60,9 @@ class ObsPruning:
         readers = output.view(len(output), kv_heads, -1, value_width).permute(1, 2, 0, 3)
         readers = readers.flatten(1, 2) / readers.shape[1] ** 0.5
         pairs = gradients.rope_pairs.to(where) if self.weighted else pair_energy(statistics)
-        basis = None
+        basis = dropped = None
+        if self.weighted and self.drops:
+            dropped = ((output @ mean_moments(statistics.attention_moments)) * output).sum()
         if self.value_basis:
             basis, losses = cheapest_basis(readers, value_moments(statistics))
         else:
@@ -69,7 +72,7 @@ class ObsPruning:
             value_dims=losses,
             mlp_dims=greedy_losses(down, mean_moments(statistics.mlp_moments), tokens),
             value_basis=basis,
-            attention=((output @ mean_moments(statistics.attention_moments)) * output).sum() if self.weighted else None,
+            attention=dropped,
         )
 
     @staticmethod

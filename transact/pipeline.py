@@ -125,6 +125,28 @@ def prune(
             "speedup is measured of a model that runs as a whole, not block by block on a device: drop one"
         )
     check_task(dense, recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths, speedup=speedup)
+    return prune_checked(
+        dense, windows, recipe=recipe, ratio=ratio, kv_ratio=kv_ratio, widths=widths, speedup=speedup,
+        statistics=statistics, seed=seed, device=device, train=train, progress=progress,
+    )  # fmt: skip
+
+
+def prune_checked(
+    dense: nn.Module,
+    windows: torch.Tensor | None = None,
+    *,
+    recipe: Recipe,
+    ratio: float | None = None,
+    kv_ratio: float | None = None,
+    widths: tuple[Widths, ...] | None = None,
+    speedup: float | SpeedGoal | None = None,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    train: Callable[[TransActForCausalLM, int], TransActForCausalLM] | None = None,
+    progress: bool = False,
+) -> Pruned:
+    """What `prune` gives, of a task that `check_task` has passed: that runs the model, and is not done twice."""
     if recipe.depth != "none" and statistics is not None:
         raise ValueError(f"statistics are for narrowing, depth {recipe.depth!r} drops whole layers: leave them out")
     if recipe.depth != "none" and windows is None:
@@ -153,7 +175,7 @@ def prune(
                 if device is None and speedup is None and train is None and recipe.shots == 1:
                     home = pruned_home(dense, recipe, windows, kept)
                 check_room_to_prune(dense, recipe, windows.numel(), kept, device, home)
-            criterion = criterion_by_name(recipe.criterion, seed=seed)
+            criterion = criterion_by_name(recipe.criterion, seed=seed, drops=recipe.drop_modules)
             goal = speedup
             if speedup is not None and not isinstance(speedup, SpeedGoal):
                 goal = speed_goal(

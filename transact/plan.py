@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import PretrainedConfig
 
+from .entry import counted
 from .scores import LayerScores
 from .widths import Widths, check_some_attention, widths_of
 
@@ -117,7 +118,7 @@ class Plan:
     def check(self, config: PretrainedConfig) -> None:
         """Raise ValueError, naming the layer and the part, unless every index lies in the model, ascending."""
         if len(self.layers) != config.num_hidden_layers:
-            raise ValueError(f"the plan has {len(self.layers)} layers, the model {config.num_hidden_layers}")
+            raise ValueError(f"the plan has {counted(len(self.layers), 'layer')}, the model {config.num_hidden_layers}")
         for index, (layer, current) in enumerate(zip(self.layers, widths_of(config), strict=True)):
             limits = {
                 "kv_heads": current.kv_heads,

@@ -33,7 +33,7 @@ def pruned_home(model: nn.Module, recipe: Recipe, windows: torch.Tensor, kept: f
         return None
     warnings.warn(
         f"{device} does not hold the dense and the pruned model at once: the pruned one stays in host memory",
-        stacklevel=3,
+        stacklevel=4,
     )
     return HOST
 

@@ -95,7 +95,7 @@ def check_widths(config: PretrainedConfig, widths: Sequence[Widths], *, drop_mod
     With `drop_modules` both widths of heads, or that of the MLP, may be 0, but attention not in all layers.
     """
     if len(widths) != config.num_hidden_layers or not all(isinstance(one, Widths) for one in widths):
-        raise ValueError(f"widths must be one Widths for each of {config.num_hidden_layers} layers, got {widths!r}")
+        raise ValueError(f"widths must be one Widths a layer, {config.num_hidden_layers} of them, got {widths!r}")
     for layer, (one, dense) in enumerate(zip(widths, dense_widths(config), strict=True)):
         for name, most in vars(dense).items():
             width, least = getattr(one, name), 0 if drop_modules and name != "kv_heads" else 1
@@ -170,9 +170,9 @@ def widths_by_name(
     if not 1 <= mlp_dim <= config.intermediate_size:
         raise ValueError(f"mlp-dim must lie between 1 and the model's {config.intermediate_size}, got {mlp_dim}")
     step, means = {
-        "dims": (2 * heads, f"an even width for each of {heads} heads"),
+        "dims": (2 * heads, f"{heads} x an even width of a head"),
         "heads": (group * head_dim, f"whole key-value heads, {group} x {head_dim} wide each with their queries"),
-        "both": (2 * group, f"an even width for {group} query heads of each key-value head"),
+        "both": (2 * group, f"{group} x an even width of the heads of a group"),
     }[granularity]
     if not 1 <= mha_dim <= heads * head_dim or mha_dim % step:
         raise ValueError(

@@ -7,6 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
+from transact.entry import counted
+
 from ..output.figures import INK, STYLES, write_figure
 from ..output.tables import markdown_table, write_table
 from ..records import ENGINES_SCHEMA, SCALE_SCHEMA, SPEED_SCHEMA, read_lines
@@ -172,7 +174,7 @@ def read_engines(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
         row |= {name: float(record["row"][name]) for name in ENGINE_COLUMNS[2:]}
         if case["ratio"]:
             row["model"] = f"{case['model']}, {case['ratio']:.0%} removed"
-        row |= {"base": case["base"], "hardware": f"{where['device']}, {where['threads']} threads"}
+        row |= {"base": case["base"], "hardware": f"{where['device']}, {counted(where['threads'], 'thread')}"}
         return tuple(case.values()), row
 
     rows, complaints = read_lines(path, ENGINES_SCHEMA, row_of)

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from transact.entry import check_vocabulary
+from transact.entry import check_vocabulary, counted
 from transact.recovery.held_out import perplexity_of, token_losses
 from transact.texts import Text, cut_windows, tokenise
 
@@ -91,14 +91,14 @@ def evaluation_windows(
         raise ValueError("bos is for windowing blocks: rolling windows begin with one, and read the token before them")
     if length < 2 or len(tokens) == 0:
         raise ValueError(
-            f"rolling windows need text and a seq-len of at least 2, got {len(tokens)} tokens and {length}"
+            f"rolling windows need text and a seq-len of at least 2, got {counted(len(tokens), 'token')} and {length}"
         )
     length = min(length, len(tokens))
     available = -(-len(tokens) // length)
     if count is not None and count < 1:
         raise ValueError(f"at least one window is needed, got {count}")
     if count is not None and count > available:
-        raise ValueError(f"the text has {available} windows of {length} tokens, {count} asked for")
+        raise ValueError(f"the text has {counted(available, 'window')} of {length} tokens, {count} asked for")
     if count is None or count == available:
         text_bytes = len(text.content.encode())
     else:

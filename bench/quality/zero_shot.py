@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from transact.entry import check_vocabulary, in_one_line
+from transact.entry import check_vocabulary, counted, in_one_line
 from transact.models import hub_or_cache
 
 from ..records import version_text
@@ -177,7 +177,9 @@ def _check_shots(task, shots: int) -> None:
     examples = task.fewshot_docs() or ()
     available = len(examples if hasattr(examples, "__len__") else list(examples))
     if shots >= available:
-        raise ValueError(f"task {task.task_name!r} has {available} examples to show, {shots} shots asked for")
+        raise ValueError(
+            f"task {task.task_name!r} has {counted(available, 'example')} to show, {counted(shots, 'shot')} asked for"
+        )
 
 
 def evaluate_tasks(

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from transact.entry import counted
+
 from ..quality.fidelity import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from ..records import Case, Record
 from .cases import pruning_of, recipe_of, untrained_of, weights_of
@@ -84,12 +86,12 @@ class Estimate:
     seconds: float
 
     def __str__(self) -> str:
-        left, cells = self.cells - self.recorded, "1 cell" if self.cells == 1 else f"{self.cells} cells"
+        left, cells = self.cells - self.recorded, counted(self.cells, "cell")
         if not left:
             return f"{cells}, all measured already"
-        time = f"{self.seconds:.0f} seconds" if self.seconds < 90 else f"{self.seconds / 60:.3g} minutes"
+        time = counted(round(self.seconds), "second") if self.seconds < 90 else f"{self.seconds / 60:.3g} minutes"
         return (
-            f"{cells}, {self.recorded} with records; the other {left} take about {time} "
+            f"{cells}, {self.recorded} with records; the other {left} take{'s' * (left == 1)} about {time} "
             f"({self.measured} by the recorded seconds of like cells, {left - self.measured} by a stated rate)"
         )
 

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from .. import __version__
 from ..checkpoint import EXPORTED, all_or_nothing, check_export_destination, fraction_removed_of, save_model
+from ..entry import counted
 from ..export import (
     FORMATS,
     GGUF_TYPES,
@@ -82,23 +83,25 @@ def run(options: argparse.Namespace) -> None:
             tokenizer.save_pretrained(partial)
             origin = {"from": options.directory, "transact": __version__, "zeros_added": max(0, extra)}
             (partial / EXPORTED).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    zeros = f", {counted(extra, 'zero')} added" if extra > 0 else ""
     print(
         f"{out}: {size:,} parameters ({pruned:.1%} of the linear ones removed"
-        f"{f', {extra:,} zeros added' if extra > 0 else ''}), {_widths(stated.config)}"
+        f"{zeros}), {heads_and_mlp_in_words(stated.config)}"
         f"{f', architecture {architecture_of(stated.config)!r}' if options.format == 'gguf' else ''}"
         f"{', f16 where rows are no multiple of 32' if uncut else ''}"
     )
 
 
-def _widths(config: PretrainedConfig) -> str:
+def heads_and_mlp_in_words(config: PretrainedConfig) -> str:
     """Heads and MLP in words, from the narrowest layer to the widest."""
 
     def span(values: Iterable[int]) -> str:
         return " to ".join(map(str, sorted({min(values := [*values]), max(values)})))
 
     widths, group = widths_of(config), config.num_attention_heads // config.num_key_value_heads
+    heads = span(group * of.kv_heads for of in widths)
     return (
-        f"{span(group * of.kv_heads for of in widths)} heads of {span(of.qk_head_dim for of in widths)}, "
+        f"{heads} head{'s' * (heads != '1')} of {span(of.qk_head_dim for of in widths)}, "
         f"MLP {span(of.mlp for of in widths)}"
     )
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from ..checkpoint import fraction_removed_of
 from ..configuration_transact import TransActConfig
 from ..engines import ENGINES, check_held
-from ..entry import in_one_line
+from ..entry import counted, in_one_line
 from ..export import check_exportable, check_tokenizer
 from ..models import load_tokenizer, read_config
 from ..plan import kept_layers_of
@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> None:
     attentions = sum(one.has_attention for one in widths)
     if config.model_type == TransActConfig.model_type and len(pairs) < attentions:
         raise ValueError(
-            f"{options.directory!r} has the RoPE pairs of {len(pairs)} of {attentions} layers: its *.safetensors are "
-            "not all there"
+            f"{options.directory!r} has the RoPE pairs of {len(pairs)} of {counted(attentions, 'layer')}: its "
+            "*.safetensors are not all there"
         )
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -49,12 +49,13 @@ def run(options: argparse.Namespace) -> None:
         print("  ".join(str(cell).rjust(width) for cell, width in zip(row, column_widths, strict=True)))
     for module, is_there in (("attention", "has_attention"), ("an MLP", "has_mlp")):
         if dropped := [layer for layer, one in enumerate(widths) if not getattr(one, is_there)]:
-            print(f"without {module}, which was dropped: layers {_in_words(dropped)}")
+            print(f"without {module}, which was dropped: {layers_in_words(dropped)}")
     kept = kept_layers_of(config)
     if kept is not None:
-        print(f"the layers {_in_words(kept)} of the dense model")
+        print(f"{layers_in_words(kept)} of the dense model")
+    of = "the dense decoder layers" if kept else counted(len(widths), "decoder layer")
     print(
-        f"{removed:.1%} of the linear parameters of {'the dense' if kept else len(widths)} decoder layers "
+        f"{removed:.1%} of the linear parameters of {of} "
         f"removed; 'all' counts embeddings and norms too; bytes at {str(config.dtype).removeprefix('torch.')}"
     )
     against = {name: _against(name, options.directory, model, pairs) for name in ENGINES}
@@ -64,15 +65,16 @@ def run(options: argparse.Namespace) -> None:
             print(f"not by {name}: {reason}")
 
 
-def _in_words(layers: Sequence[int]) -> str:
-    """Numbers in ascending order, those in a row by their ends: "0 to 9, 12"."""
+def layers_in_words(layers: Sequence[int]) -> str:
+    """ "layer 3", or of several, in ascending order, those in a row by their ends: "layers 0 to 9, 12"."""
     rows = []
     for layer in layers:
         if rows and layer == rows[-1][1] + 1:
             rows[-1][1] = layer
         else:
             rows.append([layer, layer])
-    return ", ".join(f"{first} to {last}" if last > first else str(first) for first, last in rows)
+    numbers = ", ".join(f"{first} to {last}" if last > first else str(first) for first, last in rows)
+    return f"layer{'s' * (len(layers) > 1)} {numbers}"
 
 
 def _rope_pairs(directory: str) -> list[torch.Tensor]:

@@ -15,11 +15,11 @@ from ..criteria import CRITERIA
 from ..depth import DEPTHS
 from ..devices import resolve_device
 from ..engines import ENGINES
-from ..entry import check_seed
+from ..entry import check_seed, counted
 from ..export import check_exportable, check_tokenizer
 from ..latency import TOKENS, Workload
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
-from ..pipeline import DEFAULT_RATIO, Pruned, check_depth_task, check_speed_task, check_task, prune, stage
+from ..pipeline import DEFAULT_RATIO, Pruned, check_depth_task, check_speed_task, check_task, prune_checked, stage
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
 from ..sparsity import SPARSITIES, zero_fraction
 from ..speedup import DEFAULT_CONTEXT, SpeedGoal, check_speedup, speed_goal
@@ -261,7 +261,7 @@ def run(options: argparse.Namespace) -> None:
             windows = mixed(sources, seed=options.seed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    pruned = prune(
+    pruned = prune_checked(
         dense, windows, recipe=recipe, ratio=_ratio(options), kv_ratio=options.kv_ratio, widths=widths,
         speedup=goal, seed=options.seed, device=device if options.layerwise else None, train=train, progress=True,
     )  # fmt: skip
@@ -269,8 +269,10 @@ def run(options: argparse.Namespace) -> None:
         return
     pruned.seconds = seconds | {name: seconds.get(name, 0) + value for name, value in pruned.seconds.items()}
     if windows is not None:
-        counts = ", ".join(f"{len(source.windows)} of {source.name}" for source in sources)
-        tell(f"calibrated on {counts.replace(' of', ' windows of', 1)}")
+        first, *others = (len(source.windows) for source in sources)
+        counts = [counted(first, "window"), *map(str, others)]
+        parts = (f"{count} of {source.name}" for count, source in zip(counts, sources, strict=True))
+        tell(f"calibrated on {', '.join(parts)}")
     pruning = {
         "model": lasting_name(options.model),
         "preset": options.preset,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..entry import check_vocabulary
+from ..entry import check_vocabulary, counted
 from ..models import lasting_name
 from ..recovery import (
     HELD_OUT_EVERY,
@@ -117,7 +117,7 @@ def training_windows(
     windows, held_out = hold_out(windows)
     tell(
         f"{training.tokens:,} tokens are {training.tokens / windows.numel():.2f} epochs of {names_of(sources)} "
-        f"({windows.numel():,} tokens), in {training.steps(length):,} steps"
+        f"({windows.numel():,} tokens), in {counted(training.steps(length), 'step')}"
     )
     return sources, windows, held_out
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..calibration import held_out_split
+from ..entry import counted
 
 HELD_OUT_EVERY = 16
 
@@ -15,8 +16,8 @@ def hold_out(windows: torch.Tensor, every: int = HELD_OUT_EVERY, most: int = 32)
     """Windows to train on, and every 16th, at most 32, to judge by. Raises ValueError for fewer than 16 windows."""
     if len(windows) < every:
         raise ValueError(
-            f"the text is too short: {len(windows)} windows of {windows.shape[1]} tokens, at least {every} are needed, "
-            "of which one is held out"
+            f"the text is too short: {counted(len(windows), 'window')} of {windows.shape[1]} tokens, at least {every} "
+            "are needed, of which one is held out"
         )
     return held_out_split(windows, every, most)
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from ..entry import in_one_line
+from ..entry import counted, in_one_line
 from ..models import hub_or_cache
 
 
@@ -164,7 +164,7 @@ def cut_windows(
     available = len(tokens) // length
     if available == 0 or (count or 0) > available:
         raise ValueError(
-            f"the text is too short: {len(tokens)} tokens are {available} windows of {length}, "
+            f"the text is too short: {counted(available, 'window')} of {length} in {counted(len(tokens), 'token')}, "
             f"{count or 'at least 1'} asked for"
         )
     windows = tokens[: available * length].view(available, length)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..cache import cache_directory
+from ..entry import counted
 from .named import TEXTS, Text, cut_windows, load_text, tokenise
 from .samples import own_samples
 
@@ -61,7 +62,8 @@ def calibration_sources(
     names = source_names(calibration)
     turns = Counter(names[index % len(names)] for index in range(count))
     if left_out := [name for name in names if not turns[name]]:
-        raise ValueError(f"{count} windows are too few for {len(names)} turns: none would be of {left_out[0]!r}")
+        few = counted(count, "window")
+        raise ValueError(f"{len(names)} turns need more than {few}: none would be of {left_out[0]!r}")
     sources = []
     for name, windows in turns.items():
         try:
