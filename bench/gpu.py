@@ -29,7 +29,7 @@ from .efficiency.costs import measure_roofline
 from .efficiency.memory import release
 from .efficiency.speed import run_grid
 from .environment import code_hash, environment, fast_dtype
-from .records import GPU_SCHEMA, SPEED_SCHEMA, append_line, read_lines
+from .records import GPU_PARTS, GPU_SCHEMA, SPEED_PARTS, SPEED_SCHEMA, append_line, line_of, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 25.0
@@ -169,7 +169,7 @@ def run_parts(names: Sequence[str], out: Path, *, minutes: float = MINUTES, devi
 
 def parts_done(path: Path) -> set[tuple[str, str]]:
     """Parts that were done to their end, with the hash of the code."""
-    records, _ = read_lines(path, GPU_SCHEMA, lambda fields: fields)
+    records, _ = read_lines(path, GPU_SCHEMA, lambda fields: line_of(fields, GPU_PARTS))
     return {(record["part"], record["code"]) for record in records if record["status"] == "done"}
 
 
@@ -343,7 +343,7 @@ def cells_recorded(path: Path, hardware: str) -> set[tuple]:
     """Cells that this device has a record of, whatever it says."""
 
     def parse(record: dict) -> tuple:
-        case = record["case"]
+        case = line_of(record, SPEED_PARTS)["case"]
         cell = case["model"], case["mode"], case["prefix"], case["decode"], case["batch"]
         return record["environment"]["device"], cell
 

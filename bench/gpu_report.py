@@ -8,7 +8,7 @@ import pandas as pd
 from .efficiency.report import read_scale, read_speed, write_scale_report, write_speed_report
 from .output.files import write_whole
 from .output.tables import markdown_table
-from .records import GPU_SCHEMA, read_lines
+from .records import CARD_PARTS, GPU_PARTS, GPU_SCHEMA, line_of, read_lines
 
 CARD = {
     "memory_gib": "{} GiB", "driver": "driver {}", "cuda": "CUDA {}", "capability": "compute capability {}",
@@ -20,7 +20,7 @@ CARD = {
 def write_gpu_report(out: Path) -> list[Path]:
     """Tables and pictures of every part's records, and `gpu.md`, which shows them on one page; returns the files."""
     files, page = [], ["# What was measured on this machine", "", card_of(out / "card.jsonl")]
-    parts, _ = read_lines(out / "gpu.jsonl", GPU_SCHEMA, lambda fields: fields)
+    parts, _ = read_lines(out / "gpu.jsonl", GPU_SCHEMA, part_of)
     newest = {record["part"]: record for record in parts}
     if newest:
         page += ["## Parts", parts_table([*newest.values()])]
@@ -35,16 +35,21 @@ def write_gpu_report(out: Path) -> list[Path]:
         table, made = write_scale_report(frame, out / "scale")
         files += made
         page += ["## What pruning takes by size", table]
-    if "tests" in newest and "passed" in newest["tests"]:
+    if {"passed", "not_run", "failed"} <= newest.get("tests", {}).keys():
         page += ["## Tests on this device", tests_of(newest["tests"])]
     if (out / "quality" / "report.html").exists():
         page += ["## Quality", "`quality/report.html`"]
     return [*files, write_whole(out / "gpu.md", "\n\n".join(filter(None, page)) + "\n")]
 
 
+def part_of(fields: dict) -> dict:
+    """The record of a part, that of the tests with their outcomes or without. Raises ValueError for anything else."""
+    return line_of(fields, GPU_PARTS, error=str | None, passed=int, not_run=int, failed=[str])
+
+
 def card_of(path: Path) -> str:
     """One line of what the machine is."""
-    cards, _ = read_lines(path, GPU_SCHEMA, lambda fields: fields)
+    cards, _ = read_lines(path, GPU_SCHEMA, lambda fields: line_of(fields, CARD_PARTS))
     if not cards:
         return ""
     facts = cards[-1]

@@ -252,6 +252,22 @@ BOUNDS = {
     "items": OTHERS,
     "perplexity": (1, HIGHEST),
 }
+# and of lines of speed, of scale, and of parts and cards of a GPU run
+MACHINE = {"device": str, "torch": str}
+SPEED_PARTS = {
+    "case": {"model": str, "prefix": int, "decode": int, "batch": int, "mode": str, "dtype": str, "device": str},
+    "status": str, "environment": MACHINE, "metrics": {str: NUMBER_OR_NULL},
+}  # fmt: skip
+SCALE_PARTS = {
+    "case": {"shape": str, "way": str, "samples": int, "seq_len": int, "dtype": str, "device": str},
+    "status": str, "environment": MACHINE, "parameters": int,
+}  # fmt: skip
+GPU_PARTS = {"part": str, "code": str, "status": str, "seconds": NUMBER}
+CARD_PARTS = {"environment": MACHINE | {"transformers": str, "python": str}}
+ENGINES_PARTS = {
+    "case": {"model": str, "engine": str, "base": str, "ratio": NUMBER}, "environment": {"device": str, "threads": int},
+    "row": {"tokens_per_s": NUMBER, "mib": NUMBER, "same_tokens": NUMBER},
+}  # fmt: skip
 FIELDS = {name: kind | int if float in (kind, *get_args(kind)) else kind for name, kind in get_type_hints(Case).items()}
 
 
@@ -293,6 +309,18 @@ def _check_figures(value, place: str = "its", bounds: tuple[float, float] = OTHE
         low, high = bounds
         allowed = "finite numbers" if bounds == ANY else f"{low} and more" if high == HIGHEST else f"{low} to {high}"
         raise _UnusableError(f"{place} is {reprlib.repr(value)}, allowed: {allowed}")
+
+
+def line_of(fields: Mapping, kinds: Mapping, **others) -> Mapping:
+    """The fields of a line whose parts are of these kinds; `others` are kinds of parts that it may lack.
+
+    Raises ValueError where one is of another kind.
+    """
+    if not is_of_kind(fields, kinds) or not all(
+        is_of_kind(fields[name], others[name]) for name in others if name in fields
+    ):
+        raise ValueError("parts of another kind than this version writes")
+    return fields
 
 
 def _check_success(fields: Mapping) -> None:

@@ -266,6 +266,8 @@ def speed(found: Answer) -> list[str]:
 
 def speedup_of(row) -> str:
     """How many times as fast as the dense model, run in turn, with the interval at 95 %."""
+    if pd.isna(row["decode_speedup_low"]):
+        return f"{plain(row['decode_speedup'], 3)} times the dense model's, in too few runs for an interval"
     return (f"{plain(row['decode_speedup'], 3)} times the dense model's, {plain(row['decode_speedup_low'], 3)} to "
             f"{plain(row['decode_speedup_high'], 3)}")  # fmt: skip
 

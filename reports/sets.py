@@ -36,8 +36,8 @@ def quality(record: Record) -> tuple[float, float]:
 
 
 def is_timed(record: Record) -> bool:
-    """Whether its decoding speed was measured."""
-    return SPEED in record.metrics
+    """Whether its decoding speed was measured: a clock that gave no number left null."""
+    return bool(record.metrics.get(SPEED))
 
 
 def newest_by_case(records: Sequence[Record]) -> list[Record]:
@@ -104,15 +104,21 @@ def _timed_alike(records: Sequence[Record]) -> tuple[list[Record], Counter]:
     timed = [record for record in records if is_timed(record)]
     if not timed:
         return list(records), Counter()
-    machine, others, kept = timed[-1].environment["device"], Counter(), []
+    machine, others, kept = machine_of(timed[-1]), Counter(), []
     for record in records:
-        if is_timed(record) and record.environment["device"] != machine:
-            others[f"speed, measured on {record.environment['device']}"] += 1
+        if is_timed(record) and machine_of(record) != machine:
+            others[f"speed, measured on {machine_of(record)}"] += 1
             metrics, errors = ({name: value for name, value in one.items() if not name.startswith(TIMES)}
                                for one in (record.metrics, record.standard_errors))  # fmt: skip
             record = replace(record, metrics=metrics, standard_errors=errors)
         kept.append(record)
     return kept, others
+
+
+def machine_of(record: Record) -> str:
+    """What a speed is of: the device, and of a processor how many of its cores."""
+    threads = record.environment.get("threads") if record.case.device == "cpu" else None
+    return record.environment["device"] + ("" if threads is None else f", {threads} threads")
 
 
 def _reason(theirs: tuple, shared: tuple) -> str:

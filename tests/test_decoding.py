@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils import clean_state_dict_for_safetensors
+from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
 
@@ -227,6 +229,90 @@ def test_weights_that_are_views_of_something_else_stay_so():
     expected = read_at_once(narrow)
     assert_same(decoded(narrow), expected)
     assert {p.untyped_storage().data_ptr() for p in narrow.parameters()} == {flat.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("change", [None, add_adapters, train_one_step])
+def test_a_state_holds_every_weight_in_a_memory_of_its_own(change):
+    """accelerate saves one of all tensors in the same memory, and says nothing that stops anyone."""
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 7, 24)
+    expected = decoded(narrow)
+    if change is not None:
+        change(narrow)
+    with torch.inference_mode():
+        state = narrow.state_dict()
+    assert not any(tensor.is_inference() for tensor in state.values())
+    assert clean_state_dict_for_safetensors(dict(state)).keys() == state.keys()
+    if change is None:
+        assert torch.equal(decoded(narrow), expected)
+    name = next(name for name in state if name.endswith("1.self_attn.k_proj.weight"))
+    narrow.state_dict()[name].zero_()  # the model's own, as that of any module
+    assert not narrow.get_parameter(name).any()
+    assert_same(decoded(narrow), read_at_once(narrow))
+    assert narrow.state_dict().keys() == state.keys()
+
+
+def test_a_state_leaves_weights_where_others_keep_them():
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 7, 24)
+    decoded(narrow)
+    flat = torch.nn.utils.parameters_to_vector(narrow.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(flat, narrow.parameters())
+    decoded(narrow)
+    narrow.state_dict()
+    assert {p.untyped_storage().data_ptr() for p in narrow.parameters()} == {flat.untyped_storage().data_ptr()}
+
+
+def test_memory_that_processes_share_stays_shared():
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 7, 24).share_memory()
+    assert_same(decoded(narrow), read_at_once(narrow))
+    assert all(parameter.is_shared() for parameter in narrow.parameters())
+
+
+def test_hooks_on_all_modules_see_every_product():
+    narrow, seen = narrowed_to(tiny_llama("gqa"), 12, 7, 24), []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.append(module) if isinstance(module, torch.nn.Linear) else None
+    )
+    try:
+        decoded(narrow, after=11)
+    finally:
+        handle.remove()
+    assert len(seen) == 2 * (7 * 2 + 1)
+
+
+def test_weights_in_two_memories_beside_each_other_are_no_row():
+    memory = bytearray(4 * (2000 + 2 * 24 * 48))
+    first, second = (torch.nn.Linear(48, 24, bias=False) for _ in range(2))
+    first.weight = torch.nn.Parameter(torch.frombuffer(memory, dtype=torch.float32, count=2000 + 24 * 48)[2000:]
+                                      .view(24, 48))  # fmt: skip
+    second.weight = torch.nn.Parameter(torch.frombuffer(memory, dtype=torch.float32, offset=4 * (2000 + 24 * 48))
+                                       .view(24, 48))  # fmt: skip
+    with torch.no_grad():
+        assert joined_product(torch.ones(1, 1, 48), first, second) is None
+
+
+@pytest.mark.parametrize("variant", ["mha", "gqa"])
+def test_dropout_of_a_model_in_training_is_drawn_in_steps_too(variant):
+    dense = tiny_llama(variant)
+    dense.config.attention_dropout = 0.5
+    dense = type(dense)(dense.config)
+    whole = transact.apply_plan(dense, select(scores_of(dense, "random"), dense_widths(dense.config)))
+    logits = []
+    for model in (dense, whole):
+        torch.manual_seed(0)
+        logits.append(decoded(model.train()))
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], decoded(dense.eval()))
+
+
+def test_a_step_without_numbers_leaves_the_numbers():
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 7, 24)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert decoded(narrow).shape == (2, 4, 97)
+    assert all(type(parameter) is torch.nn.Parameter for parameter in narrow.parameters())
+    expected = decoded(narrow)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert decoded(narrow).shape == (2, 4, 97)
+    assert torch.equal(decoded(narrow), expected)
 
 
 class OnCuda(torch.Tensor):

@@ -360,6 +360,10 @@ def test_a_roofline_that_finds_no_memory_is_recorded(tiny_directory, monkeypatch
     [
         ([], "--layerwise keeps one block at a time on the device"),
         (["--layerwise"], "fewer --samples and a smaller --seq-len need less"),
+        (
+            ["--speedup", "1.3"],
+            "a smaller --speed-batch and --speed-context need less, and --ratio instead of --speedup",
+        ),
         (["--tokens", "100"], "a smaller --device-batch, --gradient-checkpointing and --way lora or lozo need less"),
     ],
 )

@@ -269,3 +269,19 @@ def test_the_embedded_model_is_pruned_once_and_measured_beside_its_shape(monkeyp
     assert [path.rsplit("/")[-1].rsplit("\\")[-1] for path in pruned] == ["best-0.2", "best-0.3"]
     sizes = [transact.load_model(path, device="cpu")[0].num_parameters() for path in pruned]
     assert sizes[0] > sizes[1]
+
+
+@pytest.mark.parametrize("line", [
+    {}, {"part": ["card"], "code": "c", "status": "done", "seconds": 1.0},
+    {"part": "card", "code": "c", "status": "done", "seconds": "long"}, {"environment": {"device": "Card"}},
+    {"part": "tests", "code": "c", "status": "failed", "seconds": 1.0, "passed": "all", "not_run": 0, "failed": []},
+    {"part": "tests", "code": "c", "status": "failed", "seconds": 1.0, "passed": 1},
+])  # fmt: skip
+def test_lines_that_are_no_parts_cards_or_cells_are_passed_over(line, tmp_path):
+    (tmp_path / "latency").mkdir()
+    for name in ("gpu.jsonl", "card.jsonl", "latency/speed.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"schema": 1, "case": {"model": ["a"]}, **line}) + "\n")
+    assert gpu.parts_done(tmp_path / "gpu.jsonl") <= {("card", "c")}
+    assert gpu.cells_recorded(tmp_path / "latency" / "speed.jsonl", "Card") == set()
+    [*_, page] = write_gpu_report(tmp_path)
+    assert page.read_text().startswith("# What was measured on this machine")

@@ -581,6 +581,51 @@ def test_budgets_are_compared_at_the_same_speed(records):
     )
 
 
+def with_metrics(records, change):
+    """The records with metrics of decoding changed: `change` gives the new value of one by its name."""
+    return [
+        replace(
+            record, metrics=record.metrics | {n: change(record, n) for n in record.metrics if n.startswith("decode_")}
+        )
+        for record in records
+    ]
+
+
+@pytest.mark.parametrize("value", [None, 0.0])
+def test_what_is_no_speed_is_on_no_front(records, value):
+    changed = with_metrics(records, lambda record, name: value if record.method == "best" else record.metrics[name])
+    found = answer(BY_NAME["speed"], newest_set(changed))
+    assert "transact" in set(found.frame["method"])
+    assert "best" not in set(found.frame["method"])
+    sentences = BY_NAME["speed"].find(found)
+    assert not re.search(r"\b(nan|inf|None)\b", " ".join(sentences))
+    BY_NAME["speed"].draw(found)
+    assert answer(BY_NAME["speed"], newest_set(with_metrics(records, lambda *_: value))) is None
+
+
+def test_too_few_runs_for_an_interval_are_said_to_be(records):
+    ends = ("decode_speedup_low", "decode_speedup_high")
+    changed = with_metrics(records, lambda record, name: None if name in ends else record.metrics[name])
+    for question in ("speed", "budget"):
+        found = answer(BY_NAME[question], newest_set(changed))
+        sentences = " ".join(BY_NAME[question].find(found))
+        assert "times the dense model's, in too few runs for an interval" in sentences
+        assert "nan" not in sentences
+        BY_NAME[question].draw(found)
+        table_of(found)
+
+
+def test_speeds_of_other_numbers_of_cores_are_not_compared(records):
+    timed = [record for record in records if "decode_tokens_per_s" in record.metrics]
+    one, two = ({**timed[0].environment, "threads": threads} for threads in (1, 2))
+    others = [replace(record, environment=two) for record in records[2:]]
+    chosen = newest_set([replace(timed[0], environment=one), *others])
+    assert chosen.left_out == {"speed, measured on Imaginary CPU @ 2 GHz, 1 threads": 1}
+    on_card = replace(timed[0].case, device="cuda")
+    cards = [replace(timed[0], case=on_card, environment=where) for where in (one, two)]
+    assert newest_set(cards).left_out == {}
+
+
 def trained(way, peak, rise=0.0, frugal=False):
     """The record of a way of training that held so much, its losses higher by `rise` than those of another."""
     case = replace(BASE, recovery=way, recovery_tokens=9, recovery_sha256="f" * 64, recovery_frugal=frugal)

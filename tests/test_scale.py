@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig
 
 from bench.__main__ import main
-from bench.efficiency import scale
-from bench.efficiency.report import read_scale
+from bench.efficiency import report, scale
+from bench.efficiency.report import read_scale, write_scale_report
 from bench.efficiency.scale import Choice, Taken, choose, estimated_seconds, first_layers, parameters_of, run_scale
 from bench.efficiency.shapes import SHAPES, random_model
 
@@ -167,3 +167,50 @@ def test_mistakes_are_one_line(arguments, named, tmp_path, capsys):
     assert code == 2
     assert named in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "scale.jsonl").exists()
+
+
+def line(**changes) -> dict:
+    """A line of `scale.jsonl`."""
+    case = {"shape": "tiny", "way": "best", "ratio": 0.2, "samples": 2, "seq_len": 16, "dtype": "float32",
+            "device": "cpu", "code": "c0de"}  # fmt: skip
+    record = {"schema": 1, "environment": {"device": "EPYC", "torch": "2"}, "case": case, "status": "success",
+              "how": "measured", "parameters": 7, "layers": 3, "seconds": {"total": 1.0, "plan": 0.5},
+              "mib": {"weights": 1.0, "host": 2.0}}  # fmt: skip
+    return record | changes
+
+
+BROKEN = {
+    "samples in words": {"case": line()["case"] | {"samples": "2"}},
+    "a shape in parts": {"case": line()["case"] | {"shape": ["tiny"]}},
+    "seconds in a list": {"seconds": [1.0]},
+    "seconds in words": {"seconds": {"total": "long"}},
+    "memory in words": {"mib": {"weights": "much"}},
+    "no device": {"environment": {"device": None, "torch": "2"}},
+    "an error in parts": {"error": ["a"]},
+    "how in parts": {"how": ["measured"]},
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_lines_that_tell_nothing_are_passed_over_by_number(broken, tmp_path, monkeypatch):
+    path = tmp_path / "scale.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (line(**BROKEN[broken]), line())))
+    frame, complaints = read_scale(path)
+    assert complaints == [f"{path}:1: not a record (torn line?), passed over"]
+    assert len(frame) == 1
+    write_scale_report(frame, tmp_path)
+    monkeypatch.setattr(scale, "code_hash", lambda: "c0de")
+    assert not list(run_scale(["tiny"], samples=2, seq_len=16, dtype="float32", device="cpu", path=path))
+
+
+def test_bars_of_two_dtypes_and_machines_are_told_apart(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "write_figure", lambda stem, figure: drawn.append(figure) or [])
+    other = line()["case"] | {"dtype": "bfloat16"}
+    lines = line(), line(case=other), line(environment={"device": "Xeon", "torch": "2"})
+    (tmp_path / "scale.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    write_scale_report(read_scale(tmp_path / "scale.jsonl")[0], tmp_path)
+    labels = {label.get_text() for label in drawn[0].axes[0].get_yticklabels()}
+    assert labels == {
+        "tiny, best, float32, EPYC", "tiny, best, bfloat16, EPYC", "tiny, best, float32, Xeon"
+    }  # fmt: skip

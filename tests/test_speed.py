@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -322,3 +323,87 @@ def test_a_decoding_rate_is_taken_on_the_device(device):
     rate, _, ratios = speed.decode_rate(narrow_model().to(device), 4, reference=tiny_llama().to(device))
     assert rate > 0
     assert all(ratio.low <= ratio.median <= ratio.high for ratio in ratios.values())
+
+
+COSTS = {"prefill_operations": 9.0, "prefill_bytes": 9.0, "decode_operations_per_token": 9.0, "latency_s": 0.6,
+         "decode_bytes_per_token": 9.0, "copy_bytes_per_s": 1e9, "matrix_operations_per_s": 1e9, "prefill_s": 0.1,
+         "decode_s": 0.5, "decode_tokens_per_s": 9.0, "weight_bytes": 9, "kv_bytes_per_token": 9}  # fmt: skip
+
+
+def line(model: str = "dense", *, dtype: str = "float32", where: dict | None = None, **changes) -> dict:
+    """A line of `speed.jsonl`."""
+    case = {"model": model, "prefix": 8, "decode": 2, "batch": 1, "mode": "eager", "dtype": dtype, "device": "cpu"}
+    where = {"device": "EPYC", "threads": 2, "torch": "2"} | (where or {})
+    return {"schema": 1, "environment": where, "case": case, "status": "success", "metrics": COSTS} | changes
+
+
+def read_back(tmp_path, *lines: dict):
+    (tmp_path / "speed.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return read_speed(tmp_path / "speed.jsonl")
+
+
+def test_two_dtypes_are_two_models(tmp_path):
+    frame, complaints = read_back(tmp_path, line(), line(dtype="bfloat16"), line("other"))
+    table, files = write_speed_report(frame, tmp_path)
+    assert not complaints
+    assert all(name in table for name in ("| dense, float32 ", "| dense, bfloat16 ", "| other, float32 "))
+    assert {"latency.png", "memory.png", "roofline.png"} <= {file.name for file in files}
+    assert read_back(tmp_path, line())[0]["model"].tolist() == ["dense"]
+
+
+@pytest.mark.parametrize("other", [{"device": "Xeon"}, {"threads": 1}])
+def test_speeds_of_two_machines_are_not_shown_together(other, tmp_path):
+    frame, complaints = read_back(tmp_path, line(where=other), line("narrow", where=other), line())
+    assert frame["model"].tolist() == ["dense"]
+    name = f"{other.get('device', 'EPYC')}, {other.get('threads', 2)} threads"
+    assert complaints == [
+        f"{tmp_path / 'speed.jsonl'}: 2 records of {name} left out, the last is of EPYC, 2 threads"
+    ]  # fmt: skip
+
+
+BROKEN = {
+    "no decoding": {"metrics": {name: value for name, value in COSTS.items() if name != "decode_s"}},
+    "nan": {"metrics": COSTS | {"decode_s": None}},
+    "zero": {"metrics": COSTS | {"decode_s": 0.0}},
+    "words": {"metrics": COSTS | {"prefill_s": "fast"}},
+    "a list of metrics": {"metrics": [1]},
+    "verdicts in a list": {"verdicts": ["faster"]},
+    "no device": {"environment": {"device": None, "torch": "2"}},
+    "an error in parts": {"status": "failed", "metrics": {}, "error": ["a"]},
+    "a model in parts": {"case": line()["case"] | {"model": ["dense"]}},
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_lines_that_tell_no_speed_are_passed_over_by_number(broken, tmp_path):
+    frame, complaints = read_back(tmp_path, line("broken", **BROKEN[broken]), line())
+    assert frame["model"].tolist() == ["dense"]
+    assert complaints == [f"{tmp_path / 'speed.jsonl'}:1: not a record (torn line?), passed over"]
+    write_speed_report(frame, tmp_path)
+
+
+def test_a_cell_that_failed_has_no_figures_and_is_shown(tmp_path):
+    failed = line("failed", status="failed", error="no compiler", metrics={"weight_bytes": None})
+    for lines in ([failed], [failed, line()]):
+        frame, complaints = read_back(tmp_path, *lines)
+        assert not complaints
+        assert "failed" in write_speed_report(frame, tmp_path)[0]
+
+
+def test_a_model_that_cannot_be_read_takes_no_other_with_it(checkpoint, tiny_directory, monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "measure_roofline", lambda *arguments: Roofline(1e9, 1e9))
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    (broken / "model.safetensors").write_bytes(b"torn")
+    options = {"lengths": ((8, 2),), "dtype": "float32", "device": "cpu", "repeats": 1}
+    records = list(run_grid([str(tiny_directory), str(broken), str(checkpoint)], **options))
+    assert [record["status"] for record in records] == ["success", "failed", "success"]
+    assert "cannot be read" in records[1]["error"]
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(run_grid([str(broken), str(tiny_directory)], **options))
+
+
+def test_a_cell_that_is_named_twice_is_measured_once(tiny_directory, monkeypatch):
+    monkeypatch.setattr(speed, "measure_roofline", lambda *arguments: Roofline(1e9, 1e9))
+    options = {"lengths": ((8, 2),), "dtype": "float32", "device": "cpu", "repeats": 1}
+    assert len(list(run_grid([str(tiny_directory)], batches=(1, 1), modes=("eager", "eager"), **options))) == 1

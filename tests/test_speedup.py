@@ -1,19 +1,22 @@
 """A speed-up as the budget: planned by made-up tables, reached on made-up devices. No test depends on a clock."""
 
+import copy
 import itertools
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 import transact
-from tests.tiny import searched_loss, tiny_llama, tiny_relative
+from tests.tiny import random_plan, searched_loss, tiny_llama, tiny_relative
 from transact import latency, speedup
 from transact.__main__ import main
 from transact.allocate import parameter_prices, total_price, widths_within
+from transact.cache import cache_directory
 from transact.latency import (
     LatencyTable,
     Workload,
@@ -167,6 +170,7 @@ def test_tables_are_kept_and_told_apart(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "device_name", lambda device: "another processor")
     latency_table(dense, workload)
     assert len(measured) == 8
+    assert latency_table(dense, workload) == TABLE
     latency_table(dense, workload)
     assert len(measured) == 8
     assert len(list((tmp_path / "cache" / "latency").iterdir())) == 8
@@ -177,11 +181,39 @@ def test_a_table_of_other_conditions_or_torn_is_measured_anew(measured, tmp_path
     latency_table(dense, workload)
     [file] = (tmp_path / "cache" / "latency").iterdir()
     whole = file.read_text()
-    for text in (whole.replace('"threads": ', '"threads": 9'), whole[:40], "[]", '{"conditions": {}}', ""):
+    no_times = [whole.replace('"mlp_dim": 0.4', f'"mlp_dim": {value}') for value in (
+        "NaN", "Infinity", "-0.4", "null", "true", '"0.4"', "[0.4]"
+    )]  # fmt: skip
+    others = [whole.replace('"threads": ', '"threads": 9'), whole[:40], "[]", '{"conditions": {}}', ""]
+    for text in (*others, *no_times):
+        assert text != whole
         file.write_text(text)
         assert latency_table(dense, workload) == TABLE
         assert file.read_text() == whole
-    assert len(measured) == 6
+    assert len(measured) == 13
+
+
+def test_a_table_of_another_precision_is_another(measured, monkeypatch):
+    dense, workload = tiny_llama(), Workload(context=64)
+    latency_table(dense, workload)
+    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+    latency_table(dense, workload)
+    assert len(measured) == 2
+
+
+def test_without_a_home_the_cache_asks_for_a_place(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("TRANSACT_CACHE", "")
+    with pytest.raises(ValueError, match="there is no home directory to keep a cache in: set TRANSACT_CACHE"):
+        cache_directory()
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path))
+    assert cache_directory() == tmp_path
+    monkeypatch.setenv("TRANSACT_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "transact"
 
 
 @pytest.fixture
@@ -247,15 +279,30 @@ def test_what_is_no_speed_up_is_refused(asked):
         ({"tokens": "sing"}, "tokens to be timed must be one of decode, prefill, got 'sing'"),
         ({"batch": 0}, "batch to be timed must be at least 1, got 0"),
         ({"batch": 1.5}, r"batch to be timed must be at least 1, got 1\.5"),
+        ({"batch": True}, "batch to be timed must be at least 1, got True"),
         ({"context": -1}, "context to be timed must be at least 1, got -1"),
         ({"context": 121}, "context to be timed must be at most 120 tokens with this model, got 121"),
         ({"budget": "watts"}, "unknown budget 'watts', allowed: latency, parameters"),
         ({"modules": ("head",)}, "modules must name some of"),
+        ({"drop_modules": "no"}, "drop_modules must be True or False, got 'no'"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(options, named, measured):
     with pytest.raises(ValueError, match=named):
         speed_goal(tiny_llama(), 1.3, **options)
+    assert not measured
+
+
+def test_what_cannot_be_pruned_has_no_goal(measured):
+    narrow = transact.apply_plan(tiny_llama(), random_plan(tiny_llama().config))
+    broken = tiny_llama()
+    broken.lm_head.weight.data[0, 0] = torch.nan
+    for model, named in (
+        (narrow, "the model is pruned already"), (torch.nn.Linear(1, 1), "a 'Linear' model cannot be pruned, allowed:"),
+        (tiny_llama().to("meta"), "is offloaded"), (broken, r"lm_head\.weight holds NaN"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=named):
+            speed_goal(model, 1.3)
     assert not measured
 
 
@@ -322,9 +369,30 @@ def test_pruning_to_a_speed_up(imaginary, make, measurements):
     assert transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3).speed is None
 
 
+def test_the_finished_model_is_timed(imaginary, monkeypatch):
+    timed = []
+
+    def compared(dense, narrowed, workload):
+        timed.append((narrowed, (narrowed.lm_head.weight == 7).all().item()))
+        return Ratio(1.4, 1.3, 1.5)
+
+    def train(model, shot):
+        model = copy.deepcopy(model)
+        torch.nn.init.constant_(model.lm_head.weight, 7)
+        return model
+
+    monkeypatch.setattr("transact.pipeline.compared", compared)
+    recipe = replace(transact.PRESETS["best"], measurements=0)
+    goal = speed_goal(tiny_llama(), 1.4)
+    pruned = transact.prune(tiny_llama(), WINDOWS, recipe=recipe, speedup=goal, train=train)
+    assert timed == [(pruned.model, True)]
+    assert pruned.speed.median == 1.4
+
+
 def test_what_else_the_machine_does_is_not_priced(monkeypatch):
     def disturbed(model, workload, *, with_head):  # in seven runs of ten it takes three times as long
         assert not with_head
+        assert sum(parameter.numel() for parameter in model.get_input_embeddings().parameters()) == 48  # one token
         seconds, turns = seconds_by(TABLE, widths_of(model.config)), itertools.count()
         return lambda: seconds * (3 if next(turns) % 10 < 7 else 1)
 

@@ -48,7 +48,7 @@ class Workload:
         if self.tokens not in TOKENS:
             raise ValueError(f"tokens to be timed must be one of {', '.join(TOKENS)}, got {self.tokens!r}")
         for name in ("batch", "context"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} to be timed must be at least 1, got {value!r}")
         most = longest_context(config, self.tokens)
         if self.context > most:
@@ -78,16 +78,17 @@ class LatencyTable:
 
 
 def conditions(dense: nn.Module, workload: Workload) -> dict[str, str | int | float | None]:
-    """All that latencies depend on: device, threads, dtype, shapes, what is timed, versions."""
+    """All that latencies depend on: device, threads, dtype, precision, shapes, what is timed, versions."""
     config = dense.config
+    matmul = torch.backends.cuda.matmul if dense.device.type == "cuda" else torch.backends.mkldnn.matmul
     shapes = {name: getattr(config, name) for name in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "hidden_act", "vocab_size",
     )}  # fmt: skip
     return {
         "device": device_name(dense.device), "threads": torch.get_num_threads(), "dtype": str(dense.dtype),
-        **asdict(workload), **shapes, "head_dim": head_dim_of(config), **features_of(config),
-        "attention": config._attn_implementation, "torch": torch.__version__,
+        "precision": matmul.fp32_precision, **asdict(workload), **shapes, "head_dim": head_dim_of(config),
+        **features_of(config), "attention": config._attn_implementation, "torch": torch.__version__,
         "transformers": transformers.__version__, "repeats": TABLE_REPEATS,
         "modules": hashlib.sha256(Path(modeling_transact.__file__).read_bytes()).hexdigest()[:12],
     }  # fmt: skip
@@ -107,10 +108,12 @@ def latency_table(dense: nn.Module, workload: Workload, *, progress: bool = Fals
 
 
 def _kept_table(path: Path, current: dict) -> LatencyTable | None:
-    """The table of a file, unless it is torn or of other conditions than the current ones."""
+    """The table of a file, unless it is torn, of other conditions than the current ones, or holds what is no time."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return LatencyTable(**kept["table"]) if kept["conditions"] == current else None
+        table = LatencyTable(**kept["table"])
+        are_times = all(type(value) is float and 0 <= value < math.inf for value in asdict(table).values())
+        return table if kept["conditions"] == current and are_times else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -125,7 +128,10 @@ def measured_table(dense: nn.Module, workload: Workload, *, progress: bool = Fal
     """
     with undisturbed(dense), torch.no_grad():
         plans = table_plans(dense)
-        timers = [_model_timer(model_of_widths(dense, widths), workload, with_head=False) for widths in plans]
+        timers = [
+            _model_timer(model_of_widths(dense, widths, with_vocabulary=False), workload, with_head=False)
+            for widths in plans
+        ]
         in_turn(timers, WARM_UP)
         times = in_turn(timers, TABLE_REPEATS, bar="latency" if progress else "")
     return fitted_table(plans, np.quantile(times, 0.25, axis=1))
@@ -198,13 +204,17 @@ def filled_cache(dense: nn.Module, config: PretrainedConfig, workload: Workload)
     return cache
 
 
-def model_of_widths(dense: nn.Module, widths: Sequence[Widths]) -> TransActForCausalLM:
+def model_of_widths(dense: nn.Module, widths: Sequence[Widths], *, with_vocabulary: bool = True) -> TransActForCausalLM:
     """A model of these widths where the dense one is, with random weights: how long it takes hangs on shapes alone.
 
-    It has as many layers as there are widths.
+    It has as many layers as there are widths. Without the vocabulary it knows one token, and
+    embedding and head, which may weigh more than a few layers, take no memory.
     """
+    config = config_of_widths(dense, widths)
+    if not with_vocabulary:
+        vars(config).update(vocab_size=1, pad_token_id=None)  # not as attributes, which are checked one by one
     with undisturbed(dense), made_as(dense):
-        return TransActForCausalLM(config_of_widths(dense, widths)).eval().requires_grad_(False)
+        return TransActForCausalLM(config).eval().requires_grad_(False)
 
 
 def compared(dense: nn.Module, narrowed: nn.Module, workload: Workload) -> Ratio:

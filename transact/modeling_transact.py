@@ -7,12 +7,14 @@ This file travels beside a saved checkpoint and imports only its configuration.
 Legend: B batch, L length, D hidden size, K key-value heads, H query heads, Q and V width of query-key and value heads.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -47,6 +49,8 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
             linear.weight.is_recorded = True  # a CUDA graph goes on reading this memory
     if token.ndim != 3 or token.shape[1] != 1 or torch.is_grad_enabled():
         return None
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return None
     weights, rows, end, in_a_row = [], 0, None, True
     for linear in linears:
         weight = linear._parameters.get("weight")  # `linear.weight` takes longer than all that is asked of it here
@@ -60,8 +64,8 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
         rows += linear.out_features
         weights.append(weight)
     first = weights[0]
-    # weights in blocks of their own may be neighbours too
-    in_a_row = in_a_row and first.untyped_storage().nbytes() >= end - first.data_ptr()
+    memory = first.untyped_storage()  # weights in memories of their own may be neighbours too
+    in_a_row = in_a_row and memory.data_ptr() + memory.nbytes() >= end
     if torch.is_autocast_enabled(token.device.type) or not (in_a_row or put_in_a_row(weights)):
         return None
     width = token.shape[2]
@@ -77,8 +81,8 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
 def put_in_a_row(weights: Sequence[torch.Tensor]) -> bool:
     """Move weights into one memory of which they become views, names and values as before; say whether that was done.
 
-    Not to weights that are views already, of whatever keeps them so (sharding, offloading, memory shared elsewhere),
-    nor to those that a CUDA graph reads where they are.
+    Not to weights that are views already, of whatever keeps them so (sharding, offloading), nor to those that other
+    processes share or that a CUDA graph reads where they are.
     """
     if any(hasattr(weight, "is_recorded") for weight in weights):
         return False
@@ -88,11 +92,31 @@ def put_in_a_row(weights: Sequence[torch.Tensor]) -> bool:
         return False
     if any(weight.untyped_storage().nbytes() != weight.nbytes for weight in weights):
         return False
+    if any(weight.device.type == "cpu" and weight.is_shared() for weight in weights):
+        return False
     with torch.inference_mode(False):  # or nothing could be trained afterwards
         joined = torch.cat([weight.detach() for weight in weights])
+        if type(joined) is not torch.Tensor:  # of a mode that computes without numbers
+            return False
         for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
-            weight.data = part
+            weight.data, weight.is_in_a_row = part, True
     return True
+
+
+def put_apart(module: nn.Module, *_) -> None:
+    """Give weights of a module that `put_in_a_row` moved memories of their own again; called before its state is taken.
+
+    Some that save a state (accelerate) keep one of all tensors in the same memory, and lose the others.
+    """
+    rows = defaultdict(list)
+    for weight in module.parameters():
+        if hasattr(weight, "is_in_a_row") and not hasattr(weight, "is_recorded"):
+            rows[weight.untyped_storage().data_ptr()].append(weight)
+    for weights in rows.values():
+        if weights[0].untyped_storage().nbytes() == sum(weight.nbytes for weight in weights):  # and not moved since
+            with torch.inference_mode(False):
+                for weight in weights:
+                    weight.data = weight.detach().clone()
 
 
 @cache
@@ -111,10 +135,10 @@ def signs_of_halves(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.tensor([[-1], [1]], dtype=dtype, device=device)
 
 
-def attend_with_one_query(module, query, key, value, attention_mask, scaling, **kwargs):
+def attend_with_one_query(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """As transformers' sdpa where nothing is masked, by the same kernel."""
-    grouped = query.shape[1] > key.shape[1]
-    return functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=grouped), None
+    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] > key.shape[1]}
+    return functional.scaled_dot_product_attention(query, key, value, **options), None
 
 
 def attend_unequal(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -174,6 +198,7 @@ class TransActAttention(nn.Module):
             self.k_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
         # (kv_heads, qk_head_dim / 2): the dense RoPE pair behind each kept pair
         self.register_buffer("rope_pairs", self.first_rope_pairs())
+        self.register_state_dict_pre_hook(put_apart)
 
     def first_rope_pairs(self) -> torch.Tensor:
         return torch.arange(self.qk_head_dim // 2).repeat(self.kv_heads, 1)
@@ -268,6 +293,7 @@ class TransActMLP(LlamaMLP):
         self.up_proj = nn.Linear(hidden, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden, bias=config.mlp_output_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.register_state_dict_pre_hook(put_apart)
 
     def forward(self, x):
         joined = joined_product(x, self.gate_proj, self.up_proj)

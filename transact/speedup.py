@@ -10,6 +10,7 @@ from torch import nn
 from .allocate import Prices, allowed_widths, parameter_prices, total_price
 from .engines import engine_by_name
 from .latency import Workload, compared, conditions, latency_table, longest_context, model_of_widths
+from .prune import check_prunable
 from .timing import Ratio
 from .widths import MODULES, Widths, check_modules, dense_widths, whole_modules
 
@@ -93,10 +94,14 @@ def speed_goal(
     seconds of the modules ("latency", from a table that is measured once and kept) or, to compare, "parameters". Takes
     seconds to a minute.
 
-    Raises ValueError for a speed-up that the narrowest widths do not reach, and on a device too noisy to tell.
+    Raises ValueError for what cannot be pruned, a speed-up that the narrowest widths do not reach, and on a device too
+    noisy to tell.
     """
     check_speedup(speedup)
+    check_prunable(dense)
     check_modules(dense.config, modules, "dims")
+    if not isinstance(drop_modules, bool):
+        raise ValueError(f"drop_modules must be True or False, got {drop_modules!r}")
     if budget not in BUDGETS:
         raise ValueError(f"unknown budget {budget!r}, allowed: {', '.join(BUDGETS)}")
     check_in_reach_of_a_clock(dense)

@@ -1,7 +1,11 @@
 """Records of speed in; tables and pictures of latency, throughput, memory, roofline, engines out. Without torch."""
 
+import json
 import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -11,34 +15,76 @@ from transact.entry import counted
 
 from ..output.figures import INK, STYLES, write_figure
 from ..output.tables import markdown_table, write_table
-from ..records import ENGINES_SCHEMA, SCALE_SCHEMA, SPEED_SCHEMA, read_lines
+from ..records import (
+    ENGINES_PARTS,
+    ENGINES_SCHEMA,
+    NUMBER_OR_NULL,
+    SCALE_PARTS,
+    SCALE_SCHEMA,
+    SPEED_PARTS,
+    SPEED_SCHEMA,
+    line_of,
+    read_lines,
+)
 
+T = TypeVar("T")
 COLUMNS = ["model", "mode", "prefix", "decode", "batch", "latency_s", "prefill_s", "decode_s", "decode_tokens_per_s",
            "decode_speedup", "decode_speedup_low", "decode_speedup_high", "decode_verdict", "prefill_verdict",
            "prefill_roofline_fraction", "decode_roofline_fraction", "weight_mib", "kv_bytes_per_token",
            "peak_memory_mib", "warm_up_s", "reference", "dtype", "device", "status", "error"]  # fmt: skip
+# of a cell that was measured: without them there is nothing to draw
+DRAWN = ("prefill_s", "decode_s", "decode_tokens_per_s", "weight_bytes", "kv_bytes_per_token", "prefill_operations",
+         "prefill_bytes", "decode_operations_per_token", "decode_bytes_per_token", "copy_bytes_per_s",
+         "matrix_operations_per_s")  # fmt: skip
 ENGINE_COLUMNS = ["model", "engine", "tokens_per_s", "mib", "same_tokens"]
 HATCHES = ("", "///", "...")
 
 
 def read_speed(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
-    """One row a cell, the newest record of it, and one complaint for each line that is none."""
+    """One row a cell of the last machine, the newest record of it, and complaints of lines that are none or of others.
 
-    def row_of(record: dict) -> tuple[tuple, dict]:
-        row = {**record["case"], **record["metrics"], "status": record["status"], "error": record.get("error")}
+    Models are called by their dtype as well where there are several.
+    """
+
+    def row_of(record: dict) -> tuple[str, dict]:
+        line_of(record, SPEED_PARTS, verdicts={str: str}, reference=str | None, error=str | None)
+        case, metrics = record["case"], record["metrics"]
+        if record["status"] == "success" and not all((metrics.get(name) or 0) > 0 for name in DRAWN):
+            raise ValueError("a figure is missing")
+        row = {**metrics, **case, "status": record["status"], "error": record.get("error")}
         row |= {f"{name}_verdict": verdict for name, verdict in record.get("verdicts", {}).items()}
-        row |= {"reference": record.get("reference")}
-        row |= {"hardware": record["environment"]["device"], "torch": record["environment"]["torch"]}
-        return tuple(record["case"].values()), row
+        row |= {"reference": record.get("reference"), "torch": record["environment"]["torch"]}
+        return json.dumps(case), row | machine_of(record)
 
     rows, complaints = read_lines(path, SPEED_SCHEMA, row_of)
-    frame = pd.DataFrame(list(dict(rows).values()))
+    alike, others = of_last_machine(rows, lambda row: row[1]["machine"])
+    frame = pd.DataFrame(list(dict(alike).values()))
     if "weight_bytes" in frame:
-        frame["weight_mib"] = frame["weight_bytes"] / 2**20
+        frame["weight_mib"] = frame["weight_bytes"].astype(float) / 2**20
     for column in COLUMNS:
         if len(frame) and column not in frame:
             frame[column] = None
-    return frame, complaints
+    if len(frame) and frame["dtype"].nunique() > 1:
+        frame["model"] += ", " + frame["dtype"]
+    return frame, [*complaints, *(f"{path}: {words}" for words in others)]
+
+
+def machine_of(record: Mapping) -> dict[str, str]:
+    """What a line was measured on: its `hardware`, and the `machine`, with the threads where these compute."""
+    where, hardware = record["environment"], record["environment"]["device"]
+    threads = f", {where.get('threads')} threads" if record["case"]["device"] == "cpu" else ""
+    return {"hardware": hardware, "machine": hardware + threads}
+
+
+def of_last_machine(rows: Sequence[T], machine: Callable[[T], str]) -> tuple[list[T], list[str]]:
+    """The rows of the machine that measured last, and one sentence for each other: speeds cannot be compared."""
+    if not rows:
+        return [], []
+    last = machine(rows[-1])
+    others = Counter(machine(row) for row in rows if machine(row) != last)
+    words = [f"{count} record{'s' * (count > 1)} of {name} left out, the last is of {last}"
+             for name, count in others.items()]  # fmt: skip
+    return [row for row in rows if machine(row) == last], words
 
 
 def write_speed_report(frame: pd.DataFrame, directory: str | os.PathLike) -> tuple[str, list[Path]]:
@@ -72,6 +118,10 @@ def _lines(frame: pd.DataFrame):
         yield f"{model}, {mode}", group, (colour, marker, dashes), HATCHES[modes.index(mode) % len(HATCHES)]
 
 
+def dtypes(frame: pd.DataFrame) -> str:
+    return ", ".join(frame["dtype"].unique())
+
+
 def plot_latency(frame: pd.DataFrame, hardware: str) -> Figure:
     """Bars of prefill and decode seconds for each pair of lengths, as in the paper's figure."""
     lengths = sorted(set(zip(frame["prefix"], frame["decode"], strict=True)), key=lambda pair: (sum(pair), pair))
@@ -88,7 +138,7 @@ def plot_latency(frame: pd.DataFrame, hardware: str) -> Figure:
         axes.bar(places, decode, width, bottom=prefill, color=colour, label=label, hatch=hatch, edgecolor="white")
     axes.set_xticks(range(len(lengths)), [f"{prefix}+{decode}" for prefix, decode in lengths])
     axes.set(xlabel="tokens read + tokens generated", ylabel="seconds (light: prefill, solid: decode)")
-    axes.set_title(f"Latency, batch {frame['batch'].iloc[0]}, {frame['dtype'].iloc[0]}, {hardware}", fontsize=10)
+    axes.set_title(f"Latency, batch {frame['batch'].iloc[0]}, {dtypes(frame)}, {hardware}", fontsize=10)
     axes.grid(alpha=0.25, axis="y")
     figure.legend(frameon=False, loc="outside upper center", ncols=2)
     return figure
@@ -112,7 +162,7 @@ def plot_throughput(frame: pd.DataFrame, hardware: str) -> Figure:
         axis.set_minor_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     first = longest.iloc[0]
-    axes.set_title(f"Throughput, {first['prefix']}+{first['decode']} tokens, {first['dtype']}, {hardware}", fontsize=10)
+    axes.set_title(f"Throughput, {first['prefix']}+{first['decode']} tokens, {dtypes(frame)}, {hardware}", fontsize=10)
     axes.grid(alpha=0.25, which="both")
     figure.legend(frameon=False, loc="outside upper center", ncols=2)
     return figure
@@ -135,7 +185,7 @@ def plot_memory(frame: pd.DataFrame, hardware: str) -> Figure:
         axes.set(xlabel=title)
         axes.grid(alpha=0.25, axis="x")
     panels[0].invert_yaxis()
-    figure.suptitle(f"Memory, {frame['dtype'].iloc[0]}", fontsize=10)
+    figure.suptitle(f"Memory, {dtypes(frame)}", fontsize=10)
     return figure
 
 
@@ -159,7 +209,7 @@ def plot_roofline(frame: pd.DataFrame, hardware: str) -> Figure:
     axes.annotate("measured roof", (points[1], rate / 1e9), xytext=(0, -12), textcoords="offset points", color="0.4",
                   fontsize=9)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="billion operations per second")
-    axes.set_title(f"Roofline, {frame['dtype'].iloc[0]}, {hardware} (open: prefill, filled: decode)", fontsize=10)
+    axes.set_title(f"Roofline, {dtypes(frame)}, {hardware} (open: prefill, filled: decode)", fontsize=10)
     axes.grid(alpha=0.25, which="both")
     figure.legend(frameon=False, loc="outside upper center", ncols=2)
     return figure
@@ -169,13 +219,14 @@ def read_engines(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
     """One row a model and engine, the newest record of it, beside what it is of the dense model's; complaints."""
 
     def row_of(record: dict) -> tuple[tuple, dict]:
+        line_of(record, ENGINES_PARTS)
         case, where = record["case"], record["environment"]
         row = {name: case[name] for name in ENGINE_COLUMNS[:2]}
         row |= {name: float(record["row"][name]) for name in ENGINE_COLUMNS[2:]}
         if case["ratio"]:
             row["model"] = f"{case['model']}, {case['ratio']:.0%} removed"
         row |= {"base": case["base"], "hardware": f"{where['device']}, {counted(where['threads'], 'thread')}"}
-        return tuple(case.values()), row
+        return json.dumps(case), row
 
     rows, complaints = read_lines(path, ENGINES_SCHEMA, row_of)
     frame = pd.DataFrame(list(dict(rows).values()))
@@ -241,6 +292,8 @@ def read_scale(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
     """One row a shape, way, dtype and device, of several records the one of most layers and windows; complaints."""
 
     def row_of(record: dict) -> tuple[tuple, dict]:
+        numbers = {str: NUMBER_OR_NULL}
+        line_of(record, SCALE_PARTS, seconds=numbers, mib=numbers, how=str, error=str | None)
         case, seconds, mib = record["case"], record.get("seconds", {}), record.get("mib", {})
         row = {name: case[name] for name in ("shape", "way", "dtype", "device")}
         row |= {"parameters": record["parameters"], "windows": f"{case['samples']} x {case['seq_len']}"}
@@ -280,7 +333,8 @@ def write_scale_report(frame: pd.DataFrame, directory: str | os.PathLike) -> tup
 
 def plot_scale(frame: pd.DataFrame, hardware: str) -> Figure:
     """Bars of seconds by stage, and of memory, of each shape and way."""
-    labels = [f"{row.shape_}, {row.way}" for row in frame.rename(columns={"shape": "shape_"}).itertuples()]
+    apart = [name for name in ("dtype", "hardware") if frame[name].nunique() > 1]
+    labels = frame[["shape", "way", *apart]].agg(", ".join, axis=1)
     figure = Figure(figsize=(9, 1.8 + 0.45 * len(frame)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     start = pd.Series(0.0, index=frame.index)

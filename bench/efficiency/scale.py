@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from transformers import PretrainedConfig
@@ -21,7 +22,7 @@ from transact.models import DTYPES
 from transact.widths import dense_widths, linear_parameters
 
 from ..environment import code_hash, environment, fast_dtype
-from ..records import SCALE_SCHEMA, read_lines
+from ..records import SCALE_SCHEMA, line_of, read_lines
 from .costs import measure_roofline, weight_elements
 from .memory import peak_memory_mib, release, reset_peak_memory, weight_bytes
 from .shapes import random_model, shape_by_name
@@ -242,6 +243,7 @@ def recorded(path: Path | None) -> dict[ScaleCase, tuple[bool, int]]:
         return known
 
     def parse(fields: dict) -> tuple[ScaleCase, tuple[bool, int]]:
+        line_of(fields, {"case": get_type_hints(ScaleCase), "status": str}, how=str)
         case = ScaleCase(**fields["case"])
         has_figures = fields["status"] == "success"
         return replace(case, samples=0), (fields["how"] == "measured", case.samples) if has_figures else NOTHING

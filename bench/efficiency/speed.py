@@ -262,8 +262,9 @@ def run_grid(
 ) -> Iterator[dict]:
     """A record of every cell, as it is measured; of what does not fit or fails one that says so, and the grid goes on.
 
-    A model that ran out of memory at a batch is not tried at larger ones of the same length. The first model is the
-    reference: where memory holds both, each other one runs in turn with it, and its record says how much faster it is.
+    A model that ran out of memory at a batch is not tried at larger ones of the same length. The first model, without
+    which nothing begins, is the reference: where memory holds both, each other one runs in turn with it, and its
+    record says how much faster it is.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -275,7 +276,7 @@ def run_grid(
         raise ValueError(f"models are told apart by their last names, two are called the same: {', '.join(names)}")
     roofline, memory = None, memory_of(where)
     shared = {"schema": SPEED_SCHEMA, "environment": environment(where)}
-    cells = [*itertools.product(modes, lengths, sorted(batches))]
+    cells = [*itertools.product(dict.fromkeys(modes), lengths, sorted({*batches}))]
     with tqdm(total=len(models) * len(cells), desc="speed", unit="cell", disable=None) as bar:
         reference = None
         for name, config in configs.items():
@@ -296,6 +297,10 @@ def run_grid(
                     full.add((mode, prefix, decode))
                     outcome = _without_figures("out of memory", str(error).splitlines()[0])
                     release(where)
+                except ValueError as error:  # it cannot be read
+                    if name == models[0]:
+                        raise
+                    outcome = _without_figures("failed", str(error))
                 yield shared | {"case": asdict(case)} | outcome
                 bar.update()
             reference = model if name == models[0] and len(models) > 1 else reference

@@ -54,6 +54,8 @@ def less_memory(options: argparse.Namespace) -> str:
         return "; a smaller --device-batch, --gradient-checkpointing and --way lora or lozo need less"
     if not hasattr(options, "layerwise"):
         return ""
+    if options.speedup is not None:
+        return "; a smaller --speed-batch and --speed-context need less, and --ratio instead of --speedup"
     if options.layerwise:
         return "; fewer --samples and a smaller --seq-len need less"
     return "; --layerwise keeps one block at a time on the device"
