@@ -101,7 +101,7 @@ def load_model(
 
 
 def _model_of(name: str | os.PathLike, source: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
-    """The model. Raises ValueError where its files cannot be read, or hold other weights than the configuration says."""
+    """The model. Raises ValueError where its files cannot be read, or do not hold the weights of the configuration."""
     try:
         with torch.inference_mode(False):
             model, loading = AutoModelForCausalLM.from_pretrained(
