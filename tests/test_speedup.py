@@ -201,11 +201,14 @@ def test_a_table_of_other_conditions_or_torn_is_measured_anew(measured, tmp_path
     assert len(measured) == 13
 
 
-def test_a_table_of_another_precision_is_another(measured, monkeypatch):
-    dense, workload = tiny_llama(), Workload(context=64)
+def test_a_table_of_another_precision_is_another(measured):
+    dense, workload, matmul = tiny_llama(), Workload(context=64), torch.backends.mkldnn.matmul
     latency_table(dense, workload)
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
-    latency_table(dense, workload)
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        latency_table(dense, workload)
+    finally:
+        matmul.fp32_precision = before
     assert len(measured) == 2
 
 
