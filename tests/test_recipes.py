@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import transact
 from tests.tiny import NARROWING, random_plan, scores_of, tiny_llama, zeroed
 from transact import PRESETS, Recipe, fraction_removed, kv_fraction_removed
-from transact.allocate import removal_losses, searched_widths
+from transact.allocate import removal_losses, searched_widths, weighed
 from transact.compensate import compensate_by_bias, compensate_on_dense_inputs
 from transact.least_squares import NormalEquations, _cholesky, fit_projection
 from transact.scores import LayerScores
@@ -340,3 +340,22 @@ def test_moments_that_rounding_made_indefinite_are_factored():
         torch.linalg.cholesky(moments)
     root = _cholesky(moments)
     torch.testing.assert_close(root @ root.T, moments, rtol=0, atol=1e-5 * 64 * 1.01)
+
+
+def test_the_fewer_tokens_the_more_attention_counts(monkeypatch):
+    dense = tiny_llama(layers=4)
+    recipe = Recipe(criterion="predicted-loss", allocation="searched")
+    scores = scores_of(dense, "predicted-loss", WINDOWS)
+    width, seen = dense.config.intermediate_size, []
+    for tokens, times in ((width, 5.0), (4 * width, 2.0), (400 * width, 1.01)):
+        for layer, before in zip(weighed(dense.config, scores, tokens), scores, strict=True):
+            torch.testing.assert_close(layer.rope_pairs, times * before.rope_pairs)
+            torch.testing.assert_close(layer.value_dims, times * before.value_dims)
+            torch.testing.assert_close(layer.attention, times * before.attention)
+            assert layer.mlp_dims is before.mlp_dims or torch.equal(layer.mlp_dims, before.mlp_dims)
+    for weight in (40.0, 0.0):
+        monkeypatch.setattr("transact.allocate.ATTENTION", weight)
+        widths = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.2).plan.widths
+        assert widths == searched_widths(dense.config, weighed(dense.config, scores, WINDOWS.numel()), 0.2)
+        seen.append(transact.kv_fraction_removed(dense.config, widths))
+    assert seen[0] < seen[1]

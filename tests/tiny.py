@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from transact import CRITERIA, PRESETS, LayerPlan, LayerScores, Plan, Widths, calibrate
-from transact.allocate import ATTENTION, removal_losses
+from transact.allocate import removal_losses
 from transact.widths import has_query_key_norm, head_dim_of
 
 VARIANTS = {
@@ -171,17 +171,16 @@ def scores_of(model: LlamaForCausalLM, criterion: str, windows: torch.Tensor | N
     return [one.score(layer, index, statistics[index]) for index, layer in enumerate(model.model.layers)]
 
 
-@torch.no_grad()
 def searched_loss(scores: list[LayerScores], widths: tuple[Widths, ...]) -> float:
-    """What a search goes by: predicted losses, attention's as it counts them. All of dropped attention is values'."""
+    """What a search goes by: predicted losses. All of dropped attention is values'."""
     return sum(
-        (ATTENTION * ((removal_losses(layer.rope_pairs)[one.qk_head_dim // 2] if one.v_head_dim else 0)
-                      + removal_losses(layer.value_dims)[one.v_head_dim])
-         + removal_losses(layer.mlp_dims)[one.mlp]).item()
+        ((removal_losses(layer.rope_pairs)[one.qk_head_dim // 2] if one.v_head_dim else 0)
+         + removal_losses(layer.value_dims)[one.v_head_dim] + removal_losses(layer.mlp_dims)[one.mlp]).item()
         for layer, one in zip(scores, widths, strict=True)
     )  # fmt: skip
 
 
+@torch.no_grad()
 def zeroed(dense: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
     """The dense model with the rows and columns of everything dropped set to zero: written with loops, on purpose."""
     model = copy.deepcopy(dense)

@@ -18,7 +18,7 @@ from .calibration import LayerStatistics, Moments, held_out_split
 from .compensate import compensate_on_dense_inputs
 from .plan import select
 from .prune import apply_plan
-from .scores import LayerScores
+from .scores import LayerScores, scaled
 from .walk import LayerWalk, on_device, sent
 from .widths import Widths
 
@@ -87,15 +87,7 @@ def fitted_alone(layer: LayerStatistics) -> LayerStatistics:
 
 
 def _scaled(scores: Sequence[LayerScores], factors: torch.Tensor) -> list[LayerScores]:
-    return [_scaled_layer(*one) for one in zip(scores, factors.tolist(), strict=True)]
-
-
-def _scaled_layer(layer: LayerScores, factors: Sequence[float]) -> LayerScores:
-    qk, vo, mlp = factors
-    return replace(
-        layer, rope_pairs=layer.rope_pairs * qk, value_dims=layer.value_dims * vo, mlp_dims=layer.mlp_dims * mlp,
-        attention=None if layer.attention is None else layer.attention * vo,
-    )  # fmt: skip
+    return [scaled(layer, *row) for layer, row in zip(scores, factors.tolist(), strict=True)]
 
 
 def _predicted(scores: Sequence[LayerScores], widths: Sequence[Widths]) -> torch.Tensor:

@@ -12,7 +12,15 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .allocate import allowed_widths, global_widths, parameter_prices, searched_widths, shared_pairs, widths_within
+from .allocate import (
+    allowed_widths,
+    global_widths,
+    parameter_prices,
+    searched_widths,
+    shared_pairs,
+    weighed,
+    widths_within,
+)
 from .calibration import Statistics, iterate_statistics, set_aside
 from .compensate import compensate_by_bias, compensate_on_dense_inputs, compensate_on_pruned_inputs
 from .criteria import criterion_by_name
@@ -328,7 +336,12 @@ def _in_shots(
             if not engine_by_name(recipe.engine).own_pairs:
                 scores = shared_pairs(scores)
         with stage(result.seconds, "plan"):
-            find_widths = partial(_target_widths, recipe, before, dense, ratio=ratio, kv_ratio=kv_ratio, goal=goal)
+            tokens = None if windows is None else windows.numel()
+            if statistics is not None:
+                tokens = statistics.tokens
+            find_widths = partial(
+                _target_widths, recipe, before, dense, ratio=ratio, kv_ratio=kv_ratio, goal=goal, tokens=tokens
+            )
             corrected = scores
             if recipe.measures(device) and not widths:
                 corrected = measured_scores(
@@ -469,8 +482,14 @@ def _target_widths(
     ratio: float,
     kv_ratio: float | None,
     goal: SpeedGoal | None = None,
+    tokens: int | None = None,
 ) -> tuple[Widths, ...]:
-    """The widths that the ratio asks for, or, with a goal, that cost its budget (or another one)."""
+    """The widths that the ratio asks for, or, with a goal, that cost its budget (or another one).
+
+    `tokens`: how many the scores are of; None where they only stand in for scores.
+    """
+    if recipe.allocation == "searched" and tokens is not None:
+        scores = weighed(dense.config, scores, tokens)
     if goal is not None:
         budget = goal.budget if budget is None else budget
         return widths_within(

@@ -3,7 +3,7 @@
 Legend: H query heads, K key-value heads, P RoPE pairs of a head, V value dimensions, M MLP dimensions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,14 @@ class LayerScores:
     def __post_init__(self):
         if self.kv_heads is None:
             object.__setattr__(self, "kv_heads", head_scores(self.value_dims))
+
+
+def scaled(layer: LayerScores, pairs: float, values: float, mlp: float) -> LayerScores:
+    """The scores times a factor of each kind; whole heads keep theirs. All of dropped attention is values'."""
+    return replace(
+        layer, rope_pairs=layer.rope_pairs * pairs, value_dims=layer.value_dims * values, mlp_dims=layer.mlp_dims * mlp,
+        attention=None if layer.attention is None else layer.attention * values,
+    )  # fmt: skip
 
 
 def head_scores(value_dims: torch.Tensor) -> torch.Tensor:
