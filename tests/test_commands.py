@@ -155,7 +155,7 @@ def test_bench_perplexity_prints_a_line_for_each_text(tiny_directory, tiny_text,
         assert error.count("\n") == 1
     other.write_text("w1 " * 19)
     assert bench_main([*arguments, f"{tiny_text},{other}"]) == 2
-    assert "evaluation text 'other.txt': the text is too short: 19 tokens" in capsys.readouterr().err
+    assert "evaluation text 'other.txt': the text is too short: 0 windows of 20 in 19 tokens" in capsys.readouterr().err
 
 
 def test_bench_perplexity_is_strict_json(tiny_directory, tiny_text, capsys):

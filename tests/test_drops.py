@@ -455,7 +455,7 @@ def test_by_command(tiny_directory, tiny_text, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "which was dropped: layers " in printed
+    assert "which was dropped: layer" in printed
     assert "held by transformers, executorch" in printed
     assert "in every layer" in printed
     assert main(["export", str(tmp_path / "out"), str(tmp_path / "llama")]) == 2

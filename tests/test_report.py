@@ -434,7 +434,7 @@ def test_transfer_compares_calibration_texts_by_the_mean_of_all_texts(tmp_path):
     assert table.loc["far", "on far"].startswith("+0.100 [")
     assert BY_NAME["transfer"].find(found)[0] == (
         "With 30 % removed the mean rise over 2 texts is least with “calibrated on far”, 0.250 nats; 0.150 near and "
-        "0.500 far on the average."
+        "0.500 far on average."
     )
 
 
@@ -644,8 +644,8 @@ def test_memory_of_each_way_of_training_and_the_best_in_that_of_forward_passes()
         trained("distillation", 1500.0), trained("lozo", 820.0, 0.3), trained("lora", 900.0, 0.1, frugal=True),
         trained("lozo", 800.0, 0.5, frugal=True),
     )  # fmt: skip
-    assert "MiB held in training, with all else that lay there, are 800 by “lozo, 9 tokens, one window" in peaks
-    assert peaks.endswith("900 by “lora, 9 tokens, one window at once” and 1,500 by “distillation, 9 tokens”.")
+    assert "held in training, with all else that lay there: 800 MiB by “lozo, 9 tokens, one window at once”" in peaks
+    assert peaks.endswith("900 MiB by “lora, 9 tokens, one window at once” and 1,500 MiB by “distillation, 9 tokens”.")
     assert "in the memory of forward passes alone, 800 MiB, “lozo, 9 tokens” loses least, with perplexity" in within
     assert "its lead over “lozo, 9 tokens, one window at once”, +0.200 [" in within
     assert within.endswith("nats, is beyond chance.")
@@ -746,7 +746,7 @@ def test_colours_are_seen_on_the_light_and_on_the_dark_page():
     assert len(grounds) == 2
     for colour in {colour.lower() for colour, _, _ in STYLES} - {INK}:  # the ink of a page is that of its words
         for ground in grounds:
-            darker, brighter = sorted((luminance(colour), ground))
+            darker, brighter = sorted((luminance(colour.removeprefix("#")), ground))
             assert (brighter + 0.05) / (darker + 0.05) > 2.2, colour
 
 

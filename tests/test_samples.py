@@ -122,7 +122,7 @@ def test_bad_sources_are_named(model, tokenizer, tiny_text, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("w1 w2 w3", encoding="utf-8")
     for calibration, count, complaint in (
-        (f"self,{short}", 4, "short.txt': the text is too short: 3 tokens"),
+        (f"self,{short}", 4, "short.txt': the text is too short: 0 windows of 12 in 3 tokens, 2 asked for"),
         ("self,,embedded", 6, "no text '' in 'self,,embedded', allowed: self"),
         ("self,nowhere.txt", 4, "no text 'nowhere.txt' in .*allowed: self"),
         (f"self,{tiny_text}", 1, "2 turns need more than 1 window: none would be of"),
