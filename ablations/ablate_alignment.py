@@ -2,7 +2,7 @@
 
 from transact import Recipe
 
-QUICK = {"head_multiple": (2, 8), "mlp_multiple": (1, 64), "ratio": (0.3,), "decode_tokens": (8,)}
+QUICK = {"head_multiple": (8,), "mlp_multiple": (1, 64), "ratio": (0.3,), "decode_tokens": (8,)}
 FULL = {"head_multiple": (1, 2, 4, 8), "mlp_multiple": (1, 8, 16, 64), "ratio": (0.3,), "decode_tokens": (64,)}
 
 

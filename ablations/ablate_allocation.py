@@ -23,6 +23,6 @@ def test_allocation(workbench, record, allocation, ratio, kv_ratio):
     record(workbench.case(recipe, ratio, kv_ratio=kv_ratio))
 
 
-def test_engine(workbench, record, engine, ratio, kv_ratio):
+def test_engine(workbench, record, engine, ratio):
     recipe = Recipe(criterion="predicted-loss", allocation="searched", compensation="dense", engine=engine)
-    record(workbench.case(recipe, ratio, kv_ratio=kv_ratio))
+    record(workbench.case(recipe, ratio))

@@ -11,6 +11,7 @@ import inspect
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,9 +118,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     try:
         run.arguments = workbench_arguments(config.getoption, run)
-        run.workbench = planning_workbench(config.getoption, run.arguments)
-        for item in mine:
-            note_case(item, run.workbench)
+        with outside_capture(config):  # the model's own samples are made here, and tell how far they are
+            run.workbench = planning_workbench(config.getoption, run.arguments)
+            for item in mine:
+                note_case(item, run.workbench)
     except ValueError as error:
         exit_with(error)
     noted = [item.stash[CASE] for item in mine if CASE in item.stash]
@@ -134,6 +136,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     places = {case: place for place, case in enumerate(run.cases)}
     leave_out(config, items, [item for item in mine if CASE in item.stash and item.stash[CASE] not in places])
     items.sort(key=lambda item: places.get(item.stash.get(CASE, None), -1))
+
+
+def outside_capture(config: pytest.Config) -> AbstractContextManager[None]:
+    """What is written in this context, progress bars above all, reaches the terminal."""
+    return config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled()
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item], dropped: list[pytest.Item]) -> None:
@@ -208,12 +215,12 @@ def record(request: pytest.FixtureRequest, workbench: Workbench):
 
 def measure_here(config: pytest.Config, kept: dict[Case, Record]) -> Callable[[Case], None]:
     """A function that measures a case in this process."""
-    run, capture = config.stash[RUN], config.pluginmanager.getplugin("capturemanager")
+    run = config.stash[RUN]
 
     def measure(case: Case) -> None:
         if case in kept:
             return
-        with capture.global_and_fixture_disabled():  # progress bars reach the terminal
+        with outside_capture(config):
             record = cluster.measured(run.workbench, case)
             append(run, record)
         if record.status == "failed":  # not the error itself: pytest would keep it, and it all tensors of the cell

@@ -36,6 +36,7 @@ from transact.depth import (
 )
 from transact.export import llama_by_layer, plain_llama
 from transact.recovery import check_recoverable
+from transact.walk import LayerWalk
 
 WINDOWS = torch.randint(1, 97, (12, 24), generator=torch.Generator().manual_seed(1))
 DEPTH = [name for name, recipe in PRESETS.items() if recipe.depth != "none"]
@@ -145,33 +146,54 @@ def test_ratio_0_keeps_everything(preset):
 # What is measured
 
 
+@torch.no_grad()
 def test_influences_and_growths_are_those_of_the_streams():
-    dense = tiny()
-    found, streams = block_influences(dense, WINDOWS, {}), streams_of(dense)
-    assert sorted(found) == [0, 1, 2, 3, 4]
-    for layer, (before, after) in enumerate(pairwise(streams)):
-        influence, growth = found[layer]
+    dense, streams = tiny(), streams_of(tiny())
+    found = list(block_influences(LayerWalk(dense, WINDOWS.split(5)), range(5), {}))
+    assert [layer for layer, *_ in found] == [0, 1, 2, 3, 4]
+    for (_, influence, growth, entered), (before, after) in zip(found, pairwise(streams), strict=True):
+        assert_close(torch.cat(entered), before)
         assert influence == pytest.approx(1 - cosine_similarity(before, after, dim=-1).mean().item(), abs=1e-6)
         channels = after.abs().mean(dim=(0, 1)) / before.abs().mean(dim=(0, 1))
         assert growth == pytest.approx(channels.mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("repair", [False, True])
-def test_influences_are_measured_again_without_what_went(repair):
-    dense = tiny()
-    first = block_influences(dense, WINDOWS, {})
-    gone = min(first, key=lambda layer: first[layer][0])
-    factor = first[gone][1] if repair else 1.0
-    with replaced(dense, {gone: lambda hidden: hidden * factor}):
+def least_by_hand(dense, factors: dict[int, float]) -> tuple[int, float]:
+    """The layer of least influence, and how much it makes the stream grow, in a model without those in `factors`."""
+    with replaced(dense, {layer: lambda hidden, by=by: hidden * by for layer, by in factors.items()}):
         streams = streams_of(dense)
     influences = {
         layer: 1 - cosine_similarity(before, after, dim=-1).mean().item()
         for layer, (before, after) in enumerate(pairwise(streams))
-        if layer != gone
+        if layer not in factors
     }
-    factors = least_influential(dense, WINDOWS, 2, repair=repair)
-    assert list(factors) == [gone, min(influences, key=influences.get)]
-    assert (factors[gone] == 1.0) is not repair
+    least = min(influences, key=influences.get)
+    before, after = streams[least], streams[least + 1]
+    return least, (after.abs().mean(dim=(0, 1)) / before.abs().mean(dim=(0, 1))).mean().item()
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("variant", ["gqa", "tied", "biases"])
+def test_influences_are_measured_again_without_what_went(variant, repair):
+    dense, factors = tiny(variant, layers=7), {}
+    for _ in range(6):
+        layer, growth = least_by_hand(dense, factors)
+        factors[layer] = growth if repair else 1.0
+    found = least_influential(dense, WINDOWS, 6, repair=repair)
+    assert list(found) == list(factors)
+    assert list(found.values()) == pytest.approx(list(factors.values()), rel=1e-5)
+
+
+@torch.no_grad()
+def test_layers_before_the_one_that_went_are_not_computed_again():
+    dense, computed = tiny(layers=7), []
+    for layer, of in enumerate((2.0, 2.0, 2.0, 2.0, 0.2, 0.1, 2.0)):  # how much each writes
+        for module in (dense.model.layers[layer].self_attn.o_proj, dense.model.layers[layer].mlp.down_proj):
+            module.weight.mul_(of)
+        dense.model.layers[layer].register_forward_hook(lambda *_, layer=layer: computed.append(layer))
+    assert list(least_influential(dense, WINDOWS, 2, repair=False)) == [5, 4]
+    assert computed.count(3) == computed.count(0) == computed.count(4) == 1
+    assert computed.count(6) == 2
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "biases"])
@@ -193,7 +215,8 @@ def test_channels_that_are_nothing_do_not_count():
     dense = tiny()
     with torch.no_grad():
         dense.model.embed_tokens.weight[:, 3] = 0
-    assert math.isfinite(block_influences(dense, WINDOWS, {})[0][1])
+    factors = least_influential(dense, WINDOWS, 5, repair=True)
+    assert all(map(math.isfinite, factors.values()))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

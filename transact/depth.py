@@ -7,7 +7,7 @@ import copy
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import accelerate
@@ -112,43 +112,35 @@ def _check_finite(layer: int, value: torch.Tensor) -> None:
         raise ValueError(f"layer {layer}: what it gives is not finite; check the model's weights")
 
 
-@torch.no_grad()
 def block_influences(
-    model: nn.Module,
-    windows: torch.Tensor,
-    factors: Mapping[int, float],
-    *,
-    device: torch.device | None = None,
-    progress: bool = False,
-) -> dict[int, tuple[float, float]]:
-    """Of each layer its block influence, and how many times larger it makes the stream.
+    walk: LayerWalk, indices: Iterable[int], factors: Mapping[int, float], *, progress: bool = False
+) -> Iterator[tuple[int, float, float, list[torch.Tensor]]]:
+    """Walk through layers: of each its index, its block influence, how much it makes the stream grow, and what entered.
 
     The influence is one less the cosine between what enters and what leaves the layer, the mean over tokens (Men et
     al., "ShortGPT", 2403.03853). The growth is the mean over channels of the ratio of mean absolute values (Chen et
     al., "Prune&Comp", 2507.18212, as their code has it). Instead of a layer in `factors` the stream is multiplied by
-    its factor. One walk; hidden states of all windows are kept, of one stream at a time. Raises ValueError where
-    they are not finite.
+    its factor. Raises ValueError where hidden states are not finite.
     """
-    walk, found = _walk(model, windows, device), {}
-    for index, layer in walk.blocks(desc="influence", disable=None if progress else True):
+    for index, layer in walk.blocks(indices, desc="influence", disable=None if progress else True):
         if index in factors:
-            walk.hidden = [hidden * factors[index] for hidden in walk.hidden]
+            for hidden in walk.hidden:
+                hidden.mul_(factors[index])
             continue
-        cosines, sizes = [], []
-        for batch, hidden in enumerate(walk.hidden):
-            before = hidden.to(torch.float32, copy=True)  # the block's output takes its place
+        entered, cosines, sizes = [hidden.clone() for hidden in walk.hidden], [], []
+        for batch, hidden in enumerate(entered):
             walk.advance(index, layer, batch)
-            after = walk.hidden[batch].float()
+            before, after = hidden.float(), walk.hidden[batch].float()
             cosines.append(cosine_similarity(before, after, dim=-1).sum(dtype=torch.float64))
             sizes.append(torch.stack([stream.abs().sum(dim=(0, 1), dtype=torch.float64) for stream in (before, after)]))
         before, after = torch.stack(sizes).sum(dim=0)
         _check_finite(index, after)
         growth = (after / before)[before > 0]  # a channel that holds nothing has no ratio
-        influence = 1 - torch.stack(cosines).sum().item() / windows.numel()
-        found[index] = influence, growth.mean().item() if len(growth) else 1.0
-    return found
+        influence = 1 - torch.stack(cosines).sum().item() / sum(hidden.shape[:2].numel() for hidden in entered)
+        yield index, influence, growth.mean().item() if len(growth) else 1.0, entered
 
 
+@torch.no_grad()
 def least_influential(
     model: nn.Module,
     windows: torch.Tensor,
@@ -160,14 +152,28 @@ def least_influential(
 ) -> dict[int, float]:
     """The layers to drop, in the order in which they go, each with the factor that takes its place.
 
-    The one of least influence goes, and influences are measured again without it: a walk for each layer that goes
-    (ShortGPT's authors measure once). With `repair` its factor is how much it made the stream grow, else 1.
+    The one of least influence goes, and influences are measured again without it (ShortGPT's authors measure once),
+    from there on: layers before it see no difference. With `repair` its factor is how much it made the stream grow,
+    else 1. Up to three streams of all windows are kept.
     """
     factors: dict[int, float] = {}
+    influences, growths = {}, {}
+    start, entered = 0, None
     while len(factors) < count:
-        found = block_influences(model, windows, factors, device=device, progress=progress)
-        layer = min(found, key=lambda index: found[index][0])
-        factors[layer] = found[layer][1] if repair else 1.0
+        walk = _walk(model, windows, device)
+        if entered:  # what enters the layer that went last: all before it is as it was
+            for hidden, kept in zip(walk.hidden, entered, strict=True):
+                hidden.copy_(kept)
+        influences, entered = {layer: influences[layer] for layer in influences if layer < start}, None
+        rest = range(start, model.config.num_hidden_layers)
+        for index, influence, growth, stream in block_influences(walk, rest, factors, progress=progress):
+            influences[index], growths[index] = influence, growth
+            if min(influences, key=influences.get) == index:
+                entered = stream
+        least = min(influences, key=influences.get)
+        factors[least] = growths[least] if repair else 1.0
+        del influences[least]
+        start = least if entered else 0
     return factors
 
 
