@@ -241,17 +241,6 @@ PARTS = {
                     "metrics": {str: NUMBER_OR_NULL}, "standard_errors": {str: NUMBER_OR_NULL},
                     "scores": {str: [NUMBER_OR_NULL]}}},
 }  # fmt: skip
-# within what figures lie: shares, what may be below zero (if only by rounding), and all others; what stands inside of a
-# part that is named here lies where that does, unless it is named itself
-HIGHEST = sys.float_info.max
-SHARE, ANY, OTHERS = (0, 1), (-HIGHEST, HIGHEST), (0, HIGHEST)
-BOUNDS = {
-    **dict.fromkeys(("ratio", "kv_ratio", "fraction_removed", "kv_fraction_removed", "zeros", "chance"), SHARE),
-    **dict.fromkeys(("top1_agreement", "greedy_agreement", "same_tokens"), SHARE),
-    **dict.fromkeys(("kl_nats", "history", "tasks", "scores"), ANY),
-    "items": OTHERS,
-    "perplexity": (1, HIGHEST),
-}
 # and of lines of speed, of scale, and of parts and cards of a GPU run
 MACHINE = {"device": str, "torch": str}
 SPEED_PARTS = {
@@ -269,6 +258,17 @@ ENGINES_PARTS = {
     "row": {"tokens_per_s": NUMBER, "mib": NUMBER, "same_tokens": NUMBER},
 }  # fmt: skip
 FIELDS = {name: kind | int if float in (kind, *get_args(kind)) else kind for name, kind in get_type_hints(Case).items()}
+# within what figures lie: shares, what may be below zero (if only by rounding), and all others; what stands inside of a
+# part that is named here lies where that does, unless it is named itself
+HIGHEST = sys.float_info.max
+SHARE, ANY, OTHERS = (0, 1), (-HIGHEST, HIGHEST), (0, HIGHEST)
+BOUNDS = {
+    **dict.fromkeys(("ratio", "kv_ratio", "fraction_removed", "kv_fraction_removed", "zeros", "chance"), SHARE),
+    **dict.fromkeys(("top1_agreement", "greedy_agreement", "same_tokens"), SHARE),
+    **dict.fromkeys(("kl_nats", "history", "tasks", "scores"), ANY),
+    "items": OTHERS,
+    "perplexity": (1, HIGHEST),
+}
 
 
 def _check_kinds(fields: Mapping) -> None:

@@ -6,15 +6,17 @@ import pytest
 import torch
 from accelerate.utils import clean_state_dict_for_safetensors
 from torch._subclasses import FakeTensorMode
+from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
 
 import transact
 from tests.tiny import FAMILIES, VARIANTS, random_plan, scores_of, tiny_llama, tiny_relative, zeroed
-from transact import Widths, dense_widths, select
-from transact.modeling_transact import joined_product
+from transact import Widths, dense_widths, modeling_transact, select
+from transact.modeling_transact import is_exact_in_parts, joined_product, product_of_few
 
 IDS = torch.randint(1, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products are divided for MKL alone")
 WIDTHS = {"whole": (16, 16, 40), "equal": (8, 8, 24), "keys wider": (12, 7, 24), "values wider": (6, 13, 24)}
 
 
@@ -51,6 +53,14 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor):
     torch.testing.assert_close(actual / scale, expected / scale, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 def calls_of_a_step(model, length: int = 1) -> dict[str, int]:
     """How often each operator is called, those that operators call included."""
     cache = cache_of(model, "dynamic")
@@ -62,12 +72,47 @@ def calls_of_a_step(model, length: int = 1) -> dict[str, int]:
     return {event.key: event.count for event in seen.key_averages()}
 
 
+@pytest.mark.parametrize("threads", [1], indirect=True)
 @pytest.mark.parametrize("widths", WIDTHS)
-def test_a_step_calls_fewer_operators_than_the_dense_model(widths):
+def test_a_step_calls_fewer_operators_than_the_dense_model(widths, threads):
     dense = tiny_llama("gqa")
     narrow, whole = calls_of_a_step(narrowed_to(dense, *WIDTHS[widths])), calls_of_a_step(dense)
     assert sum(narrow.values()) < sum(whole.values())
     assert narrow["aten::mm"] == 4 * 2 + 1
+
+
+@needs_mkl
+@torch.no_grad()
+@pytest.mark.parametrize("outputs", [32, 97, 100, 840, 1024, 2166, 49153])
+def test_products_of_few_rows_are_divided_among_threads_bit_for_bit(outputs, threads):
+    assert is_exact_in_parts(threads)  # tried once
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(outputs, 576, generator=generator), torch.randn(outputs, generator=generator)
+    for rows in (1, 2, 3, 4, 40):
+        inputs = torch.randn(rows, 576, generator=generator)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            found = product_of_few(inputs, weight.t(), None)
+        is_divided = "aten::bmm" in {event.key for event in seen.key_averages()}
+        assert is_divided == (threads > 1 and rows <= 3 and outputs >= 16 * threads)
+        assert torch.equal(found, functional.linear(inputs, weight))
+        assert torch.equal(product_of_few(inputs, weight.t(), bias), functional.linear(inputs, weight, bias))
+        assert product_of_few(inputs.double(), weight.double().t(), None).dtype == torch.float64
+
+
+@needs_mkl
+def test_all_products_of_a_step_are_divided(threads):
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 12, 32)
+    calls = calls_of_a_step(narrow)
+    assert calls.get("aten::bmm", 0) == (0 if threads == 1 else 4 * 2 + 1)
+    assert "aten::bmm" not in calls_of_a_step(narrow, length=4)
+    expected = decoded(narrow)
+    narrow.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert torch.equal(decoded(narrow), 2 * expected)
+
+
+def test_products_that_are_not_exact_in_parts_are_not_divided(monkeypatch):
+    monkeypatch.setattr(modeling_transact, "product_in_parts", lambda inputs, matrix, each: inputs @ matrix * 1.0001)
+    assert not is_exact_in_parts.__wrapped__(2)
 
 
 @pytest.mark.parametrize("widths", ["keys wider", "values wider"])
@@ -79,7 +124,7 @@ def test_no_scores_of_all_queries_and_no_copies_of_keys(widths):
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_that_keeps_everything_is_bit_equal(variant, kind):
+def test_a_step_that_keeps_everything_is_bit_equal(variant, kind, threads):
     dense = tiny_llama(variant)
     narrowed = transact.apply_plan(dense, select(scores_of(dense, "random"), dense_widths(dense.config)))
     assert torch.equal(decoded(narrowed, kind), decoded(dense, kind))
@@ -88,7 +133,8 @@ def test_a_step_that_keeps_everything_is_bit_equal(variant, kind):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("variant", [*VARIANTS, *FAMILIES])
-def test_steps_equal_those_of_the_zeroed_dense_model(variant, kind, attention):
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_steps_equal_those_of_the_zeroed_dense_model(variant, kind, attention, threads):
     dense = tiny_relative(variant) if variant in FAMILIES else tiny_llama(variant)
     dense.set_attn_implementation(attention)
     plan = random_plan(dense.config, seed=3, drop_heads=True)
@@ -187,7 +233,8 @@ def test_what_is_done_between_two_steps_is_noticed(variant, change):
         assert not torch.allclose(decoded(narrow), before)
 
 
-def test_saved_after_decoding_is_what_was_loaded(tmp_path):
+@pytest.mark.parametrize("threads", [1], indirect=True)
+def test_saved_after_decoding_is_what_was_loaded(tmp_path, threads):
     narrow = narrowed_to(tiny_llama("biases"), 12, 7, 24)
     narrow.save_pretrained(tmp_path / "before")
     before = {name: tensor.clone() for name, tensor in narrow.state_dict().items()}

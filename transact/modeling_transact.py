@@ -71,11 +71,77 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
     width = token.shape[2]
     joined = first.as_strided((width, rows), (1, width))
     biases = [bias for linear in linears if (bias := linear._parameters["bias"]) is not None]
-    if not biases:
-        return torch.mm(token.squeeze(1), joined)
-    if len(biases) < len(linears):
+    if 0 < len(biases) < len(linears):
         return None
-    return torch.addmm(torch.cat(biases), token.squeeze(1), joined)
+    return product_of_few(token.squeeze(1), joined, torch.cat(biases) if biases else None)
+
+
+FEW = 3  # rows that MKL multiplies one by one
+
+
+def product_of_few(inputs: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`inputs` (B, D) times a `matrix` (D, outputs) that is the transpose of a contiguous weight, and the bias.
+
+    MKL has one thread multiply so few rows, but all of them a batch of products: there the outputs are divided among
+    the threads, which takes half the time with two of them.
+    """
+    is_divided = len(inputs) <= FEW and matrix.dtype == torch.float32 and matrix.device.type == "cpu"
+    each = outputs_of_a_thread(matrix.shape[1], torch.get_num_threads()) if is_divided else 0
+    if not each:
+        return torch.mm(inputs, matrix) if bias is None else torch.addmm(bias, inputs, matrix)
+    product = product_in_parts(inputs, matrix, each)
+    return product if bias is None else product + bias
+
+
+def product_in_parts(inputs: torch.Tensor, matrix: torch.Tensor, each: int) -> torch.Tensor:
+    """The product where each thread multiplies `each` outputs, and the outputs that remain are multiplied at once."""
+    threads, (width, outputs) = torch.get_num_threads(), matrix.shape
+    parts = matrix.as_strided((threads, width, each), (each * width, 1, width))
+    product = torch.bmm(inputs.expand(threads, -1, -1), parts)
+    product = product.view(1, -1) if len(inputs) == 1 else product.transpose(0, 1).reshape(len(inputs), -1)
+    if threads * each == outputs:
+        return product
+    return torch.cat((product, torch.mm(inputs, matrix[:, threads * each :])), dim=1)
+
+
+@cache
+def outputs_of_a_thread(outputs: int, threads: int) -> int:
+    """How many outputs each thread multiplies, 0 where the product is not divided.
+
+    A multiple of 16, so that all are summed as they are in the whole product, bit for bit.
+    """
+    if threads == 1 or not torch.backends.mkl.is_available() or not is_exact_in_parts(threads):
+        return 0
+    each = outputs // (16 * threads) * 16
+    remaining = outputs - each * threads
+    return each - 16 if 0 < remaining < 16 and each else each  # so few would be summed otherwise
+
+
+@cache
+def is_exact_in_parts(threads: int) -> bool:
+    """Whether this machine's library gives the same bits in parts; tried, since no documentation promises it."""
+    with torch.inference_mode(), torch.device("cpu"):
+        inputs = torch.arange(2.0 * 576).sin().view(2, 576)
+        matrix = torch.arange(576.0 * (48 * threads + 40)).cos().view(-1, 576).t()
+        return all(torch.equal(product_in_parts(x, matrix, 48), torch.mm(x, matrix)) for x in (inputs, inputs[:1]))
+
+
+class StepLinear(nn.Linear):
+    """A linear module that makes `product_of_few` of the tokens of a step."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if (
+            torch.compiler.is_compiling()  # first: what else is asked would become a guard
+            or inputs.numel() > FEW * self.in_features
+            or torch.is_grad_enabled()
+            or type(weight) is not nn.Parameter
+            or not weight.is_contiguous()
+            or torch.is_autocast_enabled(inputs.device.type)
+        ):
+            return super().forward(inputs)
+        product = product_of_few(inputs.reshape(-1, self.in_features), weight.t(), bias)
+        return product.view(*inputs.shape[:-1], -1)
 
 
 def put_in_a_row(weights: Sequence[torch.Tensor]) -> bool:
@@ -192,7 +258,7 @@ class TransActAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.kv_heads * self.qk_head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.v_head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.attention_output_bias)
+        self.o_proj = StepLinear(heads * self.v_head_dim, hidden, bias=config.attention_output_bias)
         if config.query_key_norm:
             self.q_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
@@ -291,7 +357,7 @@ class TransActMLP(LlamaMLP):
         hidden, width, bias = config.hidden_size, config.intermediate_sizes[layer_idx], config.mlp_bias
         self.gate_proj = nn.Linear(hidden, width, bias=bias)
         self.up_proj = nn.Linear(hidden, width, bias=bias)
-        self.down_proj = nn.Linear(width, hidden, bias=config.mlp_output_bias)
+        self.down_proj = StepLinear(width, hidden, bias=config.mlp_output_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.register_state_dict_pre_hook(put_apart)
 
@@ -364,7 +430,7 @@ class TransActForCausalLM(TransActPreTrainedModel, LlamaForCausalLM):
         LlamaPreTrainedModel.__init__(self, config)
         self.model = TransActModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = StepLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 

@@ -82,7 +82,7 @@ def of_last_machine(rows: Sequence[T], machine: Callable[[T], str]) -> tuple[lis
         return [], []
     last = machine(rows[-1])
     others = Counter(machine(row) for row in rows if machine(row) != last)
-    words = [f"{count} record{'s' * (count > 1)} of {name} left out, the last is of {last}"
+    words = [f"{counted(count, 'record')} of {name} left out, the last is of {last}"
              for name, count in others.items()]  # fmt: skip
     return [row for row in rows if machine(row) == last], words
 
