@@ -10,9 +10,9 @@ from dataclasses import replace
 from transact import recipe_by_name
 
 QUICK = {"preset": ("best", "transact", "flap", "shortgpt", "replaceme"), "ratio": (0.3,), "narrowed": (0.3,),
-         "sparse": (), "decode_tokens": (8,)}  # fmt: skip
+         "dropped": (), "sparse": (), "decode_tokens": (8,)}  # fmt: skip
 FULL = {"preset": ("best", "transact", "flap", "shortgpt", "replaceme"), "ratio": (0.1, 0.2, 0.3), "narrowed": (0.2,),
-        "sparse": (0.0, 0.2), "decode_tokens": (64,)}  # fmt: skip
+        "dropped": (0.1, 0.2, 0.3), "sparse": (0.0, 0.2), "decode_tokens": (64,)}  # fmt: skip
 
 
 def test_dense(workbench, record, decode_tokens):
@@ -29,6 +29,12 @@ def test_int8_dense(workbench, record, decode_tokens):
 
 def test_int8(workbench, record, narrowed, decode_tokens):
     record(workbench.case("best", narrowed, quantisation="int8", decode_tokens=decode_tokens))
+
+
+def test_both(workbench, record, dropped, decode_tokens):
+    """Narrower, and without some attention or MLPs."""
+    recipe = replace(recipe_by_name("best"), drop_modules=True)
+    record(workbench.case(recipe, dropped, decode_tokens=decode_tokens, everywhere=True))
 
 
 def test_sparse(workbench, record, sparse, decode_tokens):
