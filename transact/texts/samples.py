@@ -76,7 +76,7 @@ def own_samples(
     prompts = _prompts(tokenizer)
     name = hashlib.sha256(repr((model_hash(model), prompts, length, rows, seed)).encode()).hexdigest()[:16]
     samples = []
-    for batch in tqdm(range(-(-count // rows)), desc="own samples", unit="batch", disable=None if progress else True):
+    for batch in range(-(-count // rows)):
         path = cache / name / f"{batch:04d}.safetensors" if cache else None
         if path and path.is_file():
             samples.append(load_file(path)["ids"])
@@ -84,7 +84,7 @@ def own_samples(
         chosen = [prompts[(batch * rows + row) % len(prompts)] for row in range(rows)]
         generator = torch.Generator(model.device).manual_seed(seed * 100_003 + batch)
         with undisturbed(model):
-            ids, entropy = _sampled(model, chosen, length, generator)
+            ids, entropy = _sampled(model, chosen, length, generator, progress)
         if entropy < LEAST_ENTROPY:
             raise ValueError(
                 f"the model's own samples repeat themselves ({entropy:.2f} nats a token, {LEAST_ENTROPY} at least are "
@@ -130,7 +130,11 @@ class _RoomyLayer(DynamicLayer):
 
 @torch.inference_mode()
 def _sampled(
-    model: nn.Module, prompts: Sequence[Sequence[int]], length: int, generator: torch.Generator
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    generator: torch.Generator,
+    progress: bool = False,
 ) -> tuple[torch.Tensor, float]:
     """Windows (prompts, length) that go on from the prompts, their first token left out, and nats a sampled token.
 
@@ -142,7 +146,8 @@ def _sampled(
     given = given.to(model.device)
     cache = Cache(layers=[_RoomyLayer(length) for _ in model.model.layers])
     ids, entropy, sampled = given[:, :1], 0.0, 0
-    for position in range(1, length + 1):
+    bar = {"desc": f"own samples, {len(prompts)} at once", "unit": "token", "disable": None if progress else True}
+    for position in tqdm(range(1, length + 1), **bar):
         logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
         log_probabilities = logits.log_softmax(dim=-1)
         drawn = torch.multinomial(log_probabilities.exp(), 1, generator=generator)
