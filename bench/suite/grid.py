@@ -19,7 +19,7 @@ TRAINING_PASSES = 6.0  # over the text trained on: forward, backward, the teache
 COMPENSATING_PASSES = {"dense": 0.4, "pruned": 3.5}
 MEASURING_PASSES = 0.8  # of each round
 # where whole layers go: passes whatever the ratio, and for the whole ratio, of models of about 30 layers
-DEPTH_PASSES = {"influence": (0.0, 26.0), "run": (2.0, 0.0), "clusters": (1.0, 0.0)}
+DEPTH_PASSES = {"influence": (0.0, 16.0), "run": (2.0, 0.0), "clusters": (1.0, 0.0)}
 COMPARING_PASSES = 0.3  # over windows that are compared with the dense model: its head, two softmaxes
 WINDOWS_WITHOUT_A_LIMIT = 1000
 GREEDY_TOKENS = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS)
