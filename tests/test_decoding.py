@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 import transact
 from tests.tiny import FAMILIES, VARIANTS, random_plan, scores_of, tiny_llama, tiny_relative, zeroed
 from transact import Widths, dense_widths, modeling_transact, select
-from transact.modeling_transact import is_exact_in_parts, joined_product, product_of_few
+from transact.modeling_transact import is_exact_in_parts, joined_product, parts_of_outputs, product_of_few
 
 IDS = torch.randint(1, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products are divided for MKL alone")
@@ -85,7 +85,7 @@ def test_a_step_calls_fewer_operators_than_the_dense_model(widths, threads):
 @torch.no_grad()
 @pytest.mark.parametrize("outputs", [32, 97, 100, 840, 1024, 2166, 49153])
 def test_products_of_few_rows_are_divided_among_threads_bit_for_bit(outputs, threads):
-    assert is_exact_in_parts(threads)  # tried once
+    assert all(is_exact_in_parts(parts) for parts in range(2, threads + 1))  # tried once
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(outputs, 576, generator=generator), torch.randn(outputs, generator=generator)
     for rows in (1, 2, 3, 4, 40):
@@ -93,7 +93,7 @@ def test_products_of_few_rows_are_divided_among_threads_bit_for_bit(outputs, thr
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             found = product_of_few(inputs, weight.t(), None)
         is_divided = "aten::bmm" in {event.key for event in seen.key_averages()}
-        assert is_divided == (threads > 1 and rows <= 3 and outputs >= 16 * threads)
+        assert is_divided == (threads > 1 and rows <= 3)
         assert torch.equal(found, functional.linear(inputs, weight))
         assert torch.equal(product_of_few(inputs, weight.t(), bias), functional.linear(inputs, weight, bias))
         assert product_of_few(inputs.double(), weight.double().t(), None).dtype == torch.float64
@@ -110,8 +110,16 @@ def test_all_products_of_a_step_are_divided(threads):
     assert torch.equal(decoded(narrow), 2 * expected)
 
 
+@needs_mkl
+def test_more_threads_than_parts_of_sixteen_do_no_harm():
+    assert parts_of_outputs(576, 64) == (36, 16)
+    assert parts_of_outputs(49153, 64) == (64, 752)  # and 1,025 at once, of which 1 would be summed otherwise
+    assert parts_of_outputs(40, 64) == (1, 0)
+    assert parts_of_outputs(15, 2) == parts_of_outputs(4096, 1) == (1, 0)
+
+
 def test_products_that_are_not_exact_in_parts_are_not_divided(monkeypatch):
-    monkeypatch.setattr(modeling_transact, "product_in_parts", lambda inputs, matrix, each: inputs @ matrix * 1.0001)
+    monkeypatch.setattr(modeling_transact, "product_in_parts", lambda inputs, matrix, *_: inputs @ matrix * 1.0001)
     assert not is_exact_in_parts.__wrapped__(2)
 
 

@@ -82,48 +82,52 @@ FEW = 3  # rows that MKL multiplies one by one
 def product_of_few(inputs: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`inputs` (B, D) times a `matrix` (D, outputs) that is the transpose of a contiguous weight, and the bias.
 
-    MKL has one thread multiply so few rows, but all of them a batch of products: there the outputs are divided among
-    the threads, which takes half the time with two of them.
+    MKL has one thread multiply so few rows, but all of them a batch of products: there the outputs are divided into as
+    many parts as there are threads, which takes half the time with two of them.
     """
     is_divided = len(inputs) <= FEW and matrix.dtype == torch.float32 and matrix.device.type == "cpu"
-    each = outputs_of_a_thread(matrix.shape[1], torch.get_num_threads()) if is_divided else 0
-    if not each:
+    parts, each = parts_of_outputs(matrix.shape[1], torch.get_num_threads()) if is_divided else (1, 0)
+    if parts == 1:
         return torch.mm(inputs, matrix) if bias is None else torch.addmm(bias, inputs, matrix)
-    product = product_in_parts(inputs, matrix, each)
+    product = product_in_parts(inputs, matrix, parts, each)
     return product if bias is None else product + bias
 
 
-def product_in_parts(inputs: torch.Tensor, matrix: torch.Tensor, each: int) -> torch.Tensor:
-    """The product where each thread multiplies `each` outputs, and the outputs that remain are multiplied at once."""
-    threads, (width, outputs) = torch.get_num_threads(), matrix.shape
-    parts = matrix.as_strided((threads, width, each), (each * width, 1, width))
-    product = torch.bmm(inputs.expand(threads, -1, -1), parts)
+def product_in_parts(inputs: torch.Tensor, matrix: torch.Tensor, parts: int, each: int) -> torch.Tensor:
+    """The product as a batch of `parts` with `each` outputs, and of the outputs that remain at once."""
+    width, outputs = matrix.shape
+    batch = matrix.as_strided((parts, width, each), (each * width, 1, width))
+    product = torch.bmm(inputs.expand(parts, -1, -1), batch)
     product = product.view(1, -1) if len(inputs) == 1 else product.transpose(0, 1).reshape(len(inputs), -1)
-    if threads * each == outputs:
+    if parts * each == outputs:
         return product
-    return torch.cat((product, torch.mm(inputs, matrix[:, threads * each :])), dim=1)
+    return torch.cat((product, torch.mm(inputs, matrix[:, parts * each :])), dim=1)
 
 
 @cache
-def outputs_of_a_thread(outputs: int, threads: int) -> int:
-    """How many outputs each thread multiplies, 0 where the product is not divided.
+def parts_of_outputs(outputs: int, threads: int) -> tuple[int, int]:
+    """How many parts the outputs are divided into, and how many are in each of them; (1, 0) where they are not divided.
 
     A multiple of 16, so that all are summed as they are in the whole product, bit for bit.
     """
-    if threads == 1 or not torch.backends.mkl.is_available() or not is_exact_in_parts(threads):
-        return 0
-    each = outputs // (16 * threads) * 16
-    remaining = outputs - each * threads
-    return each - 16 if 0 < remaining < 16 and each else each  # so few would be summed otherwise
+    parts = min(threads, outputs // 16)
+    if parts < 2 or not torch.backends.mkl.is_available() or not is_exact_in_parts(parts):
+        return 1, 0
+    each = outputs // (16 * parts) * 16
+    if 0 < outputs - parts * each < 16:  # so few would be summed otherwise
+        each -= 16
+    return (parts, each) if each else (1, 0)
 
 
 @cache
-def is_exact_in_parts(threads: int) -> bool:
+def is_exact_in_parts(parts: int) -> bool:
     """Whether this machine's library gives the same bits in parts; tried, since no documentation promises it."""
     with torch.inference_mode(), torch.device("cpu"):
         inputs = torch.arange(2.0 * 576).sin().view(2, 576)
-        matrix = torch.arange(576.0 * (48 * threads + 40)).cos().view(-1, 576).t()
-        return all(torch.equal(product_in_parts(x, matrix, 48), torch.mm(x, matrix)) for x in (inputs, inputs[:1]))
+        matrix = torch.arange(576.0 * (48 * parts + 40)).cos().view(-1, 576).t()
+        return all(
+            torch.equal(product_in_parts(x, matrix, parts, 48), torch.mm(x, matrix)) for x in (inputs, inputs[:1])
+        )
 
 
 class StepLinear(nn.Linear):
