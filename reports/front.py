@@ -13,7 +13,7 @@ from bench.quality.significance import Difference
 from bench.records import Record
 
 from .answers import Answer, percent, removed_words
-from .drawing import INTERVALS, bars_of, highest_rise, legend, style_number, style_of
+from .drawing import INTERVALS, bars_of, highest_rise, legend, style_number
 from .findings import by_interval, is_on_front, listed, plain
 from .plots import plot_dots
 from .rises import interval_column, interval_of, lead_over, other_losses, paired, text_named, with_interval
@@ -244,11 +244,12 @@ def draw_points(axes: Axes, frame: pd.DataFrame, speed: str, loss: str) -> pd.Da
     points = points.sort_values("family", key=_legend_order)
     best = points[is_on_front(points, (loss,), (speed,))].sort_values(speed)
     axes.plot(best[speed], best[loss], color=FAINT, linewidth=1, zorder=1, label="beaten by no other")
+    marked = list(points["method"].unique())  # colours are the families': no two methods may share a marker
     for (family, method), rows in points.groupby(METHOD, sort=False):
         axes.errorbar(rows[speed], rows[loss], xerr=bars_of(rows, speed), yerr=bars_of(rows, loss), linestyle="none",
                       label=method if family == "dense" else f"{family}: {method}", markersize=5, capsize=2,
                       color=style_number(FAMILIES.get(family, ANY_OTHER))[0], elinewidth=0.8,
-                      marker=style_of(method, frame["method"])[1])  # fmt: skip
+                      marker=style_number(marked.index(method))[1])  # fmt: skip
     removed = best["fraction_removed"].round(2)
     for x, y, share in best.assign(share=removed)[removed.diff() != 0][[speed, loss, "share"]].itertuples(index=False):
         if share:  # to the right of the front and below it nothing is

@@ -268,6 +268,14 @@ def test_the_line_goes_through_what_no_other_beats_from_the_dense_model_on():
     }  # fmt: skip
 
 
+def test_no_two_methods_of_a_family_share_a_marker():
+    found = found_of(dense(), *(timed(preset, 0.3, 0.5, 1.2) for preset in ("best", "flap", "transact")),
+                     timed("best", 0.3, 0.6, 1.3, drop_modules=True))  # fmt: skip
+    axes, *_ = draw(plot_front, found).axes
+    markers = {bars.get_label(): bars.lines[0].get_marker() for bars in axes.containers}
+    assert len(set(markers.values())) == len(markers) == 5
+
+
 def test_without_prefill_or_other_texts_there_is_one_panel():
     records = [replace(one, texts=one.texts[:1]) for one in (
         dense(), timed("best", 0.3, 0.4, 1.2), timed("flap", 0.3, 0.6, 1.2))]  # fmt: skip
