@@ -372,6 +372,27 @@ def test_pruning_to_a_speed_up(imaginary, make, measurements):
     assert transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3).speed is None
 
 
+def test_a_speed_that_the_whole_model_has_needs_nothing_removed(imaginary, monkeypatch):
+    compared = speedup.compared
+
+    def faster(*arguments):
+        ratio = compared(*arguments)
+        return Ratio(1.35 * ratio.median, 1.35 * ratio.low, 1.35 * ratio.high)
+
+    monkeypatch.setattr(speedup, "compared", faster)
+    monkeypatch.setattr("transact.pipeline.compared", faster)
+    dense = tiny_llama()
+    with pytest.warns(
+        UserWarning, match=r"^speedup 1\.2 is reached with nothing removed: the whole model is 1\.35 times"
+    ):
+        goal = speed_goal(dense, 1.2)
+    pruned = transact.prune(dense, WINDOWS, speedup=goal)
+    assert pruned.plan.widths == dense_widths(dense.config)
+    assert goal.is_met(pruned.speed)
+    with torch.no_grad():
+        assert torch.equal(*(model(input_ids=WINDOWS, use_cache=False).logits for model in (pruned.model, dense)))
+
+
 def test_the_finished_model_is_timed(imaginary, monkeypatch):
     timed = []
 

@@ -354,7 +354,8 @@ def _in_shots(
                 target = widths or find_widths(corrected)
             current = widths_of(before.config)
             wanted = [widths_after_shot(*pair, shots_left) for pair in zip(current, target, strict=True)]
-            plan = select(scores, wanted, rope=recipe.rope)
+            nothing_goes = wanted == [*current]
+            plan = select(_placeholder_scores(before) if nothing_goes else scores, wanted, rope=recipe.rope)
             if recipe.compensation not in ("bias", "dense"):
                 layers = []  # large, and of use no more
         with stage(result.seconds, "prune"):
@@ -362,7 +363,7 @@ def _in_shots(
         if home is not None:
             device = before.device  # from now on it computes one block of the narrowed model at a time
         with stage(result.seconds, "compensate"):
-            if not keeps_all:
+            if not nothing_goes:
                 result.ridges = _compensate(recipe, result.model, before, plan, layers, windows, device, progress)
         if train is not None:
             with stage(result.seconds, "train"):
