@@ -86,6 +86,7 @@ def product_of_few(inputs: torch.Tensor, matrix: torch.Tensor, bias: torch.Tenso
     many parts as there are threads, which takes half the time with two of them.
     """
     is_divided = len(inputs) <= FEW and matrix.dtype == torch.float32 and matrix.device.type == "cpu"
+    is_divided = is_divided and type(inputs) is torch.Tensor  # not that of a mode that computes without numbers
     parts, each = parts_of_outputs(matrix.shape[1], torch.get_num_threads()) if is_divided else (1, 0)
     if parts == 1:
         return torch.mm(inputs, matrix) if bias is None else torch.addmm(bias, inputs, matrix)
