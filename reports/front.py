@@ -1,6 +1,6 @@
 """One front of all methods: how many times as fast as the dense model each is, and by how many nats worse."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -203,9 +203,10 @@ def plot_front(found: Answer) -> Figure:
     speeds = {speed: words for speed, words in speeds.items() if speed in frame and frame[speed].notna().any()}
     figure = Figure(figsize=(6.5, 0.9 + 2.8 * len(speeds)), layout="constrained")
     panels = figure.subplots(len(speeds), len(titles), squeeze=False, sharex="row", sharey="col")
+    methods = ["dense", *frame.sort_values("family", key=_legend_order)["method"]]
+    markers = {method: style_number(number)[1] for number, method in enumerate(dict.fromkeys(methods))}
     for row, (speed, words) in zip(panels, speeds.items(), strict=True):
-        best = [draw_points(axes, frame, speed, loss)
-                for axes, loss in zip(row, titles, strict=True)]  # fmt: skip
+        best = [draw_points(axes, frame, speed, loss, markers) for axes, loss in zip(row, titles, strict=True)]
         row[0].set(ylabel="rise in loss (nats)", xlim=_limits(frame, pd.concat(best), speed))
         for axes in row:
             axes.set_xlabel(f"{words}: times as fast as dense")
@@ -216,7 +217,8 @@ def plot_front(found: Answer) -> Figure:
         beyond += frame["name"][frame[loss] > highest].tolist()
         axes.set(title=title.removeprefix("the "), ylim=_limits(shown, shown, loss))
     above = f"\nabove the picture: {listed(beyond)}" if beyond else ""
-    figure.suptitle(f"{INTERVALS}; in small: the fraction removed from there on{above}", fontsize=9, color=FAINT)
+    figure.suptitle(f"{INTERVALS}; in small: the fraction removed from there on{above}", fontsize=9, color=FAINT,
+                    wrap=True)  # fmt: skip
     legend(figure, panels[0, 0])
     return figure
 
@@ -233,7 +235,7 @@ def _limits(points: pd.DataFrame, whole: pd.DataFrame, name: str) -> tuple[float
     return low - margin, high + margin
 
 
-def draw_points(axes: Axes, frame: pd.DataFrame, speed: str, loss: str) -> pd.DataFrame:
+def draw_points(axes: Axes, frame: pd.DataFrame, speed: str, loss: str, markers: Mapping[str, str]) -> pd.DataFrame:
     """Points in the colours of their families and the markers of their methods, and the front from the dense model on.
 
     Small figures: the fraction removed, where it changes along the front, whose rows are returned.
@@ -244,12 +246,11 @@ def draw_points(axes: Axes, frame: pd.DataFrame, speed: str, loss: str) -> pd.Da
     points = points.sort_values("family", key=_legend_order)
     best = points[is_on_front(points, (loss,), (speed,))].sort_values(speed)
     axes.plot(best[speed], best[loss], color=FAINT, linewidth=1, zorder=1, label="beaten by no other")
-    marked = list(points["method"].unique())  # colours are the families': no two methods may share a marker
     for (family, method), rows in points.groupby(METHOD, sort=False):
         axes.errorbar(rows[speed], rows[loss], xerr=bars_of(rows, speed), yerr=bars_of(rows, loss), linestyle="none",
                       label=method if family == "dense" else f"{family}: {method}", markersize=5, capsize=2,
                       color=style_number(FAMILIES.get(family, ANY_OTHER))[0], elinewidth=0.8,
-                      marker=style_number(marked.index(method))[1])  # fmt: skip
+                      marker=markers[method])  # fmt: skip
     removed = best["fraction_removed"].round(2)
     for x, y, share in best.assign(share=removed)[removed.diff() != 0][[speed, loss, "share"]].itertuples(index=False):
         if share:  # to the right of the front and below it nothing is

@@ -93,7 +93,7 @@ def plot_texts(frame: pd.DataFrame, title: str = "") -> Figure:
         axes.tick_params(labelbottom=True)
     beyond = frame[(frame[list(columns)] > highest).any(axis=1)]
     words = [f"above the picture: {', '.join(dict.fromkeys(beyond['method']))}"] if len(beyond) else []
-    figure.suptitle("\n".join([title, *words]), fontsize=10)
+    figure.suptitle("\n".join([title, *words]), fontsize=10, wrap=True)
     legend(figure, panels[0])
     return figure
 

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from bench.output.figures import write_figure
 from bench.records import Record
 from reports.answers import answer, table_of
 from reports.families import family_of
@@ -276,6 +277,18 @@ def test_no_two_methods_of_a_family_share_a_marker():
     assert len(set(markers.values())) == len(markers) == 5
 
 
+def test_a_method_has_one_marker_in_all_panels():
+    alone = timed("flap", 0.3, 0.3, 1.3, prefill=1.1)
+    found = found_of(timed("best", 0.3, 0.4, 1.2, prefill=1.1), replace(alone, texts=alone.texts[:1]),
+                     timed("transact", 0.3, 0.5, 1.2))  # fmt: skip
+    markers = {}
+    for axes in draw(plot_front, found).axes:
+        for bars in axes.containers:
+            markers.setdefault(bars.get_label(), set()).add(bars.lines[0].get_marker())
+    assert len(markers) == 4
+    assert all(len(of_method) == 1 for of_method in markers.values())
+
+
 def test_without_prefill_or_other_texts_there_is_one_panel():
     records = [replace(one, texts=one.texts[:1]) for one in (
         dense(), timed("best", 0.3, 0.4, 1.2), timed("flap", 0.3, 0.6, 1.2))]  # fmt: skip
@@ -290,6 +303,17 @@ def test_what_is_far_above_is_named_and_leaves_the_picture():
     ))  # fmt: skip
     assert figure.axes[0].get_ylim()[1] < 1
     assert "above the picture: “transact-released” with 30 % removed" in figure.get_suptitle()
+
+
+def test_what_is_above_is_named_within_the_picture(tmp_path):
+    near = [timed(preset, ratio, ratio, 1.2) for preset in ("best", "flap", "transact") for ratio in (0.1, 0.2, 0.3)]
+    presets = ("transact-released", "llm-pruner", "wanda-sp", "shortgpt")
+    above = [timed(preset, 0.3, 4.6, 1.3) for preset in presets]
+    figure = draw(plot_front, found_of(*near, *above))
+    assert figure.get_suptitle().count("with 30 % removed") == 4
+    write_figure(tmp_path / "front", figure)
+    box = figure._suptitle.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
 def test_the_summary_has_the_winners_in_a_table(tmp_path, drawn):
