@@ -423,7 +423,8 @@ def build_parser() -> argparse.ArgumentParser:
     peers.add_argument(
         "--peers", type=some_of("peer", PEERS), default=[*PEERS], help=f"of {', '.join(PEERS)}, with commas (all)"
     )
-    peers.add_argument("--text", default="embedded", help=texts)
+    beside = "embedded,sources,probes"  # those of the front in the suite's first profile
+    peers.add_argument("--text", default=beside, help=texts.replace("(embedded)", f"({beside})"))
     peers.add_argument("--decode", type=number, default=16, help="tokens, in turn with the dense model (16)")
     served = commands.add_parser("served", help="checkpoints in vLLM's server: tokens, throughput, first token")
     served.set_defaults(run=served_command)

@@ -15,7 +15,7 @@ from torch import nn
 
 import transact
 from transact.models import load_model
-from transact.texts import text_source
+from transact.texts import DEFAULT_CALIBRATION, calibration_windows
 from transact.widths import check_ratio
 
 from .perplexity import measure_perplexity
@@ -100,7 +100,7 @@ def peer_rows(
     ratio: float = 0.3,
     samples: int = 32,
     length: int = 256,
-    calibration: str = "embedded",
+    calibration: str = DEFAULT_CALIBRATION,
     evaluation: str = "embedded",
     count: int | None = 20,
     timed: Callable[[nn.Module, nn.Module], Mapping[str, float]] = lambda model, dense: {},
@@ -109,14 +109,14 @@ def peer_rows(
 
     A row is `method` (a package with its version, or a preset of ours), `fraction_removed`, `parameters`, `prune_s`
     and, of every text that `evaluation` names, the perplexity of its first `count` windows and their `losses`, and what
-    `timed` gives for a pruned model and the dense one. Raises
-    ValueError, before anything is pruned, for what is not installed or asked for wrongly.
+    `timed` gives for a pruned model and the dense one. Raises ValueError, before anything is pruned, for what is not
+    installed or asked for wrongly.
     """
     check_peers(peers)
     check_ratio("ratio", ratio)
     texts = load_evaluation_texts(evaluation)
     dense, tokenizer = load_model(base, dtype="float32", device="cpu")
-    windows = text_source(calibration, tokenizer, length=length, count=samples).windows
+    windows = calibration_windows(dense, tokenizer, calibration, count=samples, length=length, progress=True)
     evaluated = {
         text.name: windows_of(text, tokenizer, length=length, count=count, windowing="blocks", bos=False)
         for text in texts
