@@ -17,7 +17,7 @@ from transact.commands.parser import OneLineParser, add_model_options, run_comma
 from transact.devices import resolve_device
 from transact.entry import check_vocabulary, counted
 from transact.models import DTYPES, EMBEDDED_MODEL, load_model, load_tokenizer, read_config
-from transact.texts import TEXTS, load_text
+from transact.texts import DEFAULT_CALIBRATION, SELF, TEXTS, load_text
 
 from . import gpu
 from .efficiency.engines import ENGINES, QUICK_ENGINES, compare_engines
@@ -260,9 +260,11 @@ def peers_command(options: argparse.Namespace) -> None:
     def timed(model: nn.Module, dense: nn.Module) -> dict[str, float]:
         return speedup_metrics(decode_rate(model, options.decode, reference=dense)[2])
 
-    rows, where, asked = [], environment(resolve_device("cpu")), {"peers": options.peers, "ratio": options.ratio}
+    rows, where = [], environment(resolve_device("cpu"))
+    asked = {name: getattr(options, name) for name in ("peers", "ratio", "calibration", "samples")}
+    asked |= {"length": options.seq_len, "evaluation": options.text}
     with results_written(options.results):
-        for case, row in peer_rows(options.model, evaluation=options.text, timed=timed, **asked):
+        for case, row in peer_rows(options.model, timed=timed, **asked):
             line = {"case": case, "row": row, "environment": where, "schema": PEERS_SCHEMA}
             append_line(options.results / "peers.jsonl", line)
             shown = {name: value for name, value in row.items() if name not in ("perplexity", "losses")}
@@ -425,6 +427,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     beside = "embedded,sources,probes"  # those of the front in the suite's first profile
     peers.add_argument("--text", default=beside, help=texts.replace("(embedded)", f"({beside})"))
+    sources = f"{SELF}, {', '.join(TEXTS)} or files, in turn, with commas ({DEFAULT_CALIBRATION})"
+    peers.add_argument("--calibration", default=DEFAULT_CALIBRATION, metavar="TEXTS", help=sources)
+    peers.add_argument("--samples", type=number, default=24, help="calibration windows (24, as profile quick)")
+    peers.add_argument("--seq-len", type=number, default=256, help="tokens of a window (256)")
     peers.add_argument("--decode", type=number, default=16, help="tokens, in turn with the dense model (16)")
     served = commands.add_parser("served", help="checkpoints in vLLM's server: tokens, throughput, first token")
     served.set_defaults(run=served_command)

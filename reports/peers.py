@@ -133,17 +133,22 @@ def about(lines: Sequence[Mapping]) -> str:
 def peer_records(lines: Sequence[Mapping], chosen: RecordSet) -> list[Record]:
     """Records of the packages that were timed on the machine of the others, for the front.
 
-    Only of the same model and windows: those on which the dense model has the same losses. Calibration may differ.
+    Only of the same model and windows, those on which the dense model has the same losses, and calibrated on as many
+    windows of the same texts.
     """
     dense = max(filter(is_reference, chosen.records), key=lambda record: len(record.texts), default=None)
     theirs = dense_line(lines)
     if dense is None or theirs is None:
         return []
     machines = {record.environment["device"] for record in chosen.records if is_timed(record)}
+    cases = [record.case for record in chosen.records]
+    calibrations = {(case.calibration_text, case.calibration_samples, case.calibration_seq_len) for case in cases}
     found = []
     for line in lines:
-        row = line["row"]
+        row, asked = line["row"], line["case"]
         if not is_package(row["method"]) or row.get(SPEEDUP) is None:
+            continue
+        if (asked["calibration"], asked["samples"], asked["seq_len"]) not in calibrations:
             continue
         if line["environment"]["device"] not in machines:
             continue

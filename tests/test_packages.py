@@ -14,9 +14,11 @@ from reports.peers import findings, peer_records, peers_frame, read_peers
 from reports.questions import FRONT
 from reports.report import write_report
 from reports.sets import newest_set
+from tests.synthetic import BASE
 from tests.test_front import NEAR, OTHERS, dense, drawn, timed  # noqa: F401 (a fixture)
 
 LONGER = np.concatenate([NEAR, [3.3, 3.4, 3.6]])  # the suite takes the first of these windows
+OTHERWISE, FEWER = {"calibration": "sources:calibration"}, {"samples": BASE.calibration_samples - 1}
 SPED = {"decode_speedup": 1.3, "decode_speedup_low": 1.28, "decode_speedup_high": 1.32}
 
 
@@ -27,8 +29,9 @@ def line(method: str, rise: float, ratio: float = 0.3, *, spread: float = 0.01, 
     uneven -= uneven.mean()
     texts = {"embedded:evaluation": (windows + rise + uneven).tolist(),
              **{f"{name}:evaluation": (one + rise).tolist() for name, one in OTHERS.items()}}  # fmt: skip
-    settings = {"base": "synthetic", "method": method, "ratio": ratio if rise else 0.0, "calibration": "embedded",
-                "samples": 32, "seq_len": 256, "windows": 15, **(case or {})}  # fmt: skip
+    settings = {"base": "synthetic", "method": method, "ratio": ratio if rise else 0.0,
+                "calibration": BASE.calibration_text, "samples": BASE.calibration_samples,
+                "seq_len": BASE.calibration_seq_len, "windows": 15, **(case or {})}  # fmt: skip
     row = {"method": method, "fraction_removed": settings["ratio"], "parameters": 9, "prune_s": 1.5,
            "perplexity": {name: float(np.exp(np.mean(one))) for name, one in texts.items()}, "losses": texts,
            **row}  # fmt: skip
@@ -134,6 +137,8 @@ def test_a_package_that_was_timed_is_on_the_front(tmp_path):
         [line("dense", 0, windows=LONGER + 0.1), line("optipfair 0.4.2", 0.9, **SPED)],  # other windows, or model
         [line("dense", 0, windows=NEAR[:5]), line("optipfair 0.4.2", 0.9, windows=NEAR[:5], **SPED)],  # too few
         [line("optipfair 0.4.2", 0.9, **SPED)],  # without the dense model
+        [line("dense", 0, case=OTHERWISE), line("optipfair 0.4.2", 0.9, case=OTHERWISE, **SPED)],
+        [line("dense", 0, case=FEWER), line("optipfair 0.4.2", 0.9, case=FEWER, **SPED)],
     ],
 )
 def test_what_cannot_be_compared_is_not_on_the_front(theirs, tmp_path):
@@ -147,7 +152,8 @@ def test_the_page_names_packages_with_their_versions(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     section = page[page.index('<section id="packages">') :]
     assert "optipfair 0.4.2" in section
-    assert "calibrated on 32 windows of 256 tokens of embedded" in section
+    calibrated = f"{BASE.calibration_samples} windows of {BASE.calibration_seq_len} tokens of {BASE.calibration_text}"
+    assert f"calibrated on {calibrated}" in section
     assert "optipfair 0.4.2" in (tmp_path / "packages.md").read_text(encoding="utf-8")
     assert "optipfair 0.4.2" in (tmp_path / "front.csv").read_text(encoding="utf-8")
     assert "optipfair" not in (tmp_path / "perplexity.csv").read_text(encoding="utf-8")

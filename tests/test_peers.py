@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import transact
 from bench.__main__ import main
 from bench.quality import peers
 from bench.quality.peers import PEERS, Peer, check_peers, linear_parameters, peer_rows
@@ -79,6 +80,26 @@ def test_mistakes_are_one_line(arguments, message, monkeypatch, tmp_path, capsys
     assert not (tmp_path / "peers.jsonl").exists()
 
 
+@pytest.mark.parametrize(("ratio", "wrong"), [(0.6, False), (0.3, True)])
+def test_what_a_package_cannot_do_is_refused_before_anything_is_pruned(
+    ratio, wrong, monkeypatch, tmp_path, tiny_directory, tiny_text, capsys
+):
+    monkeypatch.setattr(peers, "check_peers", lambda names: None)
+    monkeypatch.setattr(peers, "measure_perplexity", None)
+    model = tiny_directory
+    if wrong:
+        model = tmp_path / "pruned"
+        transact.prune(tiny_llama("gqa"), recipe=transact.Recipe(criterion="magnitude")).model.save_pretrained(model)
+        for file in tiny_directory.glob("tokenizer*"):
+            (model / file.name).write_bytes(file.read_bytes())
+    command = ["peers", str(model), "--ratio", str(ratio), "--text", str(tiny_text), "--samples", "4"]
+    command += ["--seq-len", "16", "--calibration", str(tiny_text), "--results", str(tmp_path / "results")]
+    assert main(command) == 2
+    message = "the model is pruned already" if wrong else "ratio 0.6 is out of reach of optipfair"
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "results" / "peers.jsonl").exists()
+
+
 def test_a_peer_that_is_none_is_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["peers", "--peers", "slicegpt"])
@@ -86,9 +107,9 @@ def test_a_peer_that_is_none_is_one_line(capsys):
 
 
 def test_rows_and_records(installed, tiny_directory, tiny_text, tmp_path, monkeypatch, capsys):
-    small = {"samples": 4, "length": 32, "calibration": str(tiny_text), "count": 3}
-    monkeypatch.setattr("bench.__main__.peer_rows", lambda base, **given: peer_rows(base, **given | small))
+    monkeypatch.setattr("bench.__main__.peer_rows", lambda base, **given: peer_rows(base, **given, count=3))
     command = ["peers", str(tiny_directory), "--peers", "halver", "--text", str(tiny_text), "--decode", "2"]
+    command += ["--calibration", str(tiny_text), "--samples", "4", "--seq-len", "32"]
     command += ["--results", str(tmp_path)]
     assert main(command) == 0
     lines = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]

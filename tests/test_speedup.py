@@ -182,15 +182,17 @@ def test_a_table_of_other_conditions_or_torn_is_measured_anew(measured, tmp_path
     [file] = (tmp_path / "cache" / "latency").iterdir()
     whole = file.read_text()
     no_times = [whole.replace('"mlp_dim": 0.4', f'"mlp_dim": {value}') for value in (
-        "NaN", "Infinity", "-0.4", "null", "true", '"0.4"', "[0.4]"
+        "NaN", "Infinity", "-0.4", "null", "true", '"0.4"', "[0.4]", "1e300"
     )]  # fmt: skip
+    nothing = whole[: whole.index('"table"')] + f'"table": {json.dumps(dict.fromkeys(asdict(TABLE), 0.0))}}}'
+    deep = "[" * 200_000
     others = [whole.replace('"threads": ', '"threads": 9'), whole[:40], "[]", '{"conditions": {}}', ""]
-    for text in (*others, *no_times):
+    for text in (*others, *no_times, nothing, deep):
         assert text != whole
         file.write_text(text)
         assert latency_table(dense, workload) == TABLE
         assert file.read_text() == whole
-    assert len(measured) == 13
+    assert len(measured) == 16
 
 
 def test_a_table_of_another_precision_is_another(measured):
@@ -391,6 +393,23 @@ def test_a_speed_that_the_whole_model_has_needs_nothing_removed(imaginary, monke
     assert goal.is_met(pruned.speed)
     with torch.no_grad():
         assert torch.equal(*(model(input_ids=WINDOWS, use_cache=False).logits for model in (pruned.model, dense)))
+
+
+def test_a_speed_that_only_the_whole_model_has_needs_nothing_removed_either(monkeypatch, imaginary):
+    """Narrower models may be slower than it on small machines: they are not what is asked for."""
+    dense = tiny_llama()
+
+    def compared(before, after, workload):
+        faster = 1.35 if widths_of(after.config) == dense_widths(dense.config) else 1.2
+        return Ratio(faster, faster - 0.01, faster + 0.01)
+
+    monkeypatch.setattr(speedup, "compared", compared)
+    monkeypatch.setattr("transact.pipeline.compared", compared)
+    with pytest.warns(UserWarning, match=r"^speedup 1\.3 is reached with nothing removed"):
+        goal = speed_goal(dense, 1.3)
+    assert transact.prune(dense, WINDOWS, speedup=goal).plan.widths == dense_widths(dense.config)
+    with pytest.raises(ValueError, match=r"speedup 1\.5 is out of reach"):
+        speed_goal(dense, 1.5)
 
 
 def test_the_finished_model_is_timed(imaginary, monkeypatch):

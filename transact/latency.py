@@ -31,6 +31,7 @@ from .widths import MODULES, Widths, dense_widths, head_dim_of, linear_parameter
 TOKENS = ("decode", "prefill")
 STEPS = 8  # tokens decoded in one timed run of a model
 TABLE_REPEATS, MODEL_REPEATS, WARM_UP = 11, 15, 2
+MOST_SECONDS = 3600.0  # that a part of one layer takes
 LEAST_BYTES = 256 * 2**20  # of the layers of a model that a table is read off: more than caches hold
 
 
@@ -112,9 +113,10 @@ def _kept_table(path: Path, current: dict) -> LatencyTable | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         table = LatencyTable(**kept["table"])
-        are_times = all(type(value) is float and 0 <= value < math.inf for value in asdict(table).values())
+        times = asdict(table).values()
+        are_times = all(type(value) is float and 0 <= value < MOST_SECONDS for value in times) and any(times)
         return table if kept["conditions"] == current and are_times else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -129,7 +129,7 @@ def speed_goal(
             f"speedup {speedup} cannot be told from noise on this device (inconclusive): the interval of repeated "
             f"ratios is {spread - 1:.0%} wide; let it do nothing else meanwhile, or ask for more"
         )
-    if speedup > measured[1].median:
+    if speedup > max(ratio.median for ratio in measured):
         raise ValueError(
             f"speedup {speedup} is out of reach: with the narrowest {'+'.join(modules)} {workload.tokens} is "
             f"{measured[1].median:.2f} times as fast ({measured[1].low:.2f} to {measured[1].high:.2f})"
@@ -164,12 +164,13 @@ def widths_at_speed(
 ) -> tuple[Widths, ...]:
     """The widths, of those that `widths_within` finds for a budget, whose model is as fast as asked for, or nearest.
 
-    The budget lies on the line between the goal's two ends; where the model that comes of it misses the goal by more
-    than its noise, that measurement becomes a point of the line, and the budget is read off again.
+    The budget lies on the line between the goal's two ends, and holds all widths where nothing need go; where the model
+    that comes of it misses the goal by more than its noise, that measurement becomes a point of the line, and the
+    budget is read off again.
     """
     points, tried = list(goal.ends), {}
     for _ in range(1 + CORRECTIONS):
-        widths = widths_within(budget_at(points, goal.speedup))
+        widths = widths_within(goal.ends[0][0] if goal.needs_nothing else budget_at(points, goal.speedup))
         if widths in tried:
             break
         tried[widths] = compared(dense, model_of_widths(dense, widths), goal.workload)

@@ -15,7 +15,8 @@ from torch import nn
 
 import transact
 from transact.models import load_model
-from transact.texts import DEFAULT_CALIBRATION, calibration_windows
+from transact.pipeline import check_task
+from transact.texts import DEFAULT_CALIBRATION, calibration_sources, mixed, source_names
 from transact.widths import check_ratio
 
 from .perplexity import measure_perplexity
@@ -98,7 +99,7 @@ def peer_rows(
     *,
     peers: Sequence[str] = tuple(PEERS),
     ratio: float = 0.3,
-    samples: int = 32,
+    samples: int = 24,
     length: int = 256,
     calibration: str = DEFAULT_CALIBRATION,
     evaluation: str = "embedded",
@@ -114,9 +115,15 @@ def peer_rows(
     """
     check_peers(peers)
     check_ratio("ratio", ratio)
+    source_names(calibration)
     texts = load_evaluation_texts(evaluation)
     dense, tokenizer = load_model(base, dtype="float32", device="cpu")
-    windows = calibration_windows(dense, tokenizer, calibration, count=samples, length=length, progress=True)
+    for name in OURS:
+        check_task(dense, transact.recipe_by_name(name), ratio=ratio)
+    for name in peers:
+        mlp_share(dense, ratio, name)
+    sources = calibration_sources(calibration, dense, tokenizer, count=samples, length=length, progress=True)
+    windows = mixed(sources)
     evaluated = {
         text.name: windows_of(text, tokenizer, length=length, count=count, windowing="blocks", bos=False)
         for text in texts
@@ -134,7 +141,8 @@ def peer_rows(
         model = pruned().eval()
         seconds = time.perf_counter() - start
         results = {name: measure_perplexity(model, one, progress=True) for name, one in evaluated.items()}
-        case = {"base": base, "method": method, "ratio": 0.0 if model is dense else ratio, "calibration": calibration,
+        case = {"base": base, "method": method, "ratio": 0.0 if model is dense else ratio,
+                "calibration": " + ".join(source.name for source in sources),
                 "samples": samples, "seq_len": length, "windows": count}  # fmt: skip
         row = {"method": method, "fraction_removed": 1 - linear_parameters(model) / whole,
                "parameters": sum(parameter.numel() for parameter in model.parameters()), "prune_s": round(seconds, 1),
