@@ -490,9 +490,9 @@ def directory(tiny_directory, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def prune(directory, tiny_text, tmp_path):
-    def run(*arguments: str) -> int:
+    def run(*arguments: str, model: Path = directory) -> int:
         settings = ["--calibration", str(tiny_text), "--samples", "8", "--seq-len", "32", "--device", "cpu"]
-        return main(["prune", str(directory), str(tmp_path / "out"), *settings, *arguments])
+        return main(["prune", str(model), str(tmp_path / "out"), *settings, *arguments])
 
     return run
 
@@ -513,8 +513,18 @@ def test_presets_by_command(prune, preset, where, tmp_path, capsys):
     printed = capsys.readouterr().out
     kept = next(line for line in printed.splitlines() if "of the dense model" in line)
     assert [int(number) for number in re.findall(r"\d+", kept)][-1] == pruning["kept_layers"][-1]
-    assert "40.0% of the linear parameters of the dense decoder layers removed" in printed
+    assert f"40.0% of the linear parameters of the decoder layers of {pruning['model']} removed" in printed
     assert "held by transformers, " in printed
+
+
+def test_layers_that_go_in_two_prunings_are_a_part_of_those_that_were_left(prune, tmp_path, capsys):
+    assert prune("--preset", "shortgpt", "--ratio", "0.4") == 0
+    out, again = tmp_path / "out", tmp_path / "again"
+    out.rename(again)
+    assert prune("--preset", "shortgpt", "--ratio", "0.333333", model=again) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    assert f"33.3% of the linear parameters of the decoder layers of {again} removed" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("always:ratio .* of 5 layers")

@@ -14,7 +14,9 @@ from bench.suite.workbench import Workbench
 from tests.tiny import VARIANTS, tiny_llama
 from transact import Recipe, Widths
 from transact.__main__ import main
+from transact.recovery.held_out import held_out_loss, hold_out
 from transact.sparsity import check_sparse_widths, is_sparse, linears_of, make_sparse, zero_fraction
+from transact.texts import text_source
 
 WINDOWS = torch.randint(1, 97, (8, 16), generator=torch.Generator().manual_seed(0))
 KINDS = ("wanda-2:4", "magnitude-2:4")
@@ -70,6 +72,31 @@ def test_every_four_of_a_saved_model_hold_two_zeros(sparsity, layerwise, tiny_di
     said = capsys.readouterr().out
     assert f"50.0% of the linear weights that are left are zero, {sparsity}" in said
     assert "0.0% of the decoder layers' linear parameters" in said
+
+
+def test_what_is_told_of_training_is_told_again_of_the_zeros_made_after_it(tiny_directory, tiny_text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["prune", str(tiny_directory), str(out), "--ratio", "0", "--preset", "transact", "--samples", "8",
+                 "--seq-len", "32", "--calibration", str(tiny_text), "--text", str(tiny_text), "--train-seq-len", "32",
+                 "--tokens", "1k", "--way", "full", "--sparsity", "magnitude-2:4", "--device", "cpu"]) == 0  # fmt: skip
+    model, tokenizer = transact.load_model(str(out), device="cpu")
+    _, held_out = hold_out(text_source(str(tiny_text), tokenizer, length=32).windows)
+    measured = held_out_loss(model, held_out)["held_out_perplexity"]
+    pruning = json.loads((out / "pruning.json").read_text())
+    assert pruning["held_out_perplexity_with_zeros"] == pytest.approx(measured, rel=1e-6)
+    assert f", and {measured:,.2f} with the zeros made after it" in capsys.readouterr().out
+    *_, last = (row for row in pruning["recovery"][0]["history"] if "held_out_perplexity" in row)
+    assert measured != pytest.approx(last["held_out_perplexity"], rel=1e-3)
+
+
+def test_an_export_whose_padding_breaks_the_pattern_says_so(tmp_path, tiny_directory, capsys):
+    dense = transact.load_model(str(tiny_directory), device="cpu")
+    widths = (Widths(2, 8, 6, 20), Widths(2, 8, 8, 28))
+    pruned = transact.prune(dense[0], recipe=Recipe(criterion="magnitude", sparsity="magnitude-2:4"), widths=widths)
+    transact.save_checkpoint(tmp_path / "out", pruned.model, pruned.plan, {}, tokenizer=dense[1])
+    assert main(["export", str(tmp_path / "out"), str(tmp_path / "padded"), "--pad"]) == 0
+    assert "the export is no longer 2:4" in capsys.readouterr().err
+    assert not is_sparse(transact.load_model(str(tmp_path / "padded"), device="cpu")[0])
 
 
 @pytest.mark.gpu

@@ -190,6 +190,11 @@ def read_pruning(directory: str) -> dict:
     return pruning
 
 
+def pruned_from(directory: str) -> str | None:
+    """The model that a checkpoint was pruned from, as `pruning.json` says; None where there is none."""
+    return read_pruning(directory)["model"] if (Path(directory) / "pruning.json").is_file() else None
+
+
 def fraction_removed_of(directory: str, config: PreTrainedConfig) -> float:
     """What a checkpoint lost, as `pruning.json` says, which knows the dense model; else as the configuration does.
 

@@ -24,8 +24,9 @@ from ..export import (
     write_program,
 )
 from ..models import load_model, load_tokenizer, read_config
+from ..sparsity import is_sparse
 from ..widths import widths_of
-from .parser import add_output_options, add_subcommand
+from .parser import add_output_options, add_subcommand, tell
 
 TYPES = {"gguf": tuple(GGUF_TYPES), "executorch": PROGRAM_TYPES}  # of numbers in the file, by format
 
@@ -83,6 +84,8 @@ def run(options: argparse.Namespace) -> None:
             tokenizer.save_pretrained(partial)
             origin = {"from": options.directory, "transact": __version__, "zeros_added": max(0, extra)}
             (partial / EXPORTED).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    if is_sparse(model) and not is_sparse(stated):
+        tell("the zeros that are added lie between those of 2:4 sparsity: the export is no longer 2:4")
     zeros = f", {counted(extra, 'zero')} added" if extra > 0 else ""
     print(
         f"{out}: {size:,} parameters ({pruned:.1%} of the linear ones removed"

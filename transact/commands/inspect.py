@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from ..checkpoint import fraction_removed_of
+from ..checkpoint import fraction_removed_of, pruned_from
 from ..configuration_transact import TransActConfig
 from ..engines import ENGINES, check_held
 from ..entry import counted, in_one_line
@@ -53,7 +53,9 @@ def run(options: argparse.Namespace) -> None:
     kept = kept_layers_of(config)
     if kept is not None:
         print(f"{layers_in_words(kept)} of the dense model")
-    of = "the dense decoder layers" if kept else counted(len(widths), "decoder layer")
+    of = counted(len(widths), "decoder layer")
+    if kept:  # of a model that may have lost layers before
+        of = f"the decoder layers of {pruned_from(options.directory) or 'the dense model'}"
     print(
         f"{removed:.1%} of the linear parameters of {of} "
         f"removed; 'all' counts embeddings and norms too; bytes at {str(config.dtype).removeprefix('torch.')}"

@@ -1,6 +1,7 @@
 """`transact prune`: prune a model into a checkpoint directory, training after each shot where it is asked for."""
 
 import argparse
+import math
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -21,6 +22,7 @@ from ..latency import TOKENS, Workload
 from ..models import EMBEDDED_MODEL, lasting_name, load_model, read_config
 from ..pipeline import DEFAULT_RATIO, Pruned, check_depth_task, check_speed_task, check_task, prune_checked, stage
 from ..recipe import ALLOCATIONS, COMPENSATIONS, PRESETS, ROPES, Recipe, recipe_by_name
+from ..recovery.held_out import held_out_loss
 from ..sparsity import SPARSITIES, zero_fraction
 from ..speedup import DEFAULT_CONTEXT, SpeedGoal, check_speedup, speed_goal
 from ..texts import DEFAULT_CALIBRATION, SELF, TEXTS, Source, calibration_sources, mixed, source_names
@@ -268,6 +270,9 @@ def run(options: argparse.Namespace) -> None:
     if train and not train.recovered[-1].is_main:
         return
     pruned.seconds = seconds | {name: seconds.get(name, 0) + value for name, value in pruned.seconds.items()}
+    with_zeros = None
+    if train and recipe.sparsity != "none":  # which were made of what was trained
+        with_zeros = held_out_loss(pruned.model, train.held_out)["held_out_perplexity"] or math.inf
     if windows is not None:
         first, *others = (len(source.windows) for source in sources)
         counts = [counted(first, "window"), *map(str, others)]
@@ -283,6 +288,7 @@ def run(options: argparse.Namespace) -> None:
         "speed": speed_summary(goal, pruned.speed) if goal else None,
         **pruning_summary(dense, pruned),
         "recovery": train.summaries() if train else [],
+        "held_out_perplexity_with_zeros": with_zeros if with_zeros != math.inf else None,
         "calibration": calibration_summary(options.calibration, sources, windows) if sources else None,
         "seed": options.seed,
         "device": str(device),
@@ -292,8 +298,10 @@ def run(options: argparse.Namespace) -> None:
     save_checkpoint(out, pruned.model, pruned.plan, pruning, tokenizer=tokenizer, overwrite=options.overwrite)
     if train:
         shutil.rmtree(checkpoints_of(out))
-        for recovered in train.recovered:
+        *earlier, last = train.recovered
+        for recovered in earlier:
             print_recovery(out, recovered)
+        print_recovery(out, last, with_zeros)
     print(
         f"{out}: {pruning['fraction_removed']:.1%} of the decoder layers' linear parameters and "
         f"{pruning['kv_fraction_removed']:.1%} of the KV cache removed, {pruning['parameters_before']:,} -> "

@@ -154,11 +154,13 @@ def training_summary(
     }  # fmt: skip
 
 
-def print_recovery(out: Path, recovered: Recovered) -> None:
+def print_recovery(out: Path, recovered: Recovered, with_zeros: float | None = None) -> None:
+    """Print what training gained; `with_zeros`: the held-out perplexity once weights were set to zero after it."""
     before, after = held_out_perplexities(recovered)
     print(
         f"{out}: trained on {recovered.tokens:,} tokens ({recovered.epochs:.2f} epochs) in {recovered.seconds:.1f} s, "
         f"perplexity of held-out windows of the same texts {before:,.2f} -> {after:,.2f}"
+        + ("" if with_zeros is None else f", and {with_zeros:,.2f} with the zeros made after it")
     )
     if after > before:
         tell("training has done harm: give more --tokens, or a smaller --learning-rate")
