@@ -176,9 +176,10 @@ def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: di
         across = bars_of(points, x) * scale
         axes.errorbar(points[x] * scale, points["perplexity"], xerr=across, yerr=perplexity_bars(points), label=line,
                       color=colour, marker=marker, markersize=6, linestyle="none", capsize=2, elinewidth=1)  # fmt: skip
-    for place, ratio, perplexity in zip(front[x] * scale, front["ratio"], front["perplexity"], strict=True):
-        if ratio:
-            axes.annotate(percent(ratio), (place, perplexity), xytext=(6, -11), textcoords="offset points", fontsize=8)
+    removed = front["fraction_removed"].round(2)
+    for place, share, perplexity in zip(front[x] * scale, removed, front["perplexity"], strict=True):
+        if share:
+            axes.annotate(percent(share), (place, perplexity), xytext=(6, -11), textcoords="offset points", fontsize=8)
     perplexity_axis(axes, frame["perplexity"])
     axes.grid(which="both")
 

@@ -74,11 +74,10 @@ def perplexity_of(row) -> str:
 def alternatives(found: Answer) -> list[str]:
     """Which value of the subject loses least, where, beyond chance or not; then figures of the hardest setting.
 
-    At last what did not lose as much as was asked for.
+    With the first what did not lose as much as was asked for: a summary takes no more.
     """
     groups = [_races(group) for _, group in found.frame.groupby("group", sort=False)]
-    told = [_winner(races) for races in groups] + [_figures(races) for races in groups]
-    return told + [sentence for races in groups for sentence in _otherwise(races)]
+    return [" ".join([_winner(races), *_otherwise(races)]) for races in groups] + [_figures(races) for races in groups]
 
 
 def ways(found: Answer, labels: Sequence[str]) -> list[str]:
@@ -387,11 +386,17 @@ def texts(frame: pd.DataFrame) -> list[str]:
         where = "; ".join(f"“{method}” on {listed(found)}" for method, found in least.items())
         sentences.append(
             f"With {asked_words(ratio, rows['fraction_removed'])} the mean rise over {len(names)} texts is least with "
-            f"“{best['method']}”, {best['mean_rise_nats']:.3f} nats; "
-            f"“{second['method']}” follows with {second['mean_rise_nats']:.3f}. "
+            f"{_method(best)}, {best['mean_rise_nats']:.3f} nats; "
+            f"{_method(second)} follows with {second['mean_rise_nats']:.3f}. "
             f"Least on each: {where}."
         )
     return sentences
+
+
+def _method(row) -> str:
+    """The method in quotation marks, with what it removed where that is not what was asked for."""
+    removed = row["fraction_removed"]
+    return f"“{row['method']}”{'' if is_met(row['ratio'], removed) else f' ({percent(round(removed, 3))} removed)'}"
 
 
 def fidelity(frame: pd.DataFrame) -> list[str]:
@@ -402,7 +407,7 @@ def fidelity(frame: pd.DataFrame) -> list[str]:
             continue
         row = rows.loc[rows["kl_nats"].idxmin()]
         sentences.append(
-            f"With {asked_words(ratio, rows['fraction_removed'])} “{row['method']}” is nearest to the dense model: "
+            f"With {asked_words(ratio, rows['fraction_removed'])} {_method(row)} is nearest to the dense model: "
             f"KL divergence {row['kl_nats']:.3f} nats, the same likeliest token at "
             f"{percent(row['top1_agreement'])} of all places, and the same greedy continuation for "
             f"{percent(row['greedy_agreement'])} of its tokens."
