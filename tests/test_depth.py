@@ -517,6 +517,13 @@ def test_presets_by_command(prune, preset, where, tmp_path, capsys):
     assert "held by transformers, " in printed
 
 
+def test_a_checkpoint_that_says_nothing_of_its_pruning_is_inspected(prune, tmp_path, capsys):
+    assert prune("--preset", "shortgpt", "--ratio", "0.4") == 0
+    (tmp_path / "out" / "pruning.json").write_text("{}")  # as callers of `save_checkpoint` may have it
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "of the decoder layers of the dense model removed" in capsys.readouterr().out
+
+
 def test_layers_that_go_in_two_prunings_are_a_part_of_those_that_were_left(prune, tmp_path, capsys):
     assert prune("--preset", "shortgpt", "--ratio", "0.4") == 0
     out, again = tmp_path / "out", tmp_path / "again"

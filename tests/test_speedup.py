@@ -407,6 +407,7 @@ def test_a_speed_that_only_the_whole_model_has_needs_nothing_removed_either(monk
     monkeypatch.setattr("transact.pipeline.compared", compared)
     with pytest.warns(UserWarning, match=r"^speedup 1\.3 is reached with nothing removed"):
         goal = speed_goal(dense, 1.3)
+    assert goal.budget == total_price(goal.prices, dense_widths(dense.config))
     assert transact.prune(dense, WINDOWS, speedup=goal).plan.widths == dense_widths(dense.config)
     with pytest.raises(ValueError, match=r"speedup 1\.5 is out of reach"):
         speed_goal(dense, 1.5)

@@ -191,16 +191,21 @@ def read_pruning(directory: str) -> dict:
 
 
 def pruned_from(directory: str) -> str | None:
-    """The model that a checkpoint was pruned from, as `pruning.json` says; None where there is none."""
-    return read_pruning(directory)["model"] if (Path(directory) / "pruning.json").is_file() else None
+    """The model that a checkpoint was pruned from, where `pruning.json` says so."""
+    said = _said_of_pruning(directory)
+    return said and said["model"]
 
 
 def fraction_removed_of(directory: str, config: PreTrainedConfig) -> float:
-    """What a checkpoint lost, as `pruning.json` says, which knows the dense model; else as the configuration does.
+    """What a checkpoint lost, as `pruning.json` says, which knows the dense model; else as the configuration does."""
+    if (said := _said_of_pruning(directory)) is not None:
+        return said["fraction_removed"]
+    return fraction_removed(config, widths_of(config))
 
-    Callers of `save_checkpoint` state there what they like.
-    """
+
+def _said_of_pruning(directory: str) -> dict | None:
+    """`pruning.json` where it says what was removed: callers of `save_checkpoint` state there what they like."""
     path = Path(directory) / "pruning.json"
     if path.is_file() and "fraction_removed" in path.read_text(encoding="utf-8"):
-        return read_pruning(directory)["fraction_removed"]
-    return fraction_removed(config, widths_of(config))
+        return read_pruning(directory)
+    return None

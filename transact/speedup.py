@@ -41,8 +41,8 @@ class SpeedGoal:
 
     @property
     def budget(self) -> float:
-        """The price of the layers at which the line between the ends has the speed-up."""
-        return budget_at(self.ends, self.speedup)
+        """The price of the layers at which the line between the ends has the speed-up, of all where nothing need go."""
+        return self.ends[0][0] if self.needs_nothing else budget_at(self.ends, self.speedup)
 
     @property
     def needs_nothing(self) -> bool:
@@ -170,7 +170,7 @@ def widths_at_speed(
     """
     points, tried = list(goal.ends), {}
     for _ in range(1 + CORRECTIONS):
-        widths = widths_within(goal.ends[0][0] if goal.needs_nothing else budget_at(points, goal.speedup))
+        widths = widths_within(goal.budget if goal.needs_nothing else budget_at(points, goal.speedup))
         if widths in tried:
             break
         tried[widths] = compared(dense, model_of_widths(dense, widths), goal.workload)
