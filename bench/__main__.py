@@ -261,10 +261,11 @@ def peers_command(options: argparse.Namespace) -> None:
         return speedup_metrics(decode_rate(model, options.decode, reference=dense)[2])
 
     rows, where = [], environment(resolve_device("cpu"))
-    asked = {name: getattr(options, name) for name in ("peers", "ratio", "calibration", "samples")}
-    asked |= {"length": options.seq_len, "evaluation": options.text}
     with results_written(options.results):
-        for case, row in peer_rows(options.model, timed=timed, **asked):
+        for case, row in peer_rows(
+            options.model, peers=options.peers, ratio=options.ratio, samples=options.samples, length=options.seq_len,
+            calibration=options.calibration, evaluation=options.text, timed=timed,
+        ):  # fmt: skip
             line = {"case": case, "row": row, "environment": where, "schema": PEERS_SCHEMA}
             append_line(options.results / "peers.jsonl", line)
             shown = {name: value for name, value in row.items() if name not in ("perplexity", "losses")}
@@ -347,8 +348,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     perplexity = commands.add_parser("perplexity", help="perplexity and bits per byte on a text")
     perplexity.set_defaults(run=perplexity_command)
-    texts = f"{', '.join(EVALUATION_TEXTS)} or text files, with commas, a line for each (embedded)"
-    perplexity.add_argument("--text", default="embedded", help=texts)
+    texts = f"{', '.join(EVALUATION_TEXTS)} or text files, with commas, a line for each"
+    perplexity.add_argument("--text", default="embedded", help=f"{texts} (embedded)")
     perplexity.add_argument("--seq-len", type=int, default=256, help="tokens of a window (256)")
     perplexity.add_argument("--windows", type=int, help="the first N windows (all of the text)")
     windowing = "blocks: windows by themselves; rolling: every token once, as lm-eval (blocks)"
@@ -426,7 +427,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--peers", type=some_of("peer", PEERS), default=[*PEERS], help=f"of {', '.join(PEERS)}, with commas (all)"
     )
     beside = "embedded,sources,probes"  # those of the front in the suite's first profile
-    peers.add_argument("--text", default=beside, help=texts.replace("(embedded)", f"({beside})"))
+    peers.add_argument("--text", default=beside, help=f"{texts} ({beside})")
     sources = f"{SELF}, {', '.join(TEXTS)} or files, in turn, with commas ({DEFAULT_CALIBRATION})"
     peers.add_argument("--calibration", default=DEFAULT_CALIBRATION, metavar="TEXTS", help=sources)
     peers.add_argument("--samples", type=number, default=24, help="calibration windows (24, as profile quick)")
