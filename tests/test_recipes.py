@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import transact
 from tests.tiny import NARROWING, random_plan, scores_of, tiny_llama, zeroed
 from transact import PRESETS, Recipe, fraction_removed, kv_fraction_removed
-from transact.allocate import removal_losses, searched_widths, weighed
+from transact.allocate import removal_losses, searched_widths, spread, weighed
 from transact.compensate import compensate_by_bias, compensate_on_dense_inputs
 from transact.least_squares import NormalEquations, _cholesky, fit_projection
 from transact.scores import LayerScores
@@ -127,6 +127,42 @@ def test_searched_widths_meet_both_budgets_and_are_aligned():
         assert all(w.qk_head_dim % 8 == w.v_head_dim % 8 == w.mlp % 64 == 0 for w in widths)
     only = searched_widths(SMOLLM2, scores, 0.2, modules=("vo", "mlp"))
     assert {w.qk_head_dim for w in only} == {64}
+
+
+def mlp_scores(*own: list[float]) -> list[LayerScores]:
+    """Of layers whose MLP dimensions lose so much each, cheapest first."""
+    return [LayerScores(torch.ones(1, 2), torch.ones(1, 4), torch.as_tensor(one).cumsum(0)) for one in own]
+
+
+def test_mlps_are_spread_as_dimensions_compete_by_standardised_losses(monkeypatch):
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2, intermediate_size=4, num_hidden_layers=3)
+    even, steep, dear = [1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 9.0], [10.0, 20.0, 30.0, 40.0]
+    scores = mlp_scores(even, steep, dear)
+    # z-scores: -1.34, -0.45, 0.45, 1.34 (even and dear), -0.58, -0.58, -0.58, 1.73
+    found = [Widths(2, 4, 2, 2), Widths(2, 4, 4, 2), Widths(2, 4, 4, 4)]
+    for share, wanted in ((0.0, [2, 2, 4]), (1.0, [3, 2, 3]), (0.5, [3, 2, 3])):
+        monkeypatch.setattr("transact.allocate.SPREAD", share + fraction_removed(config, found))
+        widths = spread(config, found, scores)
+        assert [one.mlp for one in widths] == wanted
+        assert [replace(one, mlp=0) for one in widths] == [replace(one, mlp=0) for one in found]
+    fewer = [replace(found[0], mlp=0), *found[1:]]
+    monkeypatch.setattr("transact.allocate.SPREAD", 1.0 + fraction_removed(config, fewer))
+    assert [one.mlp for one in spread(config, fewer, scores)] == [0, 3, 3]
+    assert spread(config, found, scores, engine="plain") == tuple(found)
+    assert spread(config, transact.dense_widths(config), scores) == transact.dense_widths(config)
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.6])
+def test_spread_widths_are_aligned_and_as_wide_together(ratio):
+    generator = torch.Generator().manual_seed(0)
+    scores = mlp_scores(*(torch.rand(1536, generator=generator).sort().values.pow(1 + layer) for layer in range(30)))
+    scores = [replace(one, rope_pairs=torch.ones(3, 32), value_dims=torch.ones(3, 64), kv_heads=None) for one in scores]
+    found = searched_widths(SMOLLM2, scores, ratio)
+    widths = spread(SMOLLM2, found, scores)
+    assert sum(one.mlp for one in widths) == sum(one.mlp for one in found)
+    assert all(one.mlp % 64 == 0 and one.mlp for one in widths)
+    assert (widths == found) == (ratio > 0.5)
+    assert fraction_removed(SMOLLM2, widths) == pytest.approx(fraction_removed(SMOLLM2, found))
 
 
 def test_search_removes_what_costs_least():
@@ -356,6 +392,7 @@ def test_the_fewer_tokens_the_more_attention_counts(monkeypatch):
     for weight in (40.0, 0.0):
         monkeypatch.setattr("transact.allocate.ATTENTION", weight)
         widths = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.2).plan.widths
-        assert widths == searched_widths(dense.config, weighed(dense.config, scores, WINDOWS.numel()), 0.2)
+        heavy = weighed(dense.config, scores, WINDOWS.numel())
+        assert widths == spread(dense.config, searched_widths(dense.config, heavy, 0.2), heavy)
         seen.append(transact.kv_fraction_removed(dense.config, widths))
     assert seen[0] < seen[1]

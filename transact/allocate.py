@@ -28,6 +28,7 @@ from .widths import (
 
 TOLERANCE = 0.005  # of the fraction removed
 ATTENTION = 4.0  # see `weighed`
+SPREAD = 0.5  # see `spread`
 
 
 def removal_losses(scores: torch.Tensor) -> torch.Tensor:
@@ -171,6 +172,51 @@ def searched_widths(
     widest = _as_widths(widest_groups, [len(group.options) - 1 for group in widest_groups], current)
     _check_budgets(config, widths, ratio, kv_ratio or 0.0, narrowest, widest, modules, engine, tolerance)
     return widths
+
+
+def spread(
+    config: PretrainedConfig, widths: Sequence[Widths], scores: Sequence[LayerScores], *, engine: str = "transformers"
+) -> tuple[Widths, ...]:
+    """Searched widths whose MLPs, as wide together, go part of the way to those of standardised losses.
+
+    A search takes most where losses are predicted low, and errors of neighbouring layers add up to more than was
+    predicted. Where dimensions of all layers compete by what each loses, standardised in its layer (as by FLAP's
+    scores: An et al., AAAI 2024), no such valley comes of it; but of few dimensions such widths take the wrong ones.
+    The way is 1/2 less the fraction that is removed, and nothing from there on. Refitted in closed form, by 16,384
+    tokens of the default mixture, SmolLM2 rises in nats on WikiText-2's validation text, TinyStories' training text and
+    documentation, on average: at 10 % .194 as searched, .179 and .177 a quarter and half of the way; at 20 % .457, .443
+    and .431; at 30 % .695, .680 and .706; at 50 % 1.253 and 1.288. Of five layers (stories260K) it is worth nothing.
+
+    Widths are aligned, dropped MLPs stay so, and an engine that wants MLPs alike gets them as they were.
+    """
+    held, current = engine_by_name(engine), widths_of(config)
+    rows = [row for row, one in enumerate(widths) if one.has_mlp]
+    if not held.mlp_by_layer or not rows:
+        return tuple(widths)
+    multiple, total = _mlp_multiple(config, held), sum(widths[row].mlp for row in rows)
+    share = max(0.0, SPREAD - fraction_removed(config, widths))
+    standard = _standard_widths([scores[row].mlp_dims for row in rows], total)
+    wanted = {row: (1 - share) * widths[row].mlp + share * one for row, one in zip(rows, standard, strict=True)}
+    found = {
+        row: current[row].mlp if width >= current[row].mlp else max(multiple, int(width / multiple) * multiple)
+        for row, width in wanted.items()
+    }
+    left = total - sum(found.values())
+    for row in sorted(rows, key=lambda row: found[row] - wanted[row]):  # those that lost most by alignment come first
+        if (step := min(multiple, current[row].mlp - found[row])) <= left:
+            found[row] += step
+            left -= step
+    if left < 0:  # of the least widths
+        return tuple(widths)
+    return tuple(replace(one, mlp=found.get(row, 0)) for row, one in enumerate(widths))
+
+
+def _standard_widths(mlp_dims: Sequence[torch.Tensor], total: int) -> list[int]:
+    """Widths of MLPs, `total` together, whose dimensions compete by what each loses, standardised in its layer."""
+    standard = [standardised(-removal_losses(scores).diff()) for scores in mlp_dims]
+    kept = torch.cat(standard).topk(total).indices
+    layers = torch.arange(len(standard)).repeat_interleave(torch.tensor([len(one) for one in standard]))
+    return layers[kept].bincount(minlength=len(standard)).tolist()
 
 
 def widths_within(

@@ -18,6 +18,7 @@ from .allocate import (
     parameter_prices,
     searched_widths,
     shared_pairs,
+    spread,
     weighed,
     widths_within,
 )
@@ -489,19 +490,15 @@ def _target_widths(
 
     `tokens`: how many the scores are of; None where they only stand in for scores.
     """
-    if recipe.allocation == "searched" and tokens is not None:
-        scores = weighed(dense.config, scores, tokens)
-    if goal is not None:
-        budget = goal.budget if budget is None else budget
-        return widths_within(
-            model.config, scores, goal.prices, budget, kv_ratio=kv_ratio, modules=recipe.modules,
-            drop_modules=recipe.drop_modules,
-        )  # fmt: skip
     if recipe.allocation == "searched":
-        return searched_widths(
-            model.config, scores, ratio, kv_ratio=kv_ratio, modules=recipe.modules, engine=recipe.engine,
-            drop_modules=recipe.drop_modules,
-        )  # fmt: skip
+        scores = scores if tokens is None else weighed(dense.config, scores, tokens)
+        options = {"kv_ratio": kv_ratio, "modules": recipe.modules, "drop_modules": recipe.drop_modules}
+        if goal is not None:
+            budget = goal.budget if budget is None else budget
+            widths = widths_within(model.config, scores, goal.prices, budget, **options)
+        else:
+            widths = searched_widths(model.config, scores, ratio, engine=recipe.engine, **options)
+        return widths if tokens is None else spread(model.config, widths, scores, engine=recipe.engine)
     if recipe.allocation == "global":
         return global_widths(model.config, scores, ratio, kv_ratio=kv_ratio)
     return uniform_widths(
