@@ -191,7 +191,7 @@ def test_every_preset_prunes_on_the_device(preset, device):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_trains_on_the_device(way, device):
-    training = replace(TRAINING, tokens=3 * 16 * 16, way=way, rank=4)
+    training = replace(TRAINING, tokens=3 * 16 * 16, way=way, rank=4 if way.startswith("lo") else None)
     recovered = transact.recover(narrowed().to(device), WINDOWS, training, teacher=tiny_llama("gqa"))
     losses = [row["loss"] for row in recovered.history if "loss" in row]
     if training.is_zeroth_order():  # a few steps along a few directions show nothing in the loss

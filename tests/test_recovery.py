@@ -38,13 +38,17 @@ def trained(**changes) -> transact.Recovered:
     return transact.recover(narrowed(), WINDOWS, settings, teacher=DENSE if settings.needs_teacher() else None, **rest)
 
 
+def rank_of(way: str) -> dict:
+    return {"rank": 4} if way.startswith("lo") else {}
+
+
 def weights(model) -> dict:
     return model.state_dict()
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_lowers_its_loss_and_leaves_a_narrowed_checkpoint(way, tmp_path):
-    recovered = trained(way=way, tokens=4 * TOKENS, rank=4, learning_rate=DOWNHILL.get(way, 1e-2))
+    recovered = trained(way=way, tokens=4 * TOKENS, **rank_of(way), learning_rate=DOWNHILL.get(way, 1e-2))
     losses = [row["loss"] for row in recovered.history if "loss" in row]
     assert min(losses[-10:]) < losses[0]
     assert recovered.tokens == 4 * TOKENS
@@ -90,7 +94,7 @@ def test_merged_adapters_compute_what_the_adapters_did(monkeypatch):
 
 @pytest.mark.parametrize("way", ["distillation", "lora", "lozo"])
 def test_an_interrupted_run_goes_on_to_the_same_result(way, tmp_path):
-    whole = trained(way=way, rank=4, checkpoints=tmp_path / "whole")
+    whole = trained(way=way, **rank_of(way), checkpoints=tmp_path / "whole")
 
     calls = []
 
@@ -101,16 +105,16 @@ def test_an_interrupted_run_goes_on_to_the_same_result(way, tmp_path):
         return {"calls": 1.0}
 
     with pytest.raises(KeyboardInterrupt):
-        trained(way=way, rank=4, checkpoints=tmp_path / "cut", evaluate=interrupted)
+        trained(way=way, **rank_of(way), checkpoints=tmp_path / "cut", evaluate=interrupted)
     left = sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*"))
     assert left
     torn = tmp_path / "cut" / "checkpoint-9"  # killed while it was being written
     torn.mkdir(exist_ok=True)
     (torn / "trainer_state.json").write_text('{"global')
-    resumed = trained(way=way, rank=4, checkpoints=tmp_path / "cut")
+    resumed = trained(way=way, **rank_of(way), checkpoints=tmp_path / "cut")
     for name, tensor in weights(whole.model).items():
         assert torch.equal(tensor, weights(resumed.model)[name]), name
-    done = trained(way=way, rank=4, checkpoints=tmp_path / "cut")  # nothing is left to do
+    done = trained(way=way, **rank_of(way), checkpoints=tmp_path / "cut")  # nothing is left to do
     assert all(torch.equal(tensor, weights(done.model)[name]) for name, tensor in weights(whole.model).items())
 
 
@@ -313,7 +317,10 @@ def test_parse_tokens_refuses(text):
         ({"way": "lozo", "refresh": 0}, "refresh must be a whole number of at least 1, got 0"),
         ({"way": "lozo", "refresh": 2.5}, "refresh must be a whole number of at least 1, got 2.5"),
         ({"way": "lozo", "refresh": True}, "refresh must be a whole number of at least 1, got True"),
-        ({"way": "lozo", "perturbation": math.inf}, "perturbation must be positive and finite, got inf"),
+        ({"way": "lozo", "perturbation": math.inf}, "perturbation must be positive and at most 1, got inf"),
+        ({"way": "lozo", "perturbation": 1e30}, "perturbation must be positive and at most 1, got 1e\\+30"),
+        ({"rank": 8}, "rank is of ways 'lora' and 'lozo', got 8 with way 'full'"),
+        ({"way": "distillation", "rank": 8}, "rank is of ways 'lora' and 'lozo', got 8 with way 'distillation'"),
         ({"way": "lozo", "gradient_checkpointing": True}, "of which way 'lozo' keeps none"),
         ({"refresh": 50}, "refresh is of way 'lozo', got 50 with way 'full'"),
         ({"way": "lora", "perturbation": 1e-3}, "perturbation is of way 'lozo', got 0.001 with way 'lora'"),

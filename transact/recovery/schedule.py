@@ -55,20 +55,19 @@ class Training:
             raise ValueError(f"layer-weight must be at least 0, got {self.layer_weight}")
         if self.layer_weight and not self.needs_teacher():
             raise ValueError(f"layer-weight compares layers with the dense model's: way {self.way!r} has no teacher")
-
-        self._check_lozo()
+        for name in ("rank", "refresh", "perturbation"):
+            if (value := getattr(self, name)) is not None and name not in self._own_defaults():
+                ways = "ways 'lora' and 'lozo'" if name == "rank" else "way 'lozo'"
+                raise ValueError(f"{name} is of {ways}, got {value!r} with way {self.way!r}")
+        if self.is_zeroth_order():
+            self._check_lozo()
 
     def _check_lozo(self) -> None:
-        """Raise ValueError for what does not go with training without back-propagation, or only with it."""
-        if not self.is_zeroth_order():
-            for name in ("refresh", "perturbation"):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(f"{name} is of way 'lozo', got {value!r} with way {self.way!r}")
-            return
+        """Raise ValueError for what does not go with training without back-propagation."""
         if self.rank is not None and self.rank > HIGHEST_LOZO_RANK:
             raise ValueError(f"rank of way {self.way!r} must be between 1 and {HIGHEST_LOZO_RANK}, got {self.rank}")
-        if self.perturbation is not None and not 0 < self.perturbation < math.inf:
-            raise ValueError(f"perturbation must be positive and finite, got {self.perturbation}")
+        if self.perturbation is not None and not 0 < self.perturbation <= 1:  # far beyond weights no slope is left
+            raise ValueError(f"perturbation must be positive and at most 1, got {self.perturbation}")
         if self.gradient_checkpointing:
             raise ValueError(f"gradient-checkpointing recomputes activations, of which way {self.way!r} keeps none")
 
@@ -84,10 +83,15 @@ class Training:
 
     def with_rate(self, hidden_size: int, length: int) -> "Training":
         """The same, with defaults where it names none: those of its way, for a model of this size and such windows."""
-        defaults = {"learning_rate": default_learning_rate(hidden_size, self.way, self.steps(length)), "rank": 16}
-        if self.is_zeroth_order():
-            defaults |= {"rank": 2, "refresh": 50, "perturbation": 1e-3}
+        defaults = {"learning_rate": default_learning_rate(hidden_size, self.way, self.steps(length))}
+        defaults |= self._own_defaults()
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    def _own_defaults(self) -> dict:
+        """Defaults of the settings that only some ways have, the one named among them."""
+        if self.is_zeroth_order():
+            return {"rank": 2, "refresh": 50, "perturbation": 1e-3}
+        return {"rank": 16} if "lora" in self.way else {}
 
 
 def default_learning_rate(hidden_size: int, way: str, steps: float = math.inf) -> float:
