@@ -265,18 +265,23 @@ def append(run: Run, record: Record) -> None:
             f"{str(run.file)!r} cannot be written: {error.strerror}; all records before this cell are kept: make room "
             "and run again"
         )
-    report_on_the_way(run)
+    report_on_the_way(run, record)
 
 
-def report_on_the_way(run: Run) -> None:
-    """Write the report and say where, when it is due: after minutes, then each time that the run is twice as old."""
-    if time.monotonic() - run.started < run.report_due:
+def report_on_the_way(run: Run, record: Record) -> None:
+    """Write the report and say where, when it is due.
+
+    At first with the record of a pruned model, beside which there is something to compare; then each time that the run
+    is twice as old.
+    """
+    is_first = run.report_due is None and record.status == "success" and record.case.criterion != "dense"
+    if not is_first and (run.report_due is None or time.monotonic() < run.report_due):
         return
-    run.report_due = 2 * (time.monotonic() - run.started)
     try:
         _, files = write_report(results_of(run)[0], run.results, read_peers([run.results])[0])
     except OSError:  # told at the end, where it is tried again
-        return
+        files = []
+    run.report_due = 2 * time.monotonic() - run.started
     if files:
         print(f"so far: {written(files)}", flush=True)
 

@@ -33,7 +33,7 @@ class Run:
     commands: dict[Case, str] = field(default_factory=dict)  # that measure each case alone
     notes: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    report_due: float = 200.0  # seconds after the start
+    report_due: float | None = None  # by the monotonic clock; None: with the first pruned model
 
 
 def run_of(option: Callable) -> Run:

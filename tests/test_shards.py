@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -157,16 +158,19 @@ def test_a_model_that_cannot_be_read_is_told_once(ablations, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_the_first_report_comes_on_the_way_and_the_next_when_the_run_is_twice_as_old(tmp_path, capsys):
-    maker, file = Maker(), tmp_path / "records.jsonl"
-    for case in (DENSE, BASE):
-        append_record(file, maker.record(case))
-    run = Run({}, tmp_path, file, None, started=time.monotonic() - 199)
-    report_on_the_way(run)
+def test_the_first_report_comes_with_the_first_pruned_model_and_the_next_when_the_run_is_twice_as_old(tmp_path, capsys):
+    maker, file, run = Maker(), tmp_path / "records.jsonl", Run({}, tmp_path, tmp_path / "records.jsonl", None)
+    run.started -= 100
+    dense, pruned = maker.record(DENSE), maker.record(BASE)
+    append_record(file, dense)
+    report_on_the_way(run, dense)
+    report_on_the_way(run, replace(pruned, status="failed", error="out of memory"))
     assert not (tmp_path / "report.html").exists()
-    run.started -= 1
-    report_on_the_way(run)
+    append_record(file, pruned)
+    report_on_the_way(run, pruned)
     assert capsys.readouterr().out.strip().endswith(f"open {tmp_path / 'report.html'}")
-    assert 400 <= run.report_due < 410
-    report_on_the_way(run)
+    report_on_the_way(run, pruned)
     assert capsys.readouterr().out == ""
+    run.report_due -= 200
+    report_on_the_way(run, dense)
+    assert capsys.readouterr().out.startswith("so far")
