@@ -320,7 +320,8 @@ def numbers(text: str) -> list[int]:
 
 def number(text: str) -> int:
     """One whole positive number."""
-    [value] = numbers(text)
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
     return value
 
 

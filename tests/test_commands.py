@@ -268,7 +268,7 @@ def test_models_that_are_none(prune, tiny_directory, tmp_path, capsys, monkeypat
     assert prune(out=tmp_path / "pruned") == 0
     capsys.readouterr()
     assert_refused(lambda: prune(model=tmp_path / "pruned"), "pruned already", capsys)
-    assert_refused(lambda: main(["inspect", str(tmp_path / "nowhere")]), "no model", capsys)
+    assert_refused(lambda: main(["inspect", str(tmp_path / "nowhere")]), "there is no such directory", capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -461,6 +461,7 @@ def test_they_are_pruned_again_and_trained():
     assert least.model.config.kept_layers == [fewer.config.kept_layers[layer] for layer in least.plan.kept_layers]
     narrow = transact.prune(fewer, WINDOWS, recipe="transact", ratio=0.3).model
     assert len(narrow.model.layers) == 3
+    assert narrow.model.config.kept_layers == fewer.config.kept_layers
     training = transact.Training(tokens=4 * 24, batch=4, way="full", learning_rate=1e-3)
     before = logits(fewer)
     recovered = transact.recover(fewer, WINDOWS, training)

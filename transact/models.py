@@ -173,16 +173,26 @@ def _config_of(name: str | os.PathLike, source: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:  # not there, torn, or refused by its own validation
+        reason = in_one_line(error) if _may_be_read(source) else "there is no such directory"
         allowed = f"allowed: {EMBEDDED_MODEL}, a checkpoint directory, or a Hugging Face id that can be reached"
         if difflib.get_close_matches(str(name), [EMBEDDED_MODEL]):
             allowed += f"; did you mean {EMBEDDED_MODEL!r}?"
-        raise ValueError(f"no model {str(name)!r} ({in_one_line(error)}); {allowed}") from error
+        raise ValueError(f"no model {str(name)!r} ({reason}); {allowed}") from error
     if config.model_type not in MODEL_TYPES:
         raise ValueError(f"model {str(name)!r} is of type {config.model_type!r}, allowed: {', '.join(MODEL_TYPES)}")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ValueError(f"model {str(name)!r} does not run: {kv_heads} key-value heads do not divide {heads} heads")
     return config
+
+
+def _may_be_read(source: str) -> bool:
+    """Whether a source is a directory, or has the form of a hub's id."""
+    try:
+        huggingface_hub.utils.validate_repo_id(source)
+    except huggingface_hub.errors.HFValidationError:
+        return Path(source).is_dir()
+    return True
 
 
 def lasting_name(model: str) -> str:

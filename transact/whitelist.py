@@ -6,6 +6,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from .configuration_transact import TransActConfig
 from .entry import odd_weight, shapes_of
+from .plan import KEPT_LAYERS
 from .prune import FAMILIES, narrowed_config
 from .widths import dense_widths, widths_of
 
@@ -53,7 +54,7 @@ def check_exportable(config: PretrainedConfig, format: str = "llama") -> None:
     for name, feature in LACKING.items():
         if getattr(config, name):
             raise ValueError(f"the model has {feature}, a plain Llama has none: it cannot be exported")
-    known = {*vars(LlamaConfig()), *EXPRESSED, *LACKING, "auto_map", "model_type"}
+    known = {*vars(LlamaConfig()), *EXPRESSED, *LACKING, KEPT_LAYERS, "auto_map", "model_type"}
     unknown = {name for name, value in vars(config).items() if not name.startswith("_") and value is not None} - known
     if unknown:
         raise ValueError(f"the configuration says {', '.join(sorted(unknown))}, which no export states: remove it")
