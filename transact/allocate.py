@@ -1,5 +1,6 @@
 """Allocation: which layer and module gives up how much, under a parameter budget and a KV-cache budget at once."""
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -191,23 +192,23 @@ def spread(
     """
     held, current = engine_by_name(engine), widths_of(config)
     rows = [row for row, one in enumerate(widths) if one.has_mlp]
-    if not held.mlp_by_layer or not rows:
+    share = SPREAD - fraction_removed(config, widths)
+    if share <= 0 or not held.mlp_by_layer or not rows:
         return tuple(widths)
-    multiple, total = _mlp_multiple(config, held), sum(widths[row].mlp for row in rows)
-    share = max(0.0, SPREAD - fraction_removed(config, widths))
+    total = sum(widths[row].mlp for row in rows)
     standard = _standard_widths([scores[row].mlp_dims for row in rows], total)
     wanted = {row: (1 - share) * widths[row].mlp + share * one for row, one in zip(rows, standard, strict=True)}
-    found = {
-        row: current[row].mlp if width >= current[row].mlp else max(multiple, int(width / multiple) * multiple)
-        for row, width in wanted.items()
-    }
-    left = total - sum(found.values())
-    for row in sorted(rows, key=lambda row: found[row] - wanted[row]):  # those that lost most by alignment come first
-        if (step := min(multiple, current[row].mlp - found[row])) <= left:
-            found[row] += step
-            left -= step
+    options = {row: allowed_widths(config, current[row], MODULES, held)[2] for row in rows}
+    places = {row: max(0, bisect.bisect_right(options[row], wanted[row]) - 1) for row in rows}
+    left = total - sum(options[row][place] for row, place in places.items())
     if left < 0:  # of the least widths
         return tuple(widths)
+    for row in sorted(rows, key=lambda row: options[row][places[row]] - wanted[row]):  # what alignment took most from
+        narrower, *wider = options[row][places[row] :]
+        if wider and wider[0] - narrower <= left:
+            places[row] += 1
+            left -= wider[0] - narrower
+    found = {row: options[row][place] for row, place in places.items()}
     return tuple(replace(one, mlp=found.get(row, 0)) for row, one in enumerate(widths))
 
 

@@ -20,7 +20,7 @@ from .entry import (
     shapes_of,
 )
 from .modeling_transact import TransActForCausalLM
-from .plan import KEPT_LAYERS, LayerPlan, Plan, kept_layers_of
+from .plan import KEPT_LAYERS, LayerPlan, Plan
 from .widths import Widths, dense_widths, has_query_key_norm, head_dim_of, widths_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # dense model types that can be narrowed
@@ -29,7 +29,7 @@ CONFIGURATION_FIELDS = (
     "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
     "initializer_range", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
     "num_key_value_heads", "pad_token_id", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "use_cache",
-    "vocab_size",
+    "vocab_size", KEPT_LAYERS,
 )  # fmt: skip
 
 
@@ -164,8 +164,6 @@ def narrowed_config(config: PretrainedConfig, widths: Sequence[Widths], *, rope:
     """
     settings = {name: value for name, value in config.to_dict().items() if name in CONFIGURATION_FIELDS}
     settings |= features_of(config)
-    if (kept := kept_layers_of(config)) is not None:  # it lost whole layers before
-        settings[KEPT_LAYERS] = list(kept)
     if settings["query_key_norm"] and any(w.qk_head_dim not in (0, head_dim_of(config)) for w in widths):
         raise ValueError("queries and keys are normalised head by head: their dimensions must be kept whole")
     if rope == "released":
