@@ -136,10 +136,11 @@ def test_no_scores_of_all_queries_and_no_copies_of_keys(widths):
         assert "aten::_scaled_dot_product_attention_math" not in calls_of_a_step(narrow, length)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_that_keeps_everything_is_bit_equal(variant, kind, threads):
-    dense = tiny_llama(variant)
+def test_a_step_that_keeps_everything_is_bit_equal(variant, kind, dtype, threads):
+    dense = tiny_llama(variant).to(dtype)
     narrowed = transact.apply_plan(dense, select(scores_of(dense, "random"), dense_widths(dense.config)))
     assert torch.equal(decoded(narrowed, kind), decoded(dense, kind))
 
@@ -154,6 +155,35 @@ def test_steps_equal_those_of_the_zeroed_dense_model(variant, kind, attention, t
     plan = random_plan(dense.config, seed=3, drop_heads=True)
     narrowed, oracle = transact.apply_plan(dense, plan), zeroed(dense, plan)
     assert_same(decoded(narrowed, kind), decoded(oracle, kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widths", ["equal", "keys wider", "values wider"])
+def test_one_query_in_16_bits_is_answered_in_float32_without_matrix_units(widths, dtype, monkeypatch):
+    """Kernels of 16 bits take 2 to 8 times as long there."""
+
+    def kernels_of_a_step(has_units: bool, dtype: torch.dtype) -> set[str]:
+        monkeypatch.setattr(modeling_transact, "has_matrix_units", lambda: has_units)
+        narrow = narrowed_to(tiny_llama("gqa"), *WIDTHS[widths]).to(dtype)
+        return {name for name in calls_of_a_step(narrow) if "flash_attention" in name}
+
+    assert not kernels_of_a_step(False, dtype)
+    is_equal = WIDTHS[widths][0] == WIDTHS[widths][1]
+    assert bool(kernels_of_a_step(True, dtype)) == bool(kernels_of_a_step(False, torch.float32)) == is_equal
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_steps_in_16_bits_are_as_near_to_float32_as_the_whole_text_is(widths, kind, monkeypatch):
+    monkeypatch.setattr(modeling_transact, "has_matrix_units", lambda: False)
+    narrow = narrowed_to(tiny_llama("gqa"), *WIDTHS[widths]).to(torch.bfloat16)
+    mask = torch.ones_like(IDS)
+    mask[1, :5] = 0
+    for inputs in ({}, {"attention_mask": mask}):
+        steps, whole = decoded(narrow, kind, **inputs), read_at_once(narrow, **inputs)
+        assert steps.dtype == torch.bfloat16
+        exact = read_at_once(copy.deepcopy(narrow).float(), **inputs)
+        assert (steps - exact).norm() < 1.5 * (whole - exact).norm()
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

@@ -62,6 +62,13 @@ class TransActConfig(LlamaConfig):
         self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
 
     @property
+    def is_narrowed(self) -> bool:
+        """Whether anything is narrower than the dense model."""
+        dense = (self.num_key_value_heads, self.head_dim, self.head_dim, self.intermediate_size)
+        widths = (self.kv_head_counts, self.qk_head_dims, self.v_head_dims, self.intermediate_sizes)
+        return any(set(ours) != {whole} for ours, whole in zip(widths, dense, strict=True))
+
+    @property
     def attention_layers(self) -> list[int]:
         """The layers that have attention: the KV cache has an entry for each of these, in their order."""
         return [layer_idx for layer_idx, width in enumerate(self.v_head_dims) if width]
