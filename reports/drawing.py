@@ -166,7 +166,7 @@ def bars_of(frame: pd.DataFrame, name: str) -> np.ndarray:
 
 
 def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: dict) -> None:
-    """Points of each label, and a line through those that no other beats, with the fraction removed beside these."""
+    """Points of each label, and a line through those no other beats, with the fraction removed where it changes."""
     frame = frame.dropna(subset=["perplexity"])
     front = frame[is_on_front(frame, ("perplexity",), (x,))].sort_values(x) if len(frame) else frame
     axes.plot(front[x] * scale, front["perplexity"], color=FAINT, linewidth=1, linestyle="-", zorder=1,
@@ -177,7 +177,8 @@ def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: di
         axes.errorbar(points[x] * scale, points["perplexity"], xerr=across, yerr=perplexity_bars(points), label=line,
                       color=colour, marker=marker, markersize=6, linestyle="none", capsize=2, elinewidth=1)  # fmt: skip
     removed = front["fraction_removed"].round(2)
-    for place, share, perplexity in zip(front[x] * scale, removed, front["perplexity"], strict=True):
+    changed = front.assign(share=removed)[removed.diff() != 0]  # labels of neighbours would lie on each other
+    for place, share, perplexity in zip(changed[x] * scale, changed["share"], changed["perplexity"], strict=True):
         if share:
             axes.annotate(percent(share), (place, perplexity), xytext=(6, -11), textcoords="offset points", fontsize=8)
     perplexity_axis(axes, frame["perplexity"])

@@ -157,35 +157,6 @@ def test_steps_equal_those_of_the_zeroed_dense_model(variant, kind, attention, t
     assert_same(decoded(narrowed, kind), decoded(oracle, kind))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("widths", ["equal", "keys wider", "values wider"])
-def test_one_query_in_16_bits_is_answered_in_float32_without_matrix_units(widths, dtype, monkeypatch):
-    """Kernels of 16 bits take 2 to 8 times as long there."""
-
-    def kernels_of_a_step(has_units: bool, dtype: torch.dtype) -> set[str]:
-        monkeypatch.setattr(modeling_transact, "has_matrix_units", lambda: has_units)
-        narrow = narrowed_to(tiny_llama("gqa"), *WIDTHS[widths]).to(dtype)
-        return {name for name in calls_of_a_step(narrow) if "flash_attention" in name}
-
-    assert not kernels_of_a_step(False, dtype)
-    is_equal = WIDTHS[widths][0] == WIDTHS[widths][1]
-    assert bool(kernels_of_a_step(True, dtype)) == bool(kernels_of_a_step(False, torch.float32)) == is_equal
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("widths", WIDTHS)
-def test_steps_in_16_bits_are_as_near_to_float32_as_the_whole_text_is(widths, kind, monkeypatch):
-    monkeypatch.setattr(modeling_transact, "has_matrix_units", lambda: False)
-    narrow = narrowed_to(tiny_llama("gqa"), *WIDTHS[widths]).to(torch.bfloat16)
-    mask = torch.ones_like(IDS)
-    mask[1, :5] = 0
-    for inputs in ({}, {"attention_mask": mask}):
-        steps, whole = decoded(narrow, kind, **inputs), read_at_once(narrow, **inputs)
-        assert steps.dtype == torch.bfloat16
-        exact = read_at_once(copy.deepcopy(narrow).float(), **inputs)
-        assert (steps - exact).norm() < 1.5 * (whole - exact).norm()
-
-
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_padded_prompts(widths, kind):

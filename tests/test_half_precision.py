@@ -6,14 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 import transact.pipeline
 import transact.walk
-from tests.tiny import tiny_llama
-from transact import PRESETS, Recipe, Training, calibrate, prune, recover
+from tests.tiny import random_plan, tiny_llama
+from transact import PRESETS, Recipe, Training, apply_plan, calibrate, modeling_transact, prune, recover
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_math")
 HALVES = {torch.bfloat16, torch.float16}
+
+
+LENGTH = 48  # tokens, of which the products are computed in float32
 
 
 class ProductsOf16Bits(TorchDispatchMode):
@@ -33,6 +37,7 @@ class ProductsOf16Bits(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def slow_processor(monkeypatch):
     monkeypatch.setattr(transact.walk, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(transact.pipeline, "check_computed", lambda model: None)  # computes a few tokens as they are
 
 
@@ -97,3 +102,79 @@ def test_adapters_are_trained_over_float32(windows):
         recovered = recover(pruned, windows, Training(way="lora", tokens=64)).model
     assert products.found == 0 < products.all
     assert recovered.dtype == torch.bfloat16
+
+
+def narrowed_to_16_bits(dtype: torch.dtype = torch.bfloat16):
+    dense = tiny_llama("gqa")
+    return apply_plan(dense, random_plan(dense.config, seed=3, drop_heads=True)).to(dtype)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(1, 60, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", sorted(HALVES, key=str), ids=str)
+def test_a_narrowed_model_reads_and_attends_in_float32(dtype, ids):
+    narrowed = narrowed_to_16_bits(dtype)
+    cache = DynamicCache(config=narrowed.config)
+    with ProductsOf16Bits() as products:
+        logits = narrowed(ids, past_key_values=cache).logits
+    assert products.all > 2 * 7
+    assert products.found == 0
+    assert logits.dtype == dtype
+    assert {layer.keys.dtype for layer in cache.layers} == {dtype}
+    with ProductsOf16Bits() as products:
+        narrowed(ids[:1, :1], past_key_values=DynamicCache(config=narrowed.config))
+    assert products.found == 4 * 2 + 1  # rows are multiplied quickly one by one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 6, LENGTH])
+def test_a_model_that_keeps_everything_has_the_bits_of_the_dense_one(tokens, ids):
+    dense = tiny_llama("gqa").to(torch.bfloat16)
+    whole = prune(dense, ids, recipe=Recipe(), ratio=0.0).model
+    assert type(whole) is modeling_transact.TransActForCausalLM
+    assert torch.equal(whole(ids[:, :tokens]).logits, dense(ids[:, :tokens]).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_what_is_read_or_decoded_is_as_near_to_float32_as_in_16_bits(is_padded, ids):
+    narrowed = narrowed_to_16_bits()
+    mask = torch.ones_like(ids)
+    mask[1, : 5 * is_padded] = 0
+
+    def logits_of(model) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        read = model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache).logits
+        steps = [
+            model(ids[:, place : place + 1], attention_mask=mask[:, : place + 1], past_key_values=cache).logits
+            for place in range(40, LENGTH)
+        ]
+        return torch.cat([read, *steps], dim=1)[mask.bool()]
+
+    exact, found = logits_of(copy.deepcopy(narrowed).float()), logits_of(narrowed)
+    for module in narrowed.modules():
+        if hasattr(module, "may_leave_16_bits"):
+            module.may_leave_16_bits = False
+    in_16_bits = logits_of(narrowed)
+    assert not torch.equal(found, in_16_bits)  # attention rounds its scores there
+    assert (found - exact).norm() < 1.1 * (in_16_bits - exact).norm()
+
+
+def test_weights_are_made_float32_part_by_part(monkeypatch):
+    monkeypatch.setattr(modeling_transact, "PART", 100)
+    inputs, weight, bias = (torch.randn(size).bfloat16() for size in ((2, 40, 24), (19, 24), (19,)))
+    found = modeling_transact.product_in_float32(inputs, weight, bias)
+    expected = torch.nn.functional.linear(inputs.float(), weight.float(), bias.float()).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+
+
+def test_with_matrix_units_nothing_leaves_16_bits(ids, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    narrowed = narrowed_to_16_bits()
+    with torch.no_grad(), ProductsOf16Bits() as products:
+        narrowed(ids)
+    assert products.found == products.all > 2 * 7

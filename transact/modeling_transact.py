@@ -7,6 +7,7 @@ This file travels beside a saved checkpoint and imports only its configuration.
 Legend: B batch, L length, D hidden size, K key-value heads, H query heads, Q and V width of query-key and value heads.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache, partial
@@ -54,7 +55,7 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
     weights, rows, end, in_a_row = [], 0, None, True
     for linear in linears:
         weight = linear._parameters.get("weight")  # `linear.weight` takes longer than all that is asked of it here
-        if type(linear) is not nn.Linear or type(weight) is not nn.Parameter or "forward" in linear.__dict__:
+        if type(linear) is not CPULinear or type(weight) is not nn.Parameter or "forward" in linear.__dict__:
             return None
         if linear._forward_hooks or linear._forward_pre_hooks:
             return None
@@ -131,22 +132,47 @@ def is_exact_in_parts(parts: int) -> bool:
         )
 
 
-class StepLinear(nn.Linear):
-    """A linear module that makes `product_of_few` of the tokens of a step."""
+MANY = 32  # rows from which a product in float32 takes less time, the weights' conversion included
+PART = 2**24  # weights that are converted at a time
+
+
+def leaves_16_bits(config: TransActConfig) -> bool:
+    """Whether a CPU may compute in float32 what is stored in 16 bits: without matrix units (AMX) it multiplies these
+    row by row. A model that keeps everything stays in them, and has the dense model's bits."""
+    return config.is_narrowed and not torch.cpu._is_amx_tile_supported()
+
+
+def product_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `functional.linear`, of 16 bits; only a part of the weights is in float32 at a time."""
+    wide, parts = inputs.float(), weight.split(max(1, PART // weight.shape[1]))
+    product = torch.cat([functional.linear(wide, part.float()) for part in parts], dim=-1)
+    return (product if bias is None else product.add_(bias)).to(inputs.dtype)
+
+
+class CPULinear(nn.Linear):
+    """A linear module whose products CPUs are quick at: of few rows in parts, of many in 16 bits in float32."""
+
+    def __init__(self, config: TransActConfig, in_features: int, out_features: int, bias: bool):
+        super().__init__(in_features, out_features, bias=bias)
+        self.may_leave_16_bits = leaves_16_bits(config)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if (
             torch.compiler.is_compiling()  # first: what else is asked would become a guard
-            or inputs.numel() > FEW * self.in_features
+            or FEW < inputs.numel() / self.in_features < (MANY if self.may_leave_16_bits else math.inf)
             or torch.is_grad_enabled()
             or type(weight) is not nn.Parameter
             or not weight.is_contiguous()
             or torch.is_autocast_enabled(inputs.device.type)
         ):
             return super().forward(inputs)
-        product = product_of_few(inputs.reshape(-1, self.in_features), weight.t(), bias)
-        return product.view(*inputs.shape[:-1], -1)
+        if inputs.numel() <= FEW * self.in_features:
+            product = product_of_few(inputs.reshape(-1, self.in_features), weight.t(), bias)
+            return product.view(*inputs.shape[:-1], -1)
+        if inputs.is_cpu and inputs.dtype.itemsize == 2 and inputs.dtype == weight.dtype:
+            return product_in_float32(inputs, weight, bias)
+        return super().forward(inputs)
 
 
 def put_in_a_row(weights: Sequence[torch.Tensor]) -> bool:
@@ -212,17 +238,10 @@ def attend_with_one_query(module, query, key, value, attention_mask, scaling, dr
     return functional.scaled_dot_product_attention(query, key, value, **options), None
 
 
-def has_matrix_units() -> bool:
-    """Whether the processor has matrix units for 16 bits (AMX)."""
-    return torch.cpu._is_amx_tile_supported()
+def attend_unequal(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """As transformers' sdpa where keys and values differ in width, which its kernels answer with copies of both.
 
-
-def attend_in_products(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """As transformers' sdpa where its kernels are slow: for unequal widths of keys and values, which they copy, and for
-    one query in 16 bits without matrix units, which they multiply number by number.
-
-    One query takes two products, there in float32 (with AVX2, 512 tokens, 9 heads of 64: 109 us for 378). More are
-    padded to the wider, which costs less than all scores at once.
+    One query takes two products. More are padded to the wider, which costs less than all scores at once.
     """
     length, kv_heads, width = query.shape[2], key.shape[1], value.shape[3]
     if length > 1 or dropout or (attention_mask is not None and attention_mask.shape[1] > 1):
@@ -234,9 +253,6 @@ def attend_in_products(module, query, key, value, attention_mask, scaling, dropo
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output[..., :width], None
-    dtype = query.dtype
-    if module.is_slow_in(query):
-        query, key, value = query.float(), key.float(), value.float()
     query = (query * scaling).reshape(len(query) * kv_heads, -1, key.shape[3])
     scores = torch.bmm(query, key.flatten(0, 1).mT)  # (B x K, query heads for each, length of keys)
     if attention_mask is not None:
@@ -247,10 +263,10 @@ def attend_in_products(module, query, key, value, attention_mask, scaling, dropo
             scores = scores + attention_mask
         scores = scores.flatten(0, 1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-    return torch.bmm(weights, value.flatten(0, 1)).to(dtype), None
+    return torch.bmm(weights, value.flatten(0, 1)), None
 
 
-class StepRMSNorm(LlamaRMSNorm):
+class CPURMSNorm(LlamaRMSNorm):
     """Llama's norm in two operators where these have its bits."""
 
     def forward(self, hidden_states):
@@ -279,15 +295,14 @@ class TransActAttention(nn.Module):
         self.head_dim, self.query_key_norm = config.head_dim, config.query_key_norm
         self.sliding_window = config.sliding_window
         self.engine_head_dim = config.engine_head_dim(layer_idx)
-        # a model that keeps everything takes the dense model's kernels, and has its bits
-        self.may_leave_16_bits = config.is_narrowed and not has_matrix_units()
+        self.may_leave_16_bits = leaves_16_bits(config)
 
         hidden, bias = config.hidden_size, config.attention_bias
         heads = self.kv_heads * self.num_key_value_groups
-        self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, self.kv_heads * self.qk_head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, self.kv_heads * self.v_head_dim, bias=bias)
-        self.o_proj = StepLinear(heads * self.v_head_dim, hidden, bias=config.attention_output_bias)
+        self.q_proj = CPULinear(config, hidden, heads * self.qk_head_dim, bias=bias)
+        self.k_proj = CPULinear(config, hidden, self.kv_heads * self.qk_head_dim, bias=bias)
+        self.v_proj = CPULinear(config, hidden, self.kv_heads * self.v_head_dim, bias=bias)
+        self.o_proj = CPULinear(config, heads * self.v_head_dim, hidden, bias=config.attention_output_bias)
         if config.query_key_norm:
             self.q_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
@@ -306,14 +321,19 @@ class TransActAttention(nn.Module):
         else:
             query, key, value = self.heads_of_token(joined, position_embeddings)
 
+        dtype = query.dtype
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         # transformers looks for the literal below before it allows `set_attn_implementation`
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if attend is sdpa_attention_forward and kwargs.get("cache") is None:  # that of continuous batching
-            if self.qk_head_dim != self.v_head_dim or self.is_slow_in(query):
-                attend = attend_in_products
+            if self.may_leave_16_bits and query.is_cpu and dtype.itemsize == 2 and not torch.compiler.is_exporting():
+                query, key, value = query.float(), key.float(), value.float()
+                if attention_mask is not None and attention_mask.is_floating_point():
+                    attention_mask = attention_mask.float()
+            if self.qk_head_dim != self.v_head_dim:
+                attend = attend_unequal
             elif joined is not None and attention_mask is None:
                 attend = attend_with_one_query
         elif self.config._attn_implementation == "vllm":  # which widens values itself, to the width of the keys
@@ -330,11 +350,7 @@ class TransActAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*batch_and_length, -1).contiguous()), weights
-
-    def is_slow_in(self, query: torch.Tensor) -> bool:
-        """Whether one query is answered sooner in float32 than in its own 16 bits."""
-        return self.may_leave_16_bits and query.shape[2] == 1 and query.is_cpu and query.dtype.itemsize == 2
+        return self.o_proj(output.reshape(*batch_and_length, -1).to(dtype).contiguous()), weights
 
     def heads(self, hidden_states, position_embeddings):
         """Queries (B, H, L, Q), turned as keys are, keys (B, K, L, Q) and values (B, K, L, V)."""
@@ -388,9 +404,9 @@ class TransActMLP(LlamaMLP):
     def __init__(self, config: TransActConfig, layer_idx: int):
         nn.Module.__init__(self)
         hidden, width, bias = config.hidden_size, config.intermediate_sizes[layer_idx], config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, width, bias=bias)
-        self.up_proj = nn.Linear(hidden, width, bias=bias)
-        self.down_proj = StepLinear(width, hidden, bias=config.mlp_output_bias)
+        self.gate_proj = CPULinear(config, hidden, width, bias=bias)
+        self.up_proj = CPULinear(config, hidden, width, bias=bias)
+        self.down_proj = CPULinear(config, width, hidden, bias=config.mlp_output_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.register_state_dict_pre_hook(put_apart)
 
@@ -413,7 +429,7 @@ class TransActDecoderLayer(LlamaDecoderLayer):
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
         has_attention, has_mlp = config.v_head_dims[layer_idx] > 0, config.intermediate_sizes[layer_idx] > 0
-        norm = partial(StepRMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+        norm = partial(CPURMSNorm, config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = TransActAttention(config, layer_idx) if has_attention else None
         self.mlp = TransActMLP(config, layer_idx) if has_mlp else None
         self.input_layernorm = norm() if has_attention else None
@@ -448,7 +464,7 @@ class TransActModel(TransActPreTrainedModel, MistralModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(TransActDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = StepRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = CPURMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -463,7 +479,7 @@ class TransActForCausalLM(TransActPreTrainedModel, LlamaForCausalLM):
         LlamaPreTrainedModel.__init__(self, config)
         self.model = TransActModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = StepLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = CPULinear(config, config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 
