@@ -37,7 +37,7 @@ class ProductsOf16Bits(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def slow_processor(monkeypatch):
     monkeypatch.setattr(transact.walk, "multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(modeling_transact, "has_products_of_16_bits", lambda: False)
     monkeypatch.setattr(transact.pipeline, "check_computed", lambda model: None)  # computes a few tokens as they are
 
 
@@ -104,8 +104,8 @@ def test_adapters_are_trained_over_float32(windows):
     assert recovered.dtype == torch.bfloat16
 
 
-def narrowed_to_16_bits(dtype: torch.dtype = torch.bfloat16):
-    dense = tiny_llama("gqa")
+def narrowed_to_16_bits(dtype: torch.dtype = torch.bfloat16, variant: str = "gqa"):
+    dense = tiny_llama(variant)
     return apply_plan(dense, random_plan(dense.config, seed=3, drop_heads=True)).to(dtype)
 
 
@@ -116,8 +116,9 @@ def ids() -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", sorted(HALVES, key=str), ids=str)
-def test_a_narrowed_model_reads_and_attends_in_float32(dtype, ids):
-    narrowed = narrowed_to_16_bits(dtype)
+@pytest.mark.parametrize(("variant", "attentions"), [("gqa", 2), ("mha", 0)])
+def test_a_narrowed_model_reads_in_float32(variant, attentions, dtype, ids):
+    narrowed = narrowed_to_16_bits(dtype, variant)
     cache = DynamicCache(config=narrowed.config)
     with ProductsOf16Bits() as products:
         logits = narrowed(ids, past_key_values=cache).logits
@@ -127,7 +128,22 @@ def test_a_narrowed_model_reads_and_attends_in_float32(dtype, ids):
     assert {layer.keys.dtype for layer in cache.layers} == {dtype}
     with ProductsOf16Bits() as products:
         narrowed(ids[:1, :1], past_key_values=DynamicCache(config=narrowed.config))
-    assert products.found == 4 * 2 + 1  # rows are multiplied quickly one by one
+    assert products.found == 4 * 2 + 1 + attentions  # quick ones: of one row, and of the heads that share keys
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_one_query_goes_in_groups_of_heads_that_share_keys(attention, ids, monkeypatch):
+    narrowed = narrowed_to_16_bits()
+    narrowed.set_attn_implementation(attention)
+    cache, seen = DynamicCache(config=narrowed.config), []
+    narrowed(ids, past_key_values=cache)
+    in_groups = modeling_transact.attend_in_groups
+    monkeypatch.setattr(modeling_transact, "attend_in_groups", lambda *inputs, **options: (
+        seen.append(inputs[1].shape), in_groups(*inputs, **options))[1])  # fmt: skip
+    narrowed(ids[:, :1], past_key_values=cache)
+    assert len(seen) == (2 if attention == "sdpa" else 0)
+    assert all(shape[2] == 1 for shape in seen)
 
 
 @torch.no_grad()
@@ -172,8 +188,8 @@ def test_weights_are_made_float32_part_by_part(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
 
 
-def test_with_matrix_units_nothing_leaves_16_bits(ids, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+def test_where_torch_has_products_of_16_bits_nothing_leaves_them(ids, monkeypatch):
+    monkeypatch.setattr(modeling_transact, "has_products_of_16_bits", lambda: True)
     narrowed = narrowed_to_16_bits()
     with torch.no_grad(), ProductsOf16Bits() as products:
         narrowed(ids)
