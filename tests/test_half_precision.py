@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -106,7 +107,7 @@ def test_adapters_are_trained_over_float32(windows):
 
 def narrowed_to_16_bits(dtype: torch.dtype = torch.bfloat16, variant: str = "gqa"):
     dense = tiny_llama(variant)
-    return apply_plan(dense, random_plan(dense.config, seed=3, drop_heads=True)).to(dtype)
+    return apply_plan(dense, random_plan(dense.config, seed=3)).to(dtype)
 
 
 @pytest.fixture
@@ -194,3 +195,39 @@ def test_where_torch_has_products_of_16_bits_nothing_leaves_them(ids, monkeypatc
     with torch.no_grad(), ProductsOf16Bits() as products:
         narrowed(ids)
     assert products.found == products.all > 2 * 7
+
+
+@torch.no_grad()
+def test_modules_are_linear_ones_as_tools_look_for_them_and_what_they_do_besides_is_done(ids):
+    """bitsandbytes' and torch's own quantisation want exactly `nn.Linear`."""
+    narrowed = narrowed_to_16_bits()
+    linears = {name: module for name, module in narrowed.model.named_modules() if isinstance(module, nn.Linear)}
+    assert len(linears) == 7 * 2
+    assert {type(module) for module in linears.values()} == {nn.Linear}
+    seen = []
+    for name, module in linears.items():
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    expected = narrowed_to_16_bits()(ids).logits
+    for tokens in (1, 6, LENGTH):
+        seen.clear()
+        logits = narrowed(ids[:, :tokens]).logits
+        assert sorted(seen) == sorted(linears)
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 6, LENGTH])
+def test_shapes_are_known_without_numbers(tokens, ids):
+    config = narrowed_to_16_bits().config
+    with torch.device("meta"):
+        narrowed = modeling_transact.TransActForCausalLM(config).to(torch.bfloat16)
+    assert narrowed(ids[:, :tokens].to("meta")).logits.shape == (2, tokens, 97)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, LENGTH])
+def test_inputs_of_another_width_are_refused_and_no_rows_give_none(rows):
+    head = narrowed_to_16_bits().lm_head
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        head(torch.ones(2 * rows, 24, dtype=torch.bfloat16))
+    assert head(torch.ones(0, rows, 48, dtype=torch.bfloat16)).shape == (0, rows, 97)

@@ -48,17 +48,13 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
     if token.is_cuda and torch.cuda.is_current_stream_capturing():
         for linear in linears:
             linear.weight.is_recorded = True  # a CUDA graph goes on reading this memory
-    if token.ndim != 3 or token.shape[1] != 1 or torch.is_grad_enabled():
-        return None
-    if _global_forward_hooks or _global_forward_pre_hooks:
+    if token.ndim != 3 or token.shape[1] != 1 or torch.is_grad_enabled() or token.is_meta:
         return None
     weights, rows, end, in_a_row = [], 0, None, True
     for linear in linears:
-        weight = linear._parameters.get("weight")  # `linear.weight` takes longer than all that is asked of it here
-        if type(linear) is not CPULinear or type(weight) is not nn.Parameter or "forward" in linear.__dict__:
+        if not is_linear_alone(linear):
             return None
-        if linear._forward_hooks or linear._forward_pre_hooks:
-            return None
+        weight = linear._parameters["weight"]
         place = weight.data_ptr()
         in_a_row = in_a_row and (end is None or place == end) and weight.is_contiguous()
         end = place + weight.nbytes
@@ -75,6 +71,17 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
     if 0 < len(biases) < len(linears):
         return None
     return product_of_few(token.squeeze(1), joined, torch.cat(biases) if biases else None)
+
+
+def is_linear_alone(module: nn.Module) -> bool:
+    """Whether calling the module does nothing but a linear map: no hook, adapter, quantised or offloaded weight."""
+    return (
+        type(module) is nn.Linear
+        and type(module._parameters.get("weight")) is nn.Parameter  # `module.weight` takes longer than all of this
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks or _global_forward_hooks)
+        and not _global_forward_pre_hooks
+    )
 
 
 FEW = 3  # rows that MKL multiplies one by one
@@ -158,30 +165,43 @@ def product_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.T
     return (product if bias is None else product.add_(bias)).to(inputs.dtype)
 
 
-class CPULinear(nn.Linear):
-    """A linear module whose products CPUs are quick at: of few rows in parts, of many in 16 bits in float32."""
+def quick_product(linear: nn.Linear, inputs: torch.Tensor, may_leave_16_bits: bool) -> torch.Tensor | None:
+    """What the linear map makes of the inputs where a CPU is quicker than torch: of few rows in parts, of many rows of
+    16 bits in float32. None elsewhere."""
+    if torch.compiler.is_compiling():  # first: what else is asked would become a guard
+        return None
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    rows = inputs.shape[:-1].numel()
+    if FEW < rows < (MANY if may_leave_16_bits else math.inf) or not rows or torch.is_grad_enabled():
+        return None
+    if type(weight) is not nn.Parameter or not weight.is_contiguous() or inputs.shape[-1] != weight.shape[1]:
+        return None
+    if inputs.is_meta or torch.is_autocast_enabled(inputs.device.type):
+        return None
+    if rows <= FEW:
+        return product_of_few(inputs.reshape(rows, -1), weight.t(), bias).view(*inputs.shape[:-1], -1)
+    if inputs.is_cpu and inputs.dtype.itemsize == 2 and inputs.dtype == weight.dtype:
+        return product_in_float32(inputs, weight, bias)
+    return None
 
-    def __init__(self, config: TransActConfig, in_features: int, out_features: int, bias: bool):
-        super().__init__(in_features, out_features, bias=bias)
-        self.may_leave_16_bits = leaves_16_bits(config)
+
+def product(linear: nn.Module, inputs: torch.Tensor, may_leave_16_bits: bool) -> torch.Tensor:
+    """What the linear module makes of the inputs, quickly where it does nothing else.
+
+    Modules stay `nn.Linear` themselves, since tools that quantise look for just that.
+    """
+    quick = quick_product(linear, inputs, may_leave_16_bits) if is_linear_alone(linear) else None
+    return linear(inputs) if quick is None else quick
+
+
+class Head(nn.Linear):
+    """The language-model head, which transformers calls itself."""
+
+    may_leave_16_bits = False
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        if (
-            torch.compiler.is_compiling()  # first: what else is asked would become a guard
-            or FEW < inputs.numel() / self.in_features < (MANY if self.may_leave_16_bits else math.inf)
-            or torch.is_grad_enabled()
-            or type(weight) is not nn.Parameter
-            or not weight.is_contiguous()
-            or torch.is_autocast_enabled(inputs.device.type)
-        ):
-            return super().forward(inputs)
-        if inputs.numel() <= FEW * self.in_features:
-            product = product_of_few(inputs.reshape(-1, self.in_features), weight.t(), bias)
-            return product.view(*inputs.shape[:-1], -1)
-        if inputs.is_cpu and inputs.dtype.itemsize == 2 and inputs.dtype == weight.dtype:
-            return product_in_float32(inputs, weight, bias)
-        return super().forward(inputs)
+        quick = quick_product(self, inputs, self.may_leave_16_bits)
+        return super().forward(inputs) if quick is None else quick
 
 
 def put_in_a_row(weights: Sequence[torch.Tensor]) -> bool:
@@ -316,10 +336,10 @@ class TransActAttention(nn.Module):
 
         hidden, bias = config.hidden_size, config.attention_bias
         heads = self.kv_heads * self.num_key_value_groups
-        self.q_proj = CPULinear(config, hidden, heads * self.qk_head_dim, bias=bias)
-        self.k_proj = CPULinear(config, hidden, self.kv_heads * self.qk_head_dim, bias=bias)
-        self.v_proj = CPULinear(config, hidden, self.kv_heads * self.v_head_dim, bias=bias)
-        self.o_proj = CPULinear(config, heads * self.v_head_dim, hidden, bias=config.attention_output_bias)
+        self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.qk_head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.v_head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.attention_output_bias)
         if config.query_key_norm:
             self.q_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
@@ -371,14 +391,19 @@ class TransActAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*batch_and_length, -1).to(dtype).contiguous()), weights
+        output = output.reshape(*batch_and_length, -1).to(dtype).contiguous()
+        return product(self.o_proj, output, self.may_leave_16_bits), weights
 
     def heads(self, hidden_states, position_embeddings):
         """Queries (B, H, L, Q), turned as keys are, keys (B, K, L, Q) and values (B, K, L, V)."""
         batch_and_length = hidden_states.shape[:-1]
 
         def heads(projection: nn.Linear, width: int) -> torch.Tensor:
-            return projection(hidden_states).view(*batch_and_length, -1, width).transpose(1, 2)
+            return (
+                product(projection, hidden_states, self.may_leave_16_bits)
+                .view(*batch_and_length, -1, width)
+                .transpose(1, 2)
+            )
 
         query = heads(self.q_proj, self.qk_head_dim)
         key = heads(self.k_proj, self.qk_head_dim)
@@ -425,19 +450,22 @@ class TransActMLP(LlamaMLP):
     def __init__(self, config: TransActConfig, layer_idx: int):
         nn.Module.__init__(self)
         hidden, width, bias = config.hidden_size, config.intermediate_sizes[layer_idx], config.mlp_bias
-        self.gate_proj = CPULinear(config, hidden, width, bias=bias)
-        self.up_proj = CPULinear(config, hidden, width, bias=bias)
-        self.down_proj = CPULinear(config, width, hidden, bias=config.mlp_output_bias)
+        self.gate_proj = nn.Linear(hidden, width, bias=bias)
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=config.mlp_output_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.may_leave_16_bits = leaves_16_bits(config)
         self.register_state_dict_pre_hook(put_apart)
 
     def forward(self, x):
         joined = joined_product(x, self.gate_proj, self.up_proj)
         if joined is None:
-            return super().forward(x)
-        gate, up = joined.unsqueeze(1).chunk(2, dim=2)
-        # an activation rounds the ends of rows otherwise than their middles: rows must end where the dense model's do
-        return self.down_proj(self.act_fn(gate.contiguous()) * up)
+            gate, up = (product(linear, x, self.may_leave_16_bits) for linear in (self.gate_proj, self.up_proj))
+        else:
+            gate, up = joined.unsqueeze(1).chunk(2, dim=2)
+            # an activation rounds the ends of rows otherwise than their middles: these end where the dense model's do
+            gate = gate.contiguous()
+        return product(self.down_proj, self.act_fn(gate) * up, self.may_leave_16_bits)
 
 
 class TransActDecoderLayer(LlamaDecoderLayer):
@@ -500,7 +528,8 @@ class TransActForCausalLM(TransActPreTrainedModel, LlamaForCausalLM):
         LlamaPreTrainedModel.__init__(self, config)
         self.model = TransActModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = CPULinear(config, config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.may_leave_16_bits = leaves_16_bits(config)
         self.post_init()
 
 
