@@ -176,13 +176,18 @@ def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: di
         across = bars_of(points, x) * scale
         axes.errorbar(points[x] * scale, points["perplexity"], xerr=across, yerr=perplexity_bars(points), label=line,
                       color=colour, marker=marker, markersize=6, linestyle="none", capsize=2, elinewidth=1)  # fmt: skip
-    removed = front["fraction_removed"].round(2)
-    changed = front.assign(share=removed)[removed.diff() != 0]  # labels of neighbours would lie on each other
-    for place, share, perplexity in zip(changed[x] * scale, changed["share"], changed["perplexity"], strict=True):
-        if share:
-            axes.annotate(percent(share), (place, perplexity), xytext=(6, -11), textcoords="offset points", fontsize=8)
+    name_removed(axes, front.assign(place=front[x] * scale), "place", "perplexity")
     perplexity_axis(axes, frame["perplexity"])
     axes.grid(which="both")
+
+
+def name_removed(axes: Axes, front: pd.DataFrame, x: str, y: str) -> None:
+    """Beside the points of a front, in its order, the fraction removed where it changes: right below nothing is."""
+    removed = front["fraction_removed"].round(2)
+    changed = front.assign(share=removed)[removed.diff() != 0]  # labels of neighbours would lie on each other
+    for across, height, share in changed[[x, y, "share"]].itertuples(index=False):
+        if share:
+            axes.annotate(percent(share), (across, height), xytext=(5, -10), textcoords="offset points", fontsize=8)
 
 
 def highest_rise(nats: pd.Series) -> float:

@@ -13,7 +13,7 @@ from bench.quality.significance import Difference
 from bench.records import Record
 
 from .answers import Answer, percent, removed_words
-from .drawing import INTERVALS, bars_of, highest_rise, legend, style_number
+from .drawing import INTERVALS, bars_of, highest_rise, legend, name_removed, style_number
 from .findings import by_interval, is_on_front, listed, plain
 from .plots import plot_dots
 from .rises import interval_column, interval_of, lead_over, other_losses, paired, text_named, with_interval
@@ -251,10 +251,7 @@ def draw_points(axes: Axes, frame: pd.DataFrame, speed: str, loss: str, markers:
                       label=method if family == "dense" else f"{family}: {method}", markersize=5, capsize=2,
                       color=style_number(FAMILIES.get(family, ANY_OTHER))[0], elinewidth=0.8,
                       marker=markers[method])  # fmt: skip
-    removed = best["fraction_removed"].round(2)
-    for x, y, share in best.assign(share=removed)[removed.diff() != 0][[speed, loss, "share"]].itertuples(index=False):
-        if share:  # to the right of the front and below it nothing is
-            axes.annotate(percent(share), (x, y), xytext=(5, -10), textcoords="offset points", fontsize=8)
+    name_removed(axes, best, speed, loss)
     axes.grid()
     return best
 

@@ -185,7 +185,7 @@ def test_weights_are_made_float32_part_by_part(monkeypatch):
     monkeypatch.setattr(modeling_transact, "PART", 100)
     inputs, weight, bias = (torch.randn(size).bfloat16() for size in ((2, 40, 24), (19, 24), (19,)))
     found = modeling_transact.product_in_float32(inputs, weight, bias)
-    expected = torch.nn.functional.linear(inputs.float(), weight.float(), bias.float()).bfloat16()
+    expected = nn.functional.linear(inputs.float(), weight.float(), bias.float()).bfloat16()
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
 
 

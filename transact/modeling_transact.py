@@ -166,8 +166,10 @@ def product_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.T
 
 
 def quick_product(linear: nn.Linear, inputs: torch.Tensor, may_leave_16_bits: bool) -> torch.Tensor | None:
-    """What the linear map makes of the inputs where a CPU is quicker than torch: of few rows in parts, of many rows of
-    16 bits in float32. None elsewhere."""
+    """What the linear map makes of the inputs, where its own product is slow on a CPU: None elsewhere.
+
+    Of few rows it is made in parts, of many rows of 16 bits in float32.
+    """
     if torch.compiler.is_compiling():  # first: what else is asked would become a guard
         return None
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
@@ -197,7 +199,9 @@ def product(linear: nn.Module, inputs: torch.Tensor, may_leave_16_bits: bool) ->
 class Head(nn.Linear):
     """The language-model head, which transformers calls itself."""
 
-    may_leave_16_bits = False
+    def __init__(self, config: TransActConfig):
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.may_leave_16_bits = leaves_16_bits(config)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         quick = quick_product(self, inputs, self.may_leave_16_bits)
@@ -280,7 +284,8 @@ def attend_in_groups(module, query, key, value, attention_mask, scaling, dropout
     """As transformers' sdpa of one query and nothing masked, in 16 bits: the query heads of one key-value head go as so
     many queries of one head, which are multiplied as a matrix, not row by row.
 
-    With AVX2, 512 tokens and nine heads of 64 over three take .08 ms for .38, with less than in float32 to be copied.
+    With AVX2, 512 tokens and nine heads of 64 over three take .08 ms for .38. In float32, which copies keys and values
+    with all threads, it is as fast only while no other work wants these.
     """
     width = value.shape[3]
     query = query.reshape(len(query), key.shape[1], -1, key.shape[3])
@@ -369,14 +374,15 @@ class TransActAttention(nn.Module):
             is_slow = is_slow and not torch.compiler.is_exporting()  # for other processors
             if is_slow and query.shape[2] == 1 and attention_mask is None and self.num_key_value_groups > 1:
                 attend = attend_in_groups
-            elif is_slow:
-                query, key, value = query.float(), key.float(), value.float()
-                if attention_mask is not None and attention_mask.is_floating_point():
+            else:
+                if is_slow:
+                    query, key, value = query.float(), key.float(), value.float()
+                if is_slow and attention_mask is not None and attention_mask.is_floating_point():
                     attention_mask = attention_mask.float()
-            if attend is not attend_in_groups and self.qk_head_dim != self.v_head_dim:
-                attend = attend_unequal
-            elif attend is sdpa_attention_forward and joined is not None and attention_mask is None:
-                attend = attend_with_one_query
+                if self.qk_head_dim != self.v_head_dim:
+                    attend = attend_unequal
+                elif joined is not None and attention_mask is None:
+                    attend = attend_with_one_query
         elif self.config._attn_implementation == "vllm":  # which widens values itself, to the width of the keys
             missing = self.engine_head_dim - self.qk_head_dim
             query, key = functional.pad(query, (0, missing)), functional.pad(key, (0, missing))
@@ -399,11 +405,8 @@ class TransActAttention(nn.Module):
         batch_and_length = hidden_states.shape[:-1]
 
         def heads(projection: nn.Linear, width: int) -> torch.Tensor:
-            return (
-                product(projection, hidden_states, self.may_leave_16_bits)
-                .view(*batch_and_length, -1, width)
-                .transpose(1, 2)
-            )
+            made = product(projection, hidden_states, self.may_leave_16_bits)
+            return made.view(*batch_and_length, -1, width).transpose(1, 2)
 
         query = heads(self.q_proj, self.qk_head_dim)
         key = heads(self.k_proj, self.qk_head_dim)
@@ -528,8 +531,7 @@ class TransActForCausalLM(TransActPreTrainedModel, LlamaForCausalLM):
         LlamaPreTrainedModel.__init__(self, config)
         self.model = TransActModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.may_leave_16_bits = leaves_16_bits(config)
+        self.lm_head = Head(config)
         self.post_init()
 
 
