@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from transact.__main__ import build_parser
+from bench.__main__ import build_parser as build_bench_parser
+from transact.__main__ import build_parser, main
 
 SUBCOMMANDS = next(
     action.choices for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)
@@ -21,3 +22,13 @@ def test_options_stand_in_groups_with_their_defaults(name):
             shown = f"{action.default:g}" if isinstance(action.default, float) else str(action.default)
             assert f"({shown}" in action.help, action.dest
     assert all(len(line) <= 80 for line in parser.format_usage().splitlines())
+
+
+def test_parts_of_options_are_none(capsys):
+    """Of `--output DIR` there was a model with output biases, written where nobody asked for it."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["prune", "smollm2-135m", "--output", "here"])
+    assert "unrecognized arguments: --output" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        build_bench_parser().parse_args(["perplexity", "smollm2-135m", "--window", "3"])
+    assert "unrecognized arguments: --window 3" in capsys.readouterr().err

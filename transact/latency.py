@@ -31,6 +31,8 @@ from .widths import MODULES, Widths, dense_widths, head_dim_of, linear_parameter
 TOKENS = ("decode", "prefill")
 STEPS = 8  # tokens decoded in one timed run of a model
 TABLE_REPEATS, MODEL_REPEATS, WARM_UP = 11, 15, 2
+LEAST_REPEATS = 6  # of fewer pairs there is no interval
+LONG_ENOUGH = 20.0  # seconds; what takes longer in all its repeats has fewer of them
 MOST_SECONDS = 3600.0  # that a part of one layer takes
 LEAST_BYTES = 256 * 2**20  # of the layers of a model that a table is read off: more than caches hold
 
@@ -134,8 +136,7 @@ def measured_table(dense: nn.Module, workload: Workload, *, progress: bool = Fal
             _model_timer(model_of_widths(dense, widths, with_vocabulary=False), workload, with_head=False)
             for widths in plans
         ]
-        in_turn(timers, WARM_UP)
-        times = in_turn(timers, TABLE_REPEATS, bar="latency" if progress else "")
+        times = _times_in_turn(timers, TABLE_REPEATS, bar="latency" if progress else "")
     return fitted_table(plans, np.quantile(times, 0.25, axis=1))
 
 
@@ -153,10 +154,20 @@ def table_plans(dense: nn.Module) -> list[tuple[Widths, ...]]:
     ]  # fmt: skip
     in_every_second = [{"qk_head_dim": 0, "v_head_dim": 0}, {"mlp": 0}]
     return [
-        (whole,) * layers,
+        barely_narrowed(dense, MODULES)[:layers],
         *((replace(whole, **changes),) * layers for changes in everywhere),
         *(((whole, replace(whole, **changes)) * layers)[:layers] for changes in in_every_second),
     ]
+
+
+def barely_narrowed(dense: nn.Module, modules: Sequence[str]) -> tuple[Widths, ...]:
+    """Dense widths, but for one step of the first layer: what keeps everything may be computed in another way."""
+    first, *others = whole = dense_widths(dense.config)
+    allowed = allowed_widths(dense.config, first, modules, engine_by_name("transformers"))
+    for part, widths in zip(("mlp", "v_head_dim", "qk_head_dim"), reversed(allowed), strict=True):
+        if len(widths) > 1:
+            return replace(first, **{part: widths[-2]}), *others
+    return whole
 
 
 def fitted_table(plans: Sequence[Sequence[Widths]], seconds: Sequence[float]) -> LatencyTable:
@@ -223,8 +234,14 @@ def compared(dense: nn.Module, narrowed: nn.Module, workload: Workload) -> Ratio
     """How many times as fast as the dense model the narrowed one is from end to end, timed in turn."""
     with undisturbed(dense, narrowed), torch.no_grad():
         timers = [_model_timer(model, workload) for model in (dense, narrowed)]
-        in_turn(timers, WARM_UP)
-        return ratio_of(*in_turn(timers, MODEL_REPEATS))
+        return ratio_of(*_times_in_turn(timers, MODEL_REPEATS))
+
+
+def _times_in_turn(timers: Sequence[Callable[[], float]], most: int, *, bar: str = "") -> list[list[float]]:
+    """Seconds of warm models in turn, of `most` rounds or of as many as are long enough."""
+    round_seconds = sum(times[-1] for times in in_turn(timers, WARM_UP))
+    repeats = min(most, max(LEAST_REPEATS, math.ceil(LONG_ENOUGH / round_seconds)))
+    return in_turn(timers, repeats, bar=bar)
 
 
 def _model_timer(model: nn.Module, workload: Workload, *, with_head: bool = True) -> Callable[[], float]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .allocate import Prices, allowed_widths, parameter_prices, total_price
 from .engines import engine_by_name
-from .latency import Workload, compared, conditions, latency_table, longest_context, model_of_widths
+from .latency import Workload, barely_narrowed, compared, conditions, latency_table, longest_context, model_of_widths
 from .prune import check_prunable
 from .timing import Ratio
 from .widths import MODULES, Widths, check_modules, dense_widths, whole_modules
@@ -25,16 +25,18 @@ NEAR = 0.01  # a speed-up as near as this to the one asked for is it, however na
 class SpeedGoal:
     """How many times as fast as the dense model the narrowed one is to be, and what was measured to get there.
 
-    `prices` are those of a layer's modules, in seconds or, to compare, in parameters. `ends` are the price of the dense
-    widths and of the narrowest with `modules` (with `drop_modules` of one attention alone), each with its whole model's
-    time over the dense model's: what lies between them follows the prices, so that all that no width changes
-    (embedding, norms, head) is in both.
+    `prices` are those of a layer's modules, in seconds or, to compare, in parameters. `ends` are the price of widths
+    that are hardly narrowed and of the narrowest with `modules` (with `drop_modules` of one attention alone), each with
+    its whole model's time over the dense model's: what lies between them follows the prices, so that all that no width
+    changes (embedding, norms, head) is in both. `whole` is the same of a model that keeps everything, which may be
+    computed in another way than narrowed ones.
     """
 
     speedup: float
     workload: Workload
     modules: tuple[str, ...]
     prices: Prices = field(repr=False)
+    whole: tuple[float, float]
     ends: tuple[tuple[float, float], ...]
     conditions: dict = field(repr=False)
     drop_modules: bool = False
@@ -42,16 +44,21 @@ class SpeedGoal:
     @property
     def budget(self) -> float:
         """The price of the layers at which the line between the ends has the speed-up, of all where nothing need go."""
-        return self.ends[0][0] if self.needs_nothing else budget_at(self.ends, self.speedup)
+        return self.whole[0] if self.needs_nothing else budget_at(self.ends, self.speedup)
 
     @property
     def needs_nothing(self) -> bool:
         """Whether a model that keeps everything is so fast already, since its steps are computed otherwise."""
-        return self.ends[0][1] <= 1 / self.speedup
+        return self.whole[1] <= 1 / self.speedup
+
+    @property
+    def needs_little(self) -> bool:
+        """Whether a model that is hardly narrowed is so fast already, or one that is not narrowed at all."""
+        return self.needs_nothing or self.ends[0][1] <= 1 / self.speedup
 
     def is_met(self, measured: Ratio) -> bool:
-        """Whether a measured speed-up is the one asked for, but for its own noise; or more, where nothing need go."""
-        if self.needs_nothing and measured.median >= self.speedup:
+        """Whether a measured speed-up is the one asked for, but for its own noise; or more, where little need go."""
+        if self.needs_little and measured.median >= self.speedup:
             return True
         return measured.low <= self.speedup <= measured.high or abs(measured.median / self.speedup - 1) <= NEAR
 
@@ -121,8 +128,12 @@ def speed_goal(
         prices = latency_table(dense, workload, progress=progress).prices
     else:
         prices = parameter_prices(dense.config)
-    whole, narrowest = dense_widths(dense.config), narrowest_widths(dense, modules, drop_modules)
-    measured = [compared(dense, model_of_widths(dense, widths), workload) for widths in (whole, narrowest)]
+    plans = (
+        dense_widths(dense.config),
+        barely_narrowed(dense, modules),
+        narrowest_widths(dense, modules, drop_modules),
+    )
+    measured = [compared(dense, model_of_widths(dense, widths), workload) for widths in plans]
     spread = max(ratio.spread for ratio in measured)
     if not spread < speedup**2:  # the interval of that very speed-up would hold 1
         raise ValueError(
@@ -132,15 +143,19 @@ def speed_goal(
     if speedup > max(ratio.median for ratio in measured):
         raise ValueError(
             f"speedup {speedup} is out of reach: with the narrowest {'+'.join(modules)} {workload.tokens} is "
-            f"{measured[1].median:.2f} times as fast ({measured[1].low:.2f} to {measured[1].high:.2f})"
+            f"{measured[-1].median:.2f} times as fast ({measured[-1].low:.2f} to {measured[-1].high:.2f})"
         )
-    ends = tuple((total_price(prices, widths), 1 / ratio.median)
-                 for widths, ratio in zip((whole, narrowest), measured, strict=True))  # fmt: skip
-    goal = SpeedGoal(speedup, workload, tuple(modules), prices, ends, conditions(dense, workload), drop_modules)
-    if goal.needs_nothing:
+    whole, *ends = [
+        (total_price(prices, widths), 1 / ratio.median) for widths, ratio in zip(plans, measured, strict=True)
+    ]
+    goal = SpeedGoal(
+        speedup, workload, tuple(modules), prices, whole, tuple(ends), conditions(dense, workload), drop_modules
+    )
+    if goal.needs_little:
+        removed, ratio = ("nothing", measured[0]) if goal.needs_nothing else ("next to nothing", measured[1])
         warnings.warn(
-            f"speedup {speedup} is reached with nothing removed: the whole model is {measured[0].median:.2f} times as "
-            "fast in the code of narrowed ones",
+            f"speedup {speedup} is reached with {removed} removed: that model is {ratio.median:.2f} times as fast in "
+            "the code of narrowed ones",
             stacklevel=2,
         )
     return goal

@@ -14,7 +14,13 @@ from ..models import DTYPES
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage before it."""
+    """An argument parser whose errors are one line, without the usage before it, and whose options are whole words.
+
+    Of parts of words `--output DIR` would switch on `--output-bias`, and take the directory for another argument.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
