@@ -229,7 +229,7 @@ def imaginary(monkeypatch, measured):
     """A device on which models take what `cost` says of their widths; its own ratio is off by `noise` at either end."""
     device = {"cost": lambda widths: 10 + total_price(TABLE.prices, widths), "noise": 0.002, "comparisons": 0}
 
-    def compared(dense, narrowed, workload):
+    def compared(dense, narrowed, workload, *, progress=False):
         device["comparisons"] += 1
         ratio = device["cost"](widths_of(dense.config)) / device["cost"](widths_of(narrowed.config))
         return Ratio(ratio, ratio * (1 - device["noise"]), ratio * (1 + device["noise"]))
@@ -380,8 +380,8 @@ def test_pruning_to_a_speed_up(imaginary, make, measurements):
 def test_a_speed_that_the_whole_model_has_needs_nothing_removed(imaginary, monkeypatch):
     compared = speedup.compared
 
-    def faster(*arguments):
-        ratio = compared(*arguments)
+    def faster(*models, progress=False):
+        ratio = compared(*models)
         return Ratio(1.35 * ratio.median, 1.35 * ratio.low, 1.35 * ratio.high)
 
     monkeypatch.setattr(speedup, "compared", faster)
@@ -400,7 +400,7 @@ def test_a_speed_that_only_the_whole_model_has_needs_nothing_removed_either(monk
     """Narrower models may be slower than it on small machines: they are not what is asked for."""
     dense = tiny_llama()
 
-    def compared(before, after, workload):
+    def compared(before, after, workload, *, progress=False):
         faster = 1.35 if widths_of(after.config) == dense_widths(dense.config) else 1.2
         return Ratio(faster, faster - 0.01, faster + 0.01)
 
@@ -470,7 +470,7 @@ def test_what_takes_long_is_timed_less_often(monkeypatch, seconds, rounds):
 def test_the_finished_model_is_timed(imaginary, monkeypatch):
     timed = []
 
-    def compared(dense, narrowed, workload):
+    def compared(dense, narrowed, workload, *, progress=False):
         timed.append((narrowed, (narrowed.lm_head.weight == 7).all().item()))
         return Ratio(1.4, 1.3, 1.5)
 
@@ -548,7 +548,7 @@ def test_the_command_prints_and_records_the_measured_speed_up(imaginary, tiny_di
 def test_the_command_says_where_the_speed_up_is_missed(
     imaginary, tiny_directory, tiny_text, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("transact.pipeline.compared", lambda *_: Ratio(1.01, 0.9, 1.1))
+    monkeypatch.setattr("transact.pipeline.compared", lambda *_, **__: Ratio(1.01, 0.9, 1.1))
     assert prune_by_command(tiny_directory, tiny_text, tmp_path / "out", "--speedup", "1.4") == 0
     captured = capsys.readouterr()
     assert "1.01 times as fast as the dense model's (0.90 to 1.10 at 95 %: inconclusive)" in captured.out

@@ -230,11 +230,11 @@ def model_of_widths(dense: nn.Module, widths: Sequence[Widths], *, with_vocabula
         return TransActForCausalLM(config).eval().requires_grad_(False)
 
 
-def compared(dense: nn.Module, narrowed: nn.Module, workload: Workload) -> Ratio:
+def compared(dense: nn.Module, narrowed: nn.Module, workload: Workload, *, progress: bool = False) -> Ratio:
     """How many times as fast as the dense model the narrowed one is from end to end, timed in turn."""
     with undisturbed(dense, narrowed), torch.no_grad():
         timers = [_model_timer(model, workload) for model in (dense, narrowed)]
-        return ratio_of(*_times_in_turn(timers, MODEL_REPEATS))
+        return ratio_of(*_times_in_turn(timers, MODEL_REPEATS, bar="compare" if progress else ""))
 
 
 def _times_in_turn(timers: Sequence[Callable[[], float]], most: int, *, bar: str = "") -> list[list[float]]:

@@ -350,7 +350,7 @@ def _in_shots(
                     progress=progress,
                 )  # fmt: skip
             if goal is not None:
-                target = widths_at_speed(dense, goal, partial(find_widths, corrected))
+                target = widths_at_speed(dense, goal, partial(find_widths, corrected), progress=progress)
             else:
                 target = widths or find_widths(corrected)
             current = widths_of(before.config)
@@ -376,7 +376,7 @@ def _in_shots(
             make_sparse(result.model, recipe.sparsity, windows, device=device, progress=progress)
     if goal is not None:  # of what is handed over: trained, and with its zeros
         with stage(result.seconds, "time"):
-            result.speed = compared(dense, result.model, goal.workload)
+            result.speed = compared(dense, result.model, goal.workload, progress=progress)
     return result
 
 

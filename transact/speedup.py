@@ -133,7 +133,7 @@ def speed_goal(
         barely_narrowed(dense, modules),
         narrowest_widths(dense, modules, drop_modules),
     )
-    measured = [compared(dense, model_of_widths(dense, widths), workload) for widths in plans]
+    measured = [compared(dense, model_of_widths(dense, widths), workload, progress=progress) for widths in plans]
     spread = max(ratio.spread for ratio in measured)
     if not spread < speedup**2:  # the interval of that very speed-up would hold 1
         raise ValueError(
@@ -175,7 +175,11 @@ def narrowest_widths(dense: nn.Module, modules: Sequence[str], drop_modules: boo
 
 
 def widths_at_speed(
-    dense: nn.Module, goal: SpeedGoal, widths_within: Callable[[float], tuple[Widths, ...]]
+    dense: nn.Module,
+    goal: SpeedGoal,
+    widths_within: Callable[[float], tuple[Widths, ...]],
+    *,
+    progress: bool = False,
 ) -> tuple[Widths, ...]:
     """The widths, of those that `widths_within` finds for a budget, whose model is as fast as asked for, or nearest.
 
@@ -188,7 +192,7 @@ def widths_at_speed(
         widths = widths_within(goal.budget if goal.needs_nothing else budget_at(points, goal.speedup))
         if widths in tried:
             break
-        tried[widths] = compared(dense, model_of_widths(dense, widths), goal.workload)
+        tried[widths] = compared(dense, model_of_widths(dense, widths), goal.workload, progress=progress)
         if goal.is_met(tried[widths]):
             return widths
         points.append((total_price(goal.prices, widths), 1 / tried[widths].median))
