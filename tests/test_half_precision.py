@@ -12,7 +12,9 @@ from transformers import DynamicCache
 import transact.pipeline
 import transact.walk
 from tests.tiny import random_plan, tiny_llama
-from transact import PRESETS, Recipe, Training, apply_plan, calibrate, modeling_transact, prune, recover
+from transact import PRESETS, Recipe, Training, apply_plan, calibrate, half_precision, modeling_transact, prune, recover
+from transact.half_precision import leaving_16_bits
+from transact.texts import samples
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_math")
 HALVES = {torch.bfloat16, torch.float16}
@@ -231,3 +233,74 @@ def test_inputs_of_another_width_are_refused_and_no_rows_give_none(rows):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         head(torch.ones(2 * rows, 24, dtype=torch.bfloat16))
     assert head(torch.ones(0, rows, 48, dtype=torch.bfloat16)).shape == (0, rows, 97)
+
+
+@torch.no_grad()
+def test_many_sequences_are_decoded_in_float32():
+    """Queries, keys and values were joined into one product, in 16 bits however many there were."""
+    narrowed, ids = narrowed_to_16_bits(variant="mha"), torch.ones(40, 1, dtype=torch.int64)
+    with ProductsOf16Bits() as products:
+        logits = narrowed(ids, past_key_values=DynamicCache(config=narrowed.config)).logits
+    assert products.found == 0 < products.all
+    torch.testing.assert_close(logits[:3], narrowed(ids[:3]).logits, rtol=0.02, atol=0.02)
+
+
+def decoded(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the last two of the tokens, decoded one by one after the others."""
+    cache = DynamicCache(config=model.config)
+    read = model(ids[:, :-2], past_key_values=cache).logits
+    steps = [model(ids[:, place, None], past_key_values=cache).logits for place in (-2, -1)]
+    return torch.cat([read, *steps], dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["gqa", "mha", "biases"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_stock_model_leaves_16_bits_for_a_while_and_is_as_near_to_float32(variant, attention):
+    model = tiny_llama(variant).to(torch.bfloat16)
+    model.set_attn_implementation(attention)
+    ids = torch.randint(1, 60, (40, 12), generator=torch.Generator().manual_seed(2))
+    before, exact = decoded(model, ids), decoded(copy.deepcopy(model).float(), ids)
+    with leaving_16_bits(model), ProductsOf16Bits() as products:
+        found = decoded(model, ids)
+    layers, groups = len(model.model.layers), variant != "mha"
+    if attention == "sdpa":
+        assert products.found == 2 * layers * groups  # of one query in groups
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).norm() < 1.1 * (before - exact).norm()
+    assert torch.equal(decoded(model, ids), before)  # as it was
+    assert model.config._attn_implementation == attention
+
+
+@torch.no_grad()
+def test_it_is_as_before_after_an_error_too(ids):
+    model = tiny_llama().to(torch.bfloat16)
+    before = model(ids).logits
+    with pytest.raises(IndexError, match="out of range"), leaving_16_bits(model):
+        model(ids + 1000)
+    assert torch.equal(model(ids).logits, before)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["float32", "narrowed", "kernels", "hooks"])
+def test_what_needs_no_leaving_is_left_alone(what, ids, monkeypatch):
+    model = narrowed_to_16_bits() if what == "narrowed" else tiny_llama()
+    model = model.to(torch.float32 if what == "float32" else torch.bfloat16)
+    if what == "kernels":
+        monkeypatch.setattr(modeling_transact, "has_products_of_16_bits", lambda: True)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for linear in linears if what == "hooks" else ():
+        linear.register_forward_hook(lambda *_: None)
+    with leaving_16_bits(model):
+        assert not any("forward" in linear.__dict__ for linear in linears)
+        assert model.config._attn_implementation == (half_precision.ATTENTION if what == "hooks" else "sdpa")
+
+
+def test_own_samples_are_made_outside_of_16_bits(tiny_directory, monkeypatch):
+    model, tokenizer = transact.load_model(tiny_directory, device="cpu", dtype="bfloat16")
+    rows, make = [], half_precision.product_in_float32
+    monkeypatch.setattr(half_precision, "product_in_float32", lambda inputs, *others: (
+        rows.append(inputs.shape[:-1].numel()), make(inputs, *others))[1])  # fmt: skip
+    assert samples.own_samples(model, tokenizer, count=64, length=8).shape == (64, 8)
+    assert rows == [64] * 8 * (len(model.model.layers) * 7 + 1)

@@ -36,12 +36,13 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 from .configuration_transact import TransActConfig
 
 
-def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | None:
+def joined_product(token: torch.Tensor, *linears: nn.Linear, may_leave_16_bits: bool = False) -> torch.Tensor | None:
     """What linear modules make of one token (B, 1, D), side by side (B, sum of widths), in one product.
 
-    None where they have to be called one by one: for more tokens, in training, compiled code and autocast, and where
-    one is more than linear (hooks, adapters, quantised or offloaded weights). The weights are looked at in every step,
-    which costs less than a product, so that nothing is out of date whatever was done to the model since the last one.
+    None where they have to be called one by one: for more tokens, in training, compiled code and autocast, for as many
+    sequences of 16 bits as are multiplied in float32, and where one is more than linear (hooks, adapters, quantised or
+    offloaded weights). The weights are looked at in every step, which costs less than a product, so that nothing is out
+    of date whatever was done to the model since the last one.
     """
     if torch.compiler.is_compiling():
         return None
@@ -49,6 +50,8 @@ def joined_product(token: torch.Tensor, *linears: nn.Linear) -> torch.Tensor | N
         for linear in linears:
             linear.weight.is_recorded = True  # a CUDA graph goes on reading this memory
     if token.ndim != 3 or token.shape[1] != 1 or torch.is_grad_enabled() or token.is_meta:
+        return None
+    if may_leave_16_bits and len(token) >= MANY and token.is_cpu and token.dtype.itemsize == 2:
         return None
     weights, rows, end, in_a_row = [], 0, None, True
     for linear in linears:
@@ -357,7 +360,8 @@ class TransActAttention(nn.Module):
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
         batch_and_length = hidden_states.shape[:-1]
-        joined = joined_product(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        joined = joined_product(hidden_states, *projections, may_leave_16_bits=self.may_leave_16_bits)
         if joined is None:
             query, key, value = self.heads(hidden_states, position_embeddings)
         else:
@@ -461,7 +465,7 @@ class TransActMLP(LlamaMLP):
         self.register_state_dict_pre_hook(put_apart)
 
     def forward(self, x):
-        joined = joined_product(x, self.gate_proj, self.up_proj)
+        joined = joined_product(x, self.gate_proj, self.up_proj, may_leave_16_bits=self.may_leave_16_bits)
         if joined is None:
             gate, up = (product(linear, x, self.may_leave_16_bits) for linear in (self.gate_proj, self.up_proj))
         else:

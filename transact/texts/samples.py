@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..checkpoint import all_or_nothing, model_hash
 from ..entry import undisturbed
+from ..half_precision import leaving_16_bits
 from ..widths import kv_elements_per_token, widths_of
 
 BATCH = 64  # windows that are sampled together; how many are asked for changes none of them
@@ -83,7 +84,7 @@ def own_samples(
             continue
         chosen = [prompts[(batch * rows + row) % len(prompts)] for row in range(rows)]
         generator = torch.Generator(model.device).manual_seed(seed * 100_003 + batch)
-        with undisturbed(model):
+        with undisturbed(model), leaving_16_bits(model):
             ids, entropy = _sampled(model, chosen, length, generator, progress)
         if entropy < LEAST_ENTROPY:
             raise ValueError(
