@@ -436,7 +436,7 @@ def test_dropped_modules_take_no_time_in_the_plan_and_run_under_the_clock():
 
 
 def test_a_speed_up_measured_without_drops_is_refused():
-    goal = SpeedGoal(1.3, Workload(), ("qk", "vo", "mlp"), TABLE.prices, ((1.0, 1.0),), {})
+    goal = SpeedGoal(1.3, Workload(), ("qk", "vo", "mlp"), TABLE.prices, (1.0, 1.0), ((1.0, 1.0),), {})
     with pytest.raises(ValueError, match="measured with drop_modules False, the recipe says True: measure it anew"):
         transact.prune(tiny_llama(), WINDOWS, recipe=CLOSED, speedup=goal)
 

@@ -12,7 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import transact
+from tests.tiny import random_plan
 from transact import pipeline, room
+from transact.measured import error_slopes, final_states
 from transact.products import Half, add_products, mirror
 from transact.recovery import trainer
 from transact.sparsity import zero_fraction
@@ -316,6 +318,45 @@ def test_losses_window_by_window_have_the_gradients_of_the_whole(dtype):
         (2 * whole(theirs)).backward()
         torch.testing.assert_close(loss, whole(theirs), rtol=1e-5, atol=0)
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+VOCABULARY = 50_000  # whose head and logits are more than all layers
+
+
+def with_vocabulary() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=256, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().bfloat16()
+
+
+def test_measuring_holds_the_head_in_float32_once_and_few_logits(monkeypatch):
+    monkeypatch.setattr("transact.walk.multiplies_bfloat16", lambda: False)
+    dense = with_vocabulary()
+    windows = torch.randint(1, VOCABULARY, (2, 128), generator=torch.Generator().manual_seed(0))
+    narrowed = transact.apply_plan(dense, random_plan(dense.config))
+    final = final_states(dense, windows)
+    whole = error_slopes(narrowed, dense, windows, final)
+    rows, head = 8, 4 * dense.lm_head.weight.numel()
+    monkeypatch.setattr("transact.walk.LOGITS", rows * VOCABULARY)
+    found = []
+    held = peak_bytes(lambda: found.append(error_slopes(narrowed, dense, windows, final)))
+    assert head < held < head + 6 * rows * VOCABULARY * 4 + 300_000
+    torch.testing.assert_close(found[0], whole, rtol=1e-3, atol=1e-9)
+
+
+def test_gradients_of_the_loss_hold_few_logits(monkeypatch):
+    dense = with_vocabulary().float()
+    windows = torch.randint(1, VOCABULARY, (1, 128), generator=torch.Generator().manual_seed(0))
+    whole = transact.loss_gradients(dense, windows)
+    rows = 8
+    monkeypatch.setattr("transact.walk.LOGITS", rows * VOCABULARY)
+    found = []
+    assert peak_bytes(lambda: found.extend(transact.loss_gradients(dense, windows))) < 5 * rows * VOCABULARY * 4
+    for mine, theirs in zip(found, whole, strict=True):
+        torch.testing.assert_close(mine.mlp_output, theirs.mlp_output, rtol=1e-4, atol=1e-12)
 
 
 def test_a_loss_holds_one_windows_logits_in_float32():

@@ -6,7 +6,7 @@ Legend: L layers, T tokens, D hidden size.
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from .compensate import compensate_on_dense_inputs
 from .plan import select
 from .prune import apply_plan
 from .scores import LayerScores, scaled
-from .walk import LayerWalk, on_device, sent
+from .walk import LayerWalk, on_device, sent, tokens_at_once
 from .widths import Widths
 
 TOKENS, TOKENS_PER_BATCH = 2048, 1024
@@ -131,19 +131,18 @@ def error_slopes(
 
     The errors are what pruning pairs, values and MLP dimensions adds to a module's output for the narrowed model's
     own inputs; a share of 1 is the narrowed model. Columns: query-key pairs, values, MLPs (all of dropped attention is
-    values'). `final` are the dense model's `final_states` of the windows, where they are at hand. A narrowed model that
-    lies elsewhere than the dense one is computed block by block on that one's `device`.
+    values'). Both models have the dense one's head, which pruning leaves alone. `final` are the dense model's
+    `final_states` of the windows, where they are at hand. A narrowed model that lies elsewhere than the dense one is
+    computed block by block on that one's `device`.
     """
     final = final_states(dense, windows) if final is None else final
     batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
     walk = LayerWalk(narrowed, batches, device=device)
     inputs, above = walk.inputs(disable=True), []
-    heads = narrowed.model.norm, narrowed.lm_head, dense.lm_head
-    with ExitStack() as stack:
-        for module in heads:
-            stack.enter_context(on_device(module, device))
+    norm, head = narrowed.model.norm, dense.lm_head
+    with on_device(norm, device), on_device(head, device):
         for entering, wanted in zip(walk.hidden, final.split([len(batch) for batch in batches]), strict=True):
-            above.append(_gradient_of_the_heads(narrowed, dense, entering, wanted))
+            above.append(_gradient_of_the_head(norm, head, entering, wanted))
     slopes = torch.zeros(len(inputs), 3, dtype=torch.float64)
     for index, (layer, before) in reversed([*enumerate(zip(narrowed.model.layers, dense.model.layers, strict=True))]):
         walk.hidden = inputs.pop()
@@ -156,32 +155,33 @@ def error_slopes(
     return slopes / windows.numel()
 
 
-def _gradient_of_the_heads(
-    narrowed: nn.Module, dense: nn.Module, entering: torch.Tensor, wanted: torch.Tensor
+def _gradient_of_the_head(
+    norm: nn.Module, head: nn.Module, entering: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
     """The gradient of the summed KL(dense || narrowed) at `entering`, the narrowed model's last hidden states.
 
-    `wanted` is what enters the dense model's head.
+    `norm` is the narrowed model's, `wanted` what enters the head in the dense one.
     """
-    hidden = sent(entering.detach(), narrowed.model.norm.weight.device).requires_grad_()
-    given = narrowed.model.norm(hidden)
-    given.backward(_divergence_gradient(narrowed, dense, given.detach(), wanted))
+    hidden = sent(entering.detach(), norm.weight.device).requires_grad_()
+    given = norm(hidden)
+    given.backward(_divergence_gradient(head, given.detach(), wanted))
     return hidden.grad.to(entering)
 
 
-def _divergence_gradient(
-    narrowed: nn.Module, dense: nn.Module, given: torch.Tensor, wanted: torch.Tensor
-) -> torch.Tensor:
-    """The gradient of the summed KL(dense || narrowed) at `given`, what enters the heads being `given` and `wanted`."""
-    gradient = torch.empty_like(given)
-    for mine, theirs, into in zip(given, wanted, gradient, strict=True):  # window by window: logits are the largest
-        mine = mine.requires_grad_()
-        logits = narrowed.lm_head(mine)
+def _divergence_gradient(head: nn.Module, given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The gradient of the summed KL(dense || narrowed) at `given`, which enters the head as `wanted` does densely."""
+    gradient, tokens = torch.empty_like(given), tokens_at_once(head)
+
+    def pieces(tensor: torch.Tensor) -> list[torch.Tensor]:  # logits are the largest
+        return [piece for window in tensor for piece in window.split(tokens)]
+
+    for mine, theirs, into in zip(pieces(given), pieces(wanted), pieces(gradient), strict=True):
+        mine = mine.detach().requires_grad_()
+        logits = head(mine)
         with torch.no_grad():
-            theirs = dense.lm_head(sent(theirs, dense.lm_head.weight.device))
+            theirs = head(sent(theirs, head.weight.device))
             surplus = logits.float().softmax(dim=-1).sub_(theirs.float().softmax(dim=-1))
-        logits.backward(surplus.to(logits.dtype))
-        into.copy_(mine.grad)
+        into.copy_(torch.autograd.grad(logits, mine, surplus.to(logits.dtype))[0])
     return gradient
 
 

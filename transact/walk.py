@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from .devices import multiplies_bfloat16
 
 SHARE = 0.05  # of a device's memory, what may wait there
+LOGITS = 2**25  # numbers that a language-model head gives at a time; of each some copies in float32 are made
 HOST = torch.device("cpu")
 
 
@@ -43,6 +44,11 @@ def hidden_bytes(model: nn.Module, tokens: int) -> int:
 def resting_place(size: int, device: torch.device) -> torch.device:
     """Where so many bytes of hidden states wait: with what computes them, or in host memory where they are many."""
     return device if is_small(size, device) else HOST
+
+
+def tokens_at_once(head: nn.Linear) -> int:
+    """How many tokens a language-model head is given at a time."""
+    return max(1, LOGITS // len(head.weight))
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
