@@ -34,16 +34,16 @@ def leaving_16_bits(model: nn.Module) -> Iterator[None]:
         return
     linears = [module for module in model.modules() if is_linear_alone(module) and module.weight.dtype == model.dtype]
     attention = config._attn_implementation
-    for linear in linears:
-        linear.forward = partial(_product, linear)
-    if attention == "sdpa":
-        config._attn_implementation = ATTENTION
     try:
+        for linear in linears:
+            linear.forward = partial(_product, linear)
+        if attention == "sdpa":
+            config._attn_implementation = ATTENTION
         yield
     finally:
         config._attn_implementation = attention
         for linear in linears:
-            del linear.forward
+            vars(linear).pop("forward", None)
 
 
 def _product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:

@@ -31,8 +31,8 @@ from .widths import MODULES, Widths, dense_widths, head_dim_of, linear_parameter
 TOKENS = ("decode", "prefill")
 STEPS = 8  # tokens decoded in one timed run of a model
 TABLE_REPEATS, MODEL_REPEATS, WARM_UP = 11, 15, 2
-LEAST_REPEATS = 6  # of fewer pairs there is no interval
-LONG_ENOUGH = 20.0  # seconds; what takes longer in all its repeats has fewer of them
+LEAST_REPEATS = 9  # of fewer pairs one that was disturbed is an end of the interval
+LONG_ENOUGH = 30.0  # seconds; what takes longer in all its repeats has fewer of them
 MOST_SECONDS = 3600.0  # that a part of one layer takes
 LEAST_BYTES = 256 * 2**20  # of the layers of a model that a table is read off: more than caches hold
 
@@ -153,10 +153,11 @@ def table_plans(dense: nn.Module) -> list[tuple[Widths, ...]]:
         {"qk_head_dim": query[1], "v_head_dim": value[1], "mlp": mlp[1]},
     ]  # fmt: skip
     in_every_second = [{"qk_head_dim": 0, "v_head_dim": 0}, {"mlp": 0}]
+    barely = barely_narrowed(dense, MODULES)
     return [
-        barely_narrowed(dense, MODULES)[:layers],
+        barely[:layers],
         *((replace(whole, **changes),) * layers for changes in everywhere),
-        *(((whole, replace(whole, **changes)) * layers)[:layers] for changes in in_every_second),
+        *(((barely[0], replace(whole, **changes)) * layers)[:layers] for changes in in_every_second),
     ]
 
 
@@ -239,7 +240,7 @@ def compared(dense: nn.Module, narrowed: nn.Module, workload: Workload, *, progr
 
 def _times_in_turn(timers: Sequence[Callable[[], float]], most: int, *, bar: str = "") -> list[list[float]]:
     """Seconds of warm models in turn, of `most` rounds or of as many as are long enough."""
-    round_seconds = sum(times[-1] for times in in_turn(timers, WARM_UP))
+    round_seconds = max(1e-9, sum(min(times) for times in in_turn(timers, WARM_UP)))
     repeats = min(most, max(LEAST_REPEATS, math.ceil(LONG_ENOUGH / round_seconds)))
     return in_turn(timers, repeats, bar=bar)
 

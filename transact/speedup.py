@@ -43,8 +43,11 @@ class SpeedGoal:
 
     @property
     def budget(self) -> float:
-        """The price of the layers at which the line between the ends has the speed-up, of all where nothing need go."""
-        return self.whole[0] if self.needs_nothing else budget_at(self.ends, self.speedup)
+        """The price of the layers at which the line between the ends has the speed-up; of all, or of those that are
+        hardly narrowed, where no more need go."""
+        if self.needs_nothing:
+            return self.whole[0]
+        return self.ends[0][0] if self.needs_little else budget_at(self.ends, self.speedup)
 
     @property
     def needs_nothing(self) -> bool:
@@ -134,7 +137,7 @@ def speed_goal(
         narrowest_widths(dense, modules, drop_modules),
     )
     measured = [compared(dense, model_of_widths(dense, widths), workload, progress=progress) for widths in plans]
-    spread = max(ratio.spread for ratio in measured)
+    spread = max(measured[0].spread, measured[-1].spread)
     if not spread < speedup**2:  # the interval of that very speed-up would hold 1
         raise ValueError(
             f"speedup {speedup} cannot be told from noise on this device (inconclusive): the interval of repeated "
@@ -187,9 +190,12 @@ def widths_at_speed(
     that comes of it misses the goal by more than its noise, that measurement becomes a point of the line, and the
     budget is read off again.
     """
-    points, tried = list(goal.ends), {}
-    for _ in range(1 + CORRECTIONS):
-        widths = widths_within(goal.budget if goal.needs_nothing else budget_at(points, goal.speedup))
+    points, tried, everything = list(goal.ends), {}, dense_widths(dense.config)
+    for correction in range(1 + CORRECTIONS):
+        keeps_budget = goal.needs_nothing or not correction
+        widths = widths_within(goal.budget if keeps_budget else budget_at(points, goal.speedup))
+        if widths == everything and not goal.needs_nothing:  # by prices a step may cost nothing
+            widths = barely_narrowed(dense, goal.modules)
         if widths in tried:
             break
         tried[widths] = compared(dense, model_of_widths(dense, widths), goal.workload, progress=progress)
