@@ -299,8 +299,8 @@ def test_what_needs_no_leaving_is_left_alone(what, ids, monkeypatch):
 
 def test_own_samples_are_made_outside_of_16_bits(tiny_directory, monkeypatch):
     model, tokenizer = transact.load_model(tiny_directory, device="cpu", dtype="bfloat16")
-    rows, make = [], half_precision.product_in_float32
-    monkeypatch.setattr(half_precision, "product_in_float32", lambda inputs, *others: (
+    rows, make = [], modeling_transact.product_in_float32
+    monkeypatch.setattr(modeling_transact, "product_in_float32", lambda inputs, *others: (
         rows.append(inputs.shape[:-1].numel()), make(inputs, *others))[1])  # fmt: skip
     assert samples.own_samples(model, tokenizer, count=64, length=8).shape == (64, 8)
     assert rows == [64] * 8 * (len(model.model.layers) * 7 + 1)

@@ -21,7 +21,7 @@ from .entry import (
     undisturbed,
 )
 from .products import add_products, mirror
-from .walk import HOST, LayerWalk, hidden_bytes, kv_heads_of, on_device, resting_place, sent, tokens_at_once
+from .walk import HOST, LayerWalk, hidden_bytes, in_pieces, kv_heads_of, on_device, resting_place, sent
 
 OUTPUTS_EVERY = 8  # every eighth window is enough for second moments of D-vectors
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -144,13 +144,13 @@ def _gradients_of_the_head(
     model: nn.Module, walk: LayerWalk, batches: Sequence[torch.Tensor], where: torch.device
 ) -> list[torch.Tensor]:
     """Gradient of the summed loss at the last block's output, for each batch."""
-    gradients, tokens = [], tokens_at_once(model.lm_head)
+    gradients, head = [], model.lm_head
     for hidden, batch in zip(walk.hidden, batches, strict=True):
         hidden = sent(hidden.detach(), where).requires_grad_()
-        for window, ids in zip(hidden, batch.to(where), strict=True):  # part by part: logits are the largest
-            for part, wanted in zip(window[:-1].split(tokens), ids[1:].split(tokens), strict=True):
-                logits = model.lm_head(model.model.norm(part)).float()
-                nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
+        pieces = in_pieces(hidden[:, :-1], head), in_pieces(batch[:, 1:].to(where), head)
+        for rows, ids in zip(*pieces, strict=True):  # one by one: logits are the largest
+            logits = head(model.model.norm(rows)).float()
+            nn.functional.cross_entropy(logits, ids, reduction="sum").backward()
         gradients.append(hidden.grad.to(walk.hidden[0]))
     return gradients
 

@@ -6,14 +6,13 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from . import modeling_transact
 from .configuration_transact import TransActConfig
-from .modeling_transact import MANY, attend_in_groups, is_linear_alone, leaves_16_bits, product_in_float32
+from .modeling_transact import attend_in_groups, in_float32, is_linear_alone, leaves_16_bits, quick_product
 
 ATTENTION = "transact_in_groups"
 
@@ -47,20 +46,16 @@ def leaving_16_bits(model: nn.Module) -> Iterator[None]:
 
 
 def _product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    make = product_in_float32 if inputs.shape[:-1].numel() >= MANY else functional.linear
-    return make(inputs, linear.weight, linear.bias)
+    quick = quick_product(linear, inputs, may_leave_16_bits=True)
+    return nn.Linear.forward(linear, inputs) if quick is None else quick
 
 
 def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, **options):
     """As transformers' sdpa, of 16 bits."""
     if query.shape[2] == 1 and attention_mask is None and query.shape[1] > key.shape[1]:
         return attend_in_groups(module, query, key, value, attention_mask, **options)
-    dtype = query.dtype
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    query, key, value = query.float(), key.float(), value.float()
-    output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return output.to(dtype), weights
+    output, weights = sdpa_attention_forward(module, *in_float32(query, key, value, attention_mask), **options)
+    return output.to(query.dtype), weights
 
 
 AttentionInterface.register(ATTENTION, _attend)

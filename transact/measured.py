@@ -19,7 +19,7 @@ from .compensate import compensate_on_dense_inputs
 from .plan import select
 from .prune import apply_plan
 from .scores import LayerScores, scaled
-from .walk import LayerWalk, on_device, sent, tokens_at_once
+from .walk import LayerWalk, in_pieces, on_device, sent
 from .widths import Widths
 
 TOKENS, TOKENS_PER_BATCH = 2048, 1024
@@ -170,12 +170,8 @@ def _gradient_of_the_head(
 
 def _divergence_gradient(head: nn.Module, given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The gradient of the summed KL(dense || narrowed) at `given`, which enters the head as `wanted` does densely."""
-    gradient, tokens = torch.empty_like(given), tokens_at_once(head)
-
-    def pieces(tensor: torch.Tensor) -> list[torch.Tensor]:  # logits are the largest
-        return [piece for window in tensor for piece in window.split(tokens)]
-
-    for mine, theirs, into in zip(pieces(given), pieces(wanted), pieces(gradient), strict=True):
+    gradient = torch.empty_like(given)
+    for mine, theirs, into in zip(*(in_pieces(one, head) for one in (given, wanted, gradient)), strict=True):
         mine = mine.detach().requires_grad_()
         logits = head(mine)
         with torch.no_grad():

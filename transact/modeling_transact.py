@@ -283,6 +283,13 @@ def as_wide(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list
     ]
 
 
+def in_float32(query, key, value, attention_mask):
+    """What attention is given, in float32; a mask of booleans stays."""
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    return query.float(), key.float(), value.float(), attention_mask
+
+
 def attend_in_groups(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """As transformers' sdpa of one query and nothing masked, in 16 bits: the query heads of one key-value head go as so
     many queries of one head, which are multiplied as a matrix, not row by row.
@@ -380,9 +387,7 @@ class TransActAttention(nn.Module):
                 attend = attend_in_groups
             else:
                 if is_slow:
-                    query, key, value = query.float(), key.float(), value.float()
-                if is_slow and attention_mask is not None and attention_mask.is_floating_point():
-                    attention_mask = attention_mask.float()
+                    query, key, value, attention_mask = in_float32(query, key, value, attention_mask)
                 if self.qk_head_dim != self.v_head_dim:
                     attend = attend_unequal
                 elif joined is not None and attention_mask is None:

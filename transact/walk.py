@@ -46,9 +46,10 @@ def resting_place(size: int, device: torch.device) -> torch.device:
     return device if is_small(size, device) else HOST
 
 
-def tokens_at_once(head: nn.Linear) -> int:
-    """How many tokens a language-model head is given at a time."""
-    return max(1, LOGITS // len(head.weight))
+def in_pieces(windows: torch.Tensor, head: nn.Linear) -> list[torch.Tensor]:
+    """The tokens of windows (N, T, ...), window after window, as many at a time as a language-model head is given."""
+    tokens = max(1, LOGITS // len(head.weight))
+    return [piece for window in windows for piece in window.split(tokens)]
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
