@@ -48,6 +48,13 @@ def tests_oldest(session: nox.Session) -> None:
 
 
 @nox.session
+def tests_newest(session: nox.Session) -> None:
+    """The same with the newest transformers that there is, which may call things by other names."""
+    install(session, "--upgrade", "transformers")
+    run_tests(session)
+
+
+@nox.session
 def ablations(session: nox.Session) -> None:
     """The main job: measure every cell that has no record yet, print the table, draw the pictures."""
     install(session)

@@ -290,8 +290,9 @@ def wrapped(model):
 
 
 def injected(model):
-    model.add_adapter(lora())
-    return model
+    from peft import inject_adapter_in_model
+
+    return inject_adapter_in_model(lora(), model)
 
 
 def unwrapped(model):

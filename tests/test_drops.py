@@ -23,6 +23,7 @@ from transact.export import check_exportable
 from transact.export.executorch import traced
 from transact.latency import Workload, compared, model_of_widths
 from transact.measured import error_slopes
+from transact.modeling_transact import CACHE
 from transact.obs import ObsPruning
 from transact.speedup import SpeedGoal, narrowest_widths
 from transact.widths import dense_widths, kv_fraction_removed, widths_of
@@ -144,7 +145,7 @@ def test_nothing_of_dropped_modules_is_kept(family):
         assert kv_bytes_per_token(narrowed) == 4 * transact.kv_elements_per_token(widths_of(narrowed.config))
     for cache in caches:
         with torch.no_grad():
-            narrowed(input_ids=IDS, past_key_values=cache)
+            narrowed(input_ids=IDS, **{CACHE: cache})
         assert len(cache.layers) == 2
         assert cache.get_seq_length() == IDS.shape[1]
         assert all(layer.keys.numel() for layer in cache.layers)

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import gguf
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 import transact
@@ -280,7 +280,7 @@ def test_weights_that_are_not_the_configurations_are_refused_by_name():
         ValueError, match=r"layers\.1\.input_layernorm\.weight is absent, by the configuration it is 48"
     ):
         plain_llama(lacking)
-    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapted)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.* by the configuration it is "):
         plain_llama(adapted)
     torchao = pytest.importorskip("torchao.quantization")

@@ -14,6 +14,7 @@ import transact.walk
 from tests.tiny import random_plan, tiny_llama
 from transact import PRESETS, Recipe, Training, apply_plan, calibrate, half_precision, modeling_transact, prune, recover
 from transact.half_precision import leaving_16_bits
+from transact.modeling_transact import CACHE
 from transact.texts import samples
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_math")
@@ -31,7 +32,8 @@ class ProductsOf16Bits(TorchDispatchMode):
         self.found, self.all = 0, 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.overloadpacket.__name__ in PRODUCTS:
+        is_product = operator.overloadpacket.__name__ in PRODUCTS
+        if is_product and args[0].shape[-1] > 1:  # older transformers make RoPE's tables by an outer product
             self.all += 1
             self.found += any(isinstance(one, torch.Tensor) and one.dtype in HALVES for one in args)
         return operator(*args, **(kwargs or {}))
@@ -124,13 +126,13 @@ def test_a_narrowed_model_reads_in_float32(variant, attentions, dtype, ids):
     narrowed = narrowed_to_16_bits(dtype, variant)
     cache = DynamicCache(config=narrowed.config)
     with ProductsOf16Bits() as products:
-        logits = narrowed(ids, past_key_values=cache).logits
+        logits = narrowed(ids, **{CACHE: cache}).logits
     assert products.all > 2 * 7
     assert products.found == 0
     assert logits.dtype == dtype
     assert {layer.keys.dtype for layer in cache.layers} == {dtype}
     with ProductsOf16Bits() as products:
-        narrowed(ids[:1, :1], past_key_values=DynamicCache(config=narrowed.config))
+        narrowed(ids[:1, :1], **{CACHE: DynamicCache(config=narrowed.config)})
     assert products.found == 4 * 2 + 1 + attentions  # quick ones: of one row, and of the heads that share keys
 
 
@@ -140,11 +142,11 @@ def test_one_query_goes_in_groups_of_heads_that_share_keys(attention, ids, monke
     narrowed = narrowed_to_16_bits()
     narrowed.set_attn_implementation(attention)
     cache, seen = DynamicCache(config=narrowed.config), []
-    narrowed(ids, past_key_values=cache)
+    narrowed(ids, **{CACHE: cache})
     in_groups = modeling_transact.attend_in_groups
     monkeypatch.setattr(modeling_transact, "attend_in_groups", lambda *inputs, **options: (
         seen.append(inputs[1].shape), in_groups(*inputs, **options))[1])  # fmt: skip
-    narrowed(ids[:, :1], past_key_values=cache)
+    narrowed(ids[:, :1], **{CACHE: cache})
     assert len(seen) == (2 if attention == "sdpa" else 0)
     assert all(shape[2] == 1 for shape in seen)
 
@@ -167,9 +169,9 @@ def test_what_is_read_or_decoded_is_as_near_to_float32_as_in_16_bits(is_padded, 
 
     def logits_of(model) -> torch.Tensor:
         cache = DynamicCache(config=model.config)
-        read = model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache).logits
+        read = model(ids[:, :40], attention_mask=mask[:, :40], **{CACHE: cache}).logits
         steps = [
-            model(ids[:, place : place + 1], attention_mask=mask[:, : place + 1], past_key_values=cache).logits
+            model(ids[:, place : place + 1], attention_mask=mask[:, : place + 1], **{CACHE: cache}).logits
             for place in range(40, LENGTH)
         ]
         return torch.cat([read, *steps], dim=1)[mask.bool()]
@@ -240,7 +242,7 @@ def test_many_sequences_are_decoded_in_float32():
     """Queries, keys and values were joined into one product, in 16 bits however many there were."""
     narrowed, ids = narrowed_to_16_bits(variant="mha"), torch.ones(40, 1, dtype=torch.int64)
     with ProductsOf16Bits() as products:
-        logits = narrowed(ids, past_key_values=DynamicCache(config=narrowed.config)).logits
+        logits = narrowed(ids, **{CACHE: DynamicCache(config=narrowed.config)}).logits
     assert products.found == 0 < products.all
     torch.testing.assert_close(logits[:3], narrowed(ids[:3]).logits, rtol=0.02, atol=0.02)
 
@@ -248,8 +250,8 @@ def test_many_sequences_are_decoded_in_float32():
 def decoded(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the last two of the tokens, decoded one by one after the others."""
     cache = DynamicCache(config=model.config)
-    read = model(ids[:, :-2], past_key_values=cache).logits
-    steps = [model(ids[:, place, None], past_key_values=cache).logits for place in (-2, -1)]
+    read = model(ids[:, :-2], **{CACHE: cache}).logits
+    steps = [model(ids[:, place, None], **{CACHE: cache}).logits for place in (-2, -1)]
     return torch.cat([read, *steps], dim=1)
 
 

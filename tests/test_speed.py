@@ -27,6 +27,7 @@ from bench.efficiency.report import read_speed, write_speed_report
 from bench.efficiency.shapes import SHAPES, random_model, shape_by_name
 from bench.efficiency.speed import SpeedCase, decode_step, fitting, generate_timed, run_grid
 from tests.tiny import random_plan, tiny_llama
+from transact.modeling_transact import CACHE
 from transact.widths import kv_elements_per_token, widths_of
 
 
@@ -41,14 +42,14 @@ def test_operations_are_what_a_counter_counts(variant):
     model.set_attn_implementation("eager")
     ids = torch.zeros(2, length, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = getattr(model(input_ids=ids, use_cache=True, logits_to_keep=1), CACHE)
     config, group = model.config, model.config.num_attention_heads // model.config.num_key_value_heads
     ours = prefill_costs(config, length=length, batch=2, element_size=4).operations
     # eager computes the full square, of which causal attention needs half; and rotary frequencies, length x pairs
     other_half = 2 * 2 * length * group * kv_elements_per_token(widths_of(config)) * length / 2
     assert ours + other_half == pytest.approx(counter.get_total_flops(), rel=0.01)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **{CACHE: cache})
     decoded = decode_costs(config, context=length + 1, batch=2, element_size=4)
     assert decoded.operations == pytest.approx(counter.get_total_flops(), rel=0.01)
 
@@ -119,7 +120,7 @@ def test_what_a_graph_would_record_of_a_step_holds_for_all_steps(narrow):
     @torch.no_grad()
     def tokens_by(step) -> list[int]:
         cache.reset()
-        token = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(dim=-1)
+        token = model(input_ids=ids, **{CACHE: cache}, logits_to_keep=1).logits[:, -1:].argmax(dim=-1)
         return [(token := step(token)).item() for _ in range(9)]
 
     wanted = tokens_by(lambda token: step(token, cache))

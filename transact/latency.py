@@ -23,7 +23,7 @@ from .configuration_transact import TransActConfig
 from .devices import device_name
 from .engines import engine_by_name
 from .entry import undisturbed
-from .modeling_transact import TransActForCausalLM
+from .modeling_transact import CACHE, TransActForCausalLM
 from .prune import features_of, narrowed_config
 from .timing import Ratio, in_turn, ratio_of, seconds_of
 from .widths import MODULES, Widths, dense_widths, head_dim_of, linear_parameters, widths_of
@@ -257,9 +257,9 @@ def _model_timer(model: nn.Module, workload: Workload, *, with_head: bool = True
         def steps() -> None:
             for _ in range(STEPS if is_decode else 1):
                 if with_head:
-                    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
                 else:
-                    model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                    model.model(input_ids=ids, **{CACHE: cache}, use_cache=True)
 
         return seconds_of(steps, model.device)
 

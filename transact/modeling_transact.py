@@ -11,8 +11,10 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache, partial
+from inspect import signature
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
@@ -34,6 +36,13 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.mistral.modeling_mistral import MistralModel
 
 from .configuration_transact import TransActConfig
+
+# What transformers calls the KV cache that it hands to a layer: `cache` from 5.24 on. Before, continuous batching alone
+# had one of that name, which attention functions update.
+_arguments = signature(LlamaDecoderLayer.forward).parameters
+CACHE = next((name for name in ("cache", "past_key_values") if name in _arguments), None)
+if CACHE is None:  # layers would never see it, and what they decode would be nonsense
+    raise ImportError(f"transformers {transformers.__version__} has another name for the KV cache: take an older one")
 
 
 def joined_product(token: torch.Tensor, *linears: nn.Linear, may_leave_16_bits: bool = False) -> torch.Tensor | None:
@@ -375,8 +384,12 @@ class TransActAttention(nn.Module):
             query, key, value = self.heads_of_token(joined, position_embeddings)
 
         dtype = query.dtype
+        said = {}
+        if CACHE == "cache":
+            past_key_values = kwargs.pop("cache", past_key_values)
+            said = {"kwargs": kwargs}  # there continuous batching's says what its attention has to know
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, **said)
 
         # transformers looks for the literal below before it allows `set_attn_implementation`
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -542,6 +555,17 @@ class TransActForCausalLM(TransActPreTrainedModel, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = Head(config)
         self.post_init()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As transformers', whose paged KV cache has the dense heads: raises ValueError where there are others."""
+        config = self.config
+        heads = {*zip(config.kv_head_counts, config.qk_head_dims, config.v_head_dims, strict=True)}
+        if heads != {(config.num_key_value_heads, config.head_dim, config.head_dim)}:
+            raise ValueError(
+                "transformers' continuous batching keeps heads as wide as the dense model's, these are narrower: "
+                "generate() takes sequences together, and vLLM serves the checkpoint"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 class TransActForSequenceClassification(GenericForSequenceClassification, TransActPreTrainedModel):

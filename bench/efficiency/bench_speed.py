@@ -14,6 +14,7 @@ from bench.efficiency.costs import decode_costs, measure_roofline
 from bench.efficiency.shapes import SMOLLM2_135M, narrowed, random_model, shape_by_name
 from bench.environment import fast_dtype
 from transact.devices import resolve_device
+from transact.modeling_transact import CACHE
 from transact.models import DTYPES
 from transact.timing import seconds_of
 
@@ -38,12 +39,12 @@ def decoder(config, device: torch.device):
     @torch.no_grad()
     def run():
         for _ in range(TOKENS):
-            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :1], **{CACHE: cache}, use_cache=True)
         cache.crop(-TOKENS)
 
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     run()
     return run
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from transact.modeling_transact import CACHE
 from transact.texts import cut_windows, load_text, tokenise
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 32, 48
@@ -61,6 +62,6 @@ def transformers_stream(model: nn.Module, prompt: list[int]) -> Iterator[int]:
     """The greedy continuation of token ids, token by token, without end."""
     ids, cache = torch.tensor([prompt]), None
     while True:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ids, cache = output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values
+        output = model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        ids, cache = output.logits[:, -1].argmax(dim=-1, keepdim=True), getattr(output, CACHE)
         yield ids.item()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from transact import kv_elements_per_token, widths_of
+from transact.modeling_transact import CACHE
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -34,7 +35,7 @@ def kv_bytes_per_token(model: nn.Module, tokens: int = 8) -> int:
     Raises RuntimeError where that is not what the widths say: a model that caches more than it should.
     """
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = getattr(model(input_ids=ids, use_cache=True, logits_to_keep=1), CACHE)
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
     measured = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     formula = tokens * kv_elements_per_token(widths_of(model.config)) * tensors[0].element_size()

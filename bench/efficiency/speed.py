@@ -17,6 +17,7 @@ from transformers import DynamicCache, PretrainedConfig, StaticCache
 from transact.devices import resolve_device
 from transact.entry import in_one_line
 from transact.gradients import free_memory
+from transact.modeling_transact import CACHE
 from transact.models import DTYPES, load_model, read_config
 from transact.timing import Ratio, in_turn, ratio_of, seconds_of
 
@@ -66,7 +67,7 @@ def generate_timed(model: nn.Module, ids: torch.Tensor, decode: int, step, cache
     device, following = model.device, []
 
     def prefill():
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         following.append(output.logits[:, -1:].argmax(dim=-1))
 
     def decode_all():
@@ -81,7 +82,7 @@ def decode_step(model: nn.Module, mode: str):
     """A function from a token (batch, 1) and the cache to the next token."""
 
     def step(token: torch.Tensor, cache) -> torch.Tensor:
-        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        output = model(input_ids=token, **{CACHE: cache}, use_cache=True)
         return output.logits[:, -1:].argmax(dim=-1)
 
     if mode == "captured" and model.device.type == "cuda":

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from transact.modeling_transact import CACHE
+
 from .perplexity import Windows
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 32, 64
@@ -108,8 +110,8 @@ def greedy_continuations(model: nn.Module, prompts: torch.Tensor, new: int) -> t
     """`new` greedy tokens after each prompt (prompts, tokens), all of one length: (prompts, new)."""
     ids, cache, said = prompts, None, []
     for _ in range(new):
-        output = model.eval()(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ids, cache = output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values
+        output = model.eval()(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        ids, cache = output.logits[:, -1].argmax(dim=-1, keepdim=True), getattr(output, CACHE)
         said.append(ids)
     return torch.cat(said, dim=1)
 

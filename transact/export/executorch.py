@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import eager_mask
 
 from .._transformers import without_logs
+from ..modeling_transact import CACHE
 from ..whitelist import check_exportable, check_weights
 from ..widths import widths_of
 
@@ -99,7 +100,7 @@ class Decoder(nn.Module):
             for index in range(self.entries)
         ]
         cache = Cache(layers=layers)
-        return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return self.model(input_ids=tokens, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from ..checkpoint import all_or_nothing, model_hash
 from ..entry import undisturbed
 from ..half_precision import leaving_16_bits
+from ..modeling_transact import CACHE
 from ..widths import kv_elements_per_token, widths_of
 
 BATCH = 64  # windows that are sampled together; how many are asked for changes none of them
@@ -149,7 +150,7 @@ def _sampled(
     ids, entropy, sampled = given[:, :1], 0.0, 0
     bar = {"desc": f"own samples, {len(prompts)} at once", "unit": "token", "disable": None if progress else True}
     for position in tqdm(range(1, length + 1), **bar):
-        logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits = model(input_ids=ids[:, -1:], **{CACHE: cache}, use_cache=True).logits[:, -1].float()
         log_probabilities = logits.log_softmax(dim=-1)
         drawn = torch.multinomial(log_probabilities.exp(), 1, generator=generator)
         is_free = given[:, position : position + 1] < 0
