@@ -124,6 +124,15 @@ def test_inspect_prints_widths_and_bytes(prune, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["0", "2", "8", "8", "24", f"{48 * (6 * 8 * 2 + 2 * 8 * 2 + 3 * 24) + 2 * 48:,}", "128"]
     assert lines[3].split()[-1] == "256"
+    assert lines[-1].startswith("not by plain: ")
+    code = tmp_path / "out" / "modeling_transact.py"
+    code.write_bytes(code.read_bytes().replace(b"\n", b"\r\n"))  # as some systems write it
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    code.write_text(code.read_text().replace("CACHE", "KV_CACHE"))
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    [line] = capsys.readouterr().out.splitlines()[len(lines) :]
+    assert line.startswith("modeling_transact.py there is another version's, used where TransAct is not installed: ")
 
 
 def test_bench_perplexity_prints_json_last(tiny_directory, tiny_text, capsys):

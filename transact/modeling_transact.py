@@ -11,7 +11,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache, partial
-from inspect import signature
 
 import torch
 import transformers
@@ -22,6 +21,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -37,10 +37,10 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 
 from .configuration_transact import TransActConfig
 
-# What transformers calls the KV cache that it hands to a layer: `cache` from 5.24 on. Before, continuous batching alone
-# had one of that name, which attention functions update.
-_arguments = signature(LlamaDecoderLayer.forward).parameters
-CACHE = next((name for name in ("cache", "past_key_values") if name in _arguments), None)
+# What transformers calls the KV cache that it hands to layers and gives back: `cache` from 5.24 on. Before, continuous
+# batching alone had one of that name, which attention functions update.
+_outputs = BaseModelOutputWithPast.__dataclass_fields__
+CACHE = next((name for name in ("cache", "past_key_values") if name in _outputs), None)
 if CACHE is None:  # layers would never see it, and what they decode would be nonsense
     raise ImportError(f"transformers {transformers.__version__} has another name for the KV cache: take an older one")
 
@@ -557,12 +557,12 @@ class TransActForCausalLM(TransActPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As transformers', whose paged KV cache has the dense heads: raises ValueError where there are others."""
+        """As transformers', whose paged cache has the dense model's heads: raises ValueError where there are others."""
         config = self.config
         heads = {*zip(config.kv_head_counts, config.qk_head_dims, config.v_head_dims, strict=True)}
         if heads != {(config.num_key_value_heads, config.head_dim, config.head_dim)}:
             raise ValueError(
-                "transformers' continuous batching keeps heads as wide as the dense model's, these are narrower: "
+                "transformers' continuous batching has the dense model's heads in every layer, this model has others: "
                 "generate() takes sequences together, and vLLM serves the checkpoint"
             )
         return super().init_continuous_batching(*args, **kwargs)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from .. import configuration_transact, modeling_transact
 from ..checkpoint import fraction_removed_of, pruned_from
 from ..configuration_transact import TransActConfig
 from ..engines import ENGINES, check_held
@@ -65,6 +66,11 @@ def run(options: argparse.Namespace) -> None:
     for name, reason in against.items():
         if reason is not None:
             print(f"not by {name}: {reason}")
+    for module in (configuration_transact, modeling_transact):
+        ours = Path(module.__file__)
+        theirs = Path(options.directory, ours.name)
+        if theirs.exists() and theirs.read_text(encoding="utf-8") != ours.read_text(encoding="utf-8"):
+            print(f"{ours.name} there is another version's, used where TransAct is not installed: replace it by {ours}")
 
 
 def layers_in_words(layers: Sequence[int]) -> str:
