@@ -3,7 +3,7 @@
 Least squares learn from the text as well as the score, so they ask for more of it.
 """
 
-QUICK = {"preset": ("transact",), "samples": (8, 32), "seq_len": (64, 256), "ratio": (0.3,)}
+QUICK = {"preset": ("transact",), "samples": (8, 24), "seq_len": (64, 256), "ratio": (0.3,)}
 FULL = {"preset": ("transact", "best"), "samples": (8, 32, 128, 512), "seq_len": (64, 256, 512), "ratio": (0.3,)}
 
 

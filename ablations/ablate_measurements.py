@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from transact import PRESETS
 
-QUICK = {"measurements": (0, 3), "ratio": (0.3,)}
+QUICK = {"measurements": (), "ratio": ()}  # a minute a cell
 FULL = {"measurements": (0, 1, 2, 3, 5), "ratio": (0.1, 0.2, 0.3, 0.5)}
 
 

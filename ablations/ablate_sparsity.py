@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from transact import recipe_by_name
 
-QUICK = {"preset": ("best",), "ratio": (0.0,), "sparsity": ("magnitude-2:4", "wanda-2:4"), "narrowed": (0.5,)}
+QUICK = {"preset": ("best",), "ratio": (0.0,), "sparsity": ("magnitude-2:4", "wanda-2:4"), "narrowed": ()}
 FULL = {"preset": ("best",), "ratio": (0.0, 0.1, 0.3), "sparsity": ("none", "magnitude-2:4", "wanda-2:4"),
         "narrowed": (0.5,)}  # fmt: skip
 

@@ -17,8 +17,8 @@ PROFILES: Mapping[str, Mapping] = {
     # embedded model and texts, on two CPU cores; fewer samples are too few for least squares
     "quick": {
         "model": "smollm2-135m", "texts": ("embedded",), "calibration": DEFAULT_CALIBRATION,
-        "domains": EMBEDDED_TEXTS, "samples": 24, "windows": 12,
-        "others": ("sources", "probes"), "other_windows": 6, "everywhere": False, "compared": 6,
+        "domains": EMBEDDED_TEXTS, "samples": 24, "windows": 8,
+        "others": ("sources", "probes"), "other_windows": 4, "everywhere": False, "compared": 4,
         "seq_len": 256, "tasks": "probes", "limit": 40, "grid": "QUICK",
     },
     # embedded model on a GPU: whole texts, WikiText-2 where the hub can be reached, all items
