@@ -173,7 +173,8 @@ def test_a_model_is_asked_for_once(environment, paths):
     assert said == ""
     times = Counter(paths)
     print(times)
-    assert times["/"] == times["/api/models/org/tiny"] == 1
+    assert times["/"] == 1
+    assert times["/api/models/org/tiny"] <= 1  # older transformers does not ask this
     assert max(times.values()) == 2  # what a file is, and the file
 
 
