@@ -14,6 +14,7 @@ from bench.output.figures import FAINT, STYLES
 from .answers import percent
 from .findings import is_on_front
 
+NEAR = 0.07  # of the extent of a front, between points whose labels would lie on each other
 METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "dense", "magnitude", "random",
            "shortgpt", "replaceme", "crash")  # fmt: skip
 BARS, INTERVALS = "bars: one standard error", "bars: 95 % interval"
@@ -182,12 +183,23 @@ def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: di
 
 
 def name_removed(axes: Axes, front: pd.DataFrame, x: str, y: str) -> None:
-    """Beside the points of a front, in its order, the fraction removed where it changes: right below nothing is."""
+    """Beside the points of a front, in its order, the fraction removed where it changes: right below nothing is.
+
+    Points that lie near each other have their fractions in one label.
+    """
     removed = front["fraction_removed"].round(2)
-    changed = front.assign(share=removed)[removed.diff() != 0]  # labels of neighbours would lie on each other
+    changed = front.assign(share=removed)[removed.diff() != 0]
+    spans, named = (np.ptp(front[x]), np.ptp(front[y])), []
     for across, height, share in changed[[x, y, "share"]].itertuples(index=False):
-        if share:
-            axes.annotate(percent(share), (across, height), xytext=(5, -10), textcoords="offset points", fontsize=8)
+        if not share:
+            continue
+        place = across, height
+        if named and all(abs(a - b) <= NEAR * span for a, b, span in zip(place, named[-1][0], spans, strict=True)):
+            named[-1] = named[-1][0], f"{named[-1][1]}, {percent(share)}"
+        else:
+            named.append((place, percent(share)))
+    for place, shares in named:
+        axes.annotate(shares, place, xytext=(5, -10), textcoords="offset points", fontsize=8)
 
 
 def highest_rise(nats: pd.Series) -> float:

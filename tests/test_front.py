@@ -245,6 +245,19 @@ def test_layers_without_attention_or_mlp_are_width_and_depth_both(gone):
     assert family_of(replace(one, widths=(layer, {**layer, **gone}))) == "width and depth"
 
 
+def test_near_points_share_a_label():
+    apart, near = (
+        draw(
+            plot_front,
+            found_of(timed("best", 0.1, 0.1, 1.1), timed("flap", 0.2, loss, speed), timed("best", 0.3, 0.4, 1.4)),
+        )
+        for loss, speed in ((0.2, 1.2), (0.38, 1.39))
+    )
+    assert [[text.get_text() for text in figure.axes[0].texts] for figure in (apart, near)] == [
+        ["10 %", "20 %", "30 %"], ["10 %", "20 %, 30 %"],
+    ]  # fmt: skip
+
+
 def lines_of(figure):
     return [next(line for line in axes.get_lines() if line.get_label() == "beaten by no other").get_xydata().tolist()
             for axes in figure.axes]  # fmt: skip
