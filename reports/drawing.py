@@ -14,7 +14,7 @@ from bench.output.figures import FAINT, STYLES
 from .answers import percent
 from .findings import is_on_front
 
-NEAR = 0.07  # of the extent of a front, between points whose labels would lie on each other
+LABEL = 0.09, 0.06  # width and height of a small label, as parts of the panel's
 METHODS = ("best", "flap", "transact", "transact-released", "wanda-sp", "llm-pruner", "dense", "magnitude", "random",
            "shortgpt", "replaceme", "crash")  # fmt: skip
 BARS, INTERVALS = "bars: one standard error", "bars: 95 % interval"
@@ -177,27 +177,27 @@ def draw_front(axes: Axes, frame: pd.DataFrame, x: str, scale: float, styles: di
         across = bars_of(points, x) * scale
         axes.errorbar(points[x] * scale, points["perplexity"], xerr=across, yerr=perplexity_bars(points), label=line,
                       color=colour, marker=marker, markersize=6, linestyle="none", capsize=2, elinewidth=1)  # fmt: skip
-    name_removed(axes, front.assign(place=front[x] * scale), "place", "perplexity")
     perplexity_axis(axes, frame["perplexity"])
+    name_removed(axes, front.assign(place=front[x] * scale), "place", "perplexity")
     axes.grid(which="both")
 
 
 def name_removed(axes: Axes, front: pd.DataFrame, x: str, y: str) -> None:
-    """Beside the points of a front, in its order, the fraction removed where it changes: right below nothing is.
+    """Below the points of a front, in its order, the fraction removed where it changes; scales and limits stand by now.
 
-    Points that lie near each other have their fractions in one label.
+    Points whose labels would lie on each other share one.
     """
     removed = front["fraction_removed"].round(2)
-    changed = front.assign(share=removed)[removed.diff() != 0]
-    spans, named = (np.ptp(front[x]), np.ptp(front[y])), []
-    for across, height, share in changed[[x, y, "share"]].itertuples(index=False):
-        if not share:
-            continue
-        place = across, height
-        if named and all(abs(a - b) <= NEAR * span for a, b, span in zip(place, named[-1][0], spans, strict=True)):
-            named[-1] = named[-1][0], f"{named[-1][1]}, {percent(share)}"
+    changed = front.assign(share=removed)[(removed.diff() != 0) & (removed != 0)]
+    places = changed[[x, y]].to_numpy(dtype=float)
+    axes.get_xlim()  # from which limits follow the data
+    shown = (axes.transScale + axes.transLimits).transform(places)
+    named = []
+    for number, share in enumerate(changed["share"].map(percent)):
+        if number and np.all(abs(shown[number] - shown[number - 1]) < LABEL):
+            named[-1][1] += f", {share}"
         else:
-            named.append((place, percent(share)))
+            named.append([places[number], share])
     for place, shares in named:
         axes.annotate(shares, place, xytext=(5, -10), textcoords="offset points", fontsize=8)
 

@@ -205,8 +205,10 @@ def plot_front(found: Answer) -> Figure:
     panels = figure.subplots(len(speeds), len(titles), squeeze=False, sharex="row", sharey="col")
     methods = ["dense", *frame.sort_values("family", key=_legend_order)["method"]]
     markers = {method: style_number(number)[1] for number, method in enumerate(dict.fromkeys(methods))}
+    fronts = []
     for row, (speed, words) in zip(panels, speeds.items(), strict=True):
         best = [draw_points(axes, frame, speed, loss, markers) for axes, loss in zip(row, titles, strict=True)]
+        fronts += [(*drawn, speed, loss) for *drawn, loss in zip(row, best, titles, strict=True)]
         row[0].set(ylabel="rise in loss (nats)", xlim=_limits(frame, pd.concat(best), speed))
         for axes in row:
             axes.set_xlabel(f"{words}: times as fast as dense")
@@ -216,6 +218,8 @@ def plot_front(found: Answer) -> Figure:
         shown = frame[frame[loss] <= highest]
         beyond += frame["name"][frame[loss] > highest].tolist()
         axes.set(title=title.removeprefix("the "), ylim=_limits(shown, shown, loss))
+    for axes, best, speed, loss in fronts:
+        name_removed(axes, best, speed, loss)
     above = f"\nabove the picture: {listed(beyond)}" if beyond else ""
     figure.suptitle(f"{INTERVALS}; in small: the fraction removed from there on{above}", fontsize=9, color=FAINT,
                     wrap=True)  # fmt: skip
@@ -238,7 +242,7 @@ def _limits(points: pd.DataFrame, whole: pd.DataFrame, name: str) -> tuple[float
 def draw_points(axes: Axes, frame: pd.DataFrame, speed: str, loss: str, markers: Mapping[str, str]) -> pd.DataFrame:
     """Points in the colours of their families and the markers of their methods, and the front from the dense model on.
 
-    Small figures: the fraction removed, where it changes along the front, whose rows are returned.
+    Returns the front's rows.
     """
     dense = pd.DataFrame([{"family": "dense", "method": "dense", "fraction_removed": 0.0, speed: 1.0, loss: 0.0}])
     shown = [*METHOD, "fraction_removed", *(f"{name}{end}" for name in (speed, loss) for end in ("", "_low", "_high"))]
@@ -251,7 +255,6 @@ def draw_points(axes: Axes, frame: pd.DataFrame, speed: str, loss: str, markers:
                       label=method if family == "dense" else f"{family}: {method}", markersize=5, capsize=2,
                       color=style_number(FAMILIES.get(family, ANY_OTHER))[0], elinewidth=0.8,
                       marker=markers[method])  # fmt: skip
-    name_removed(axes, best, speed, loss)
     axes.grid()
     return best
 

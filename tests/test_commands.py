@@ -132,7 +132,7 @@ def test_inspect_prints_widths_and_bytes(prune, tmp_path, capsys):
     code.write_text(code.read_text().replace("CACHE", "KV_CACHE"))
     assert main(["inspect", str(tmp_path / "out")]) == 0
     [line] = capsys.readouterr().out.splitlines()[len(lines) :]
-    assert line.startswith("modeling_transact.py there is another version's, used where TransAct is not installed: ")
+    assert line.startswith("modeling_transact.py is not this version's and serves where TransAct is not installed: ")
 
 
 def test_bench_perplexity_prints_json_last(tiny_directory, tiny_text, capsys):

@@ -245,17 +245,17 @@ def test_layers_without_attention_or_mlp_are_width_and_depth_both(gone):
     assert family_of(replace(one, widths=(layer, {**layer, **gone}))) == "width and depth"
 
 
-def test_near_points_share_a_label():
-    apart, near = (
-        draw(
-            plot_front,
-            found_of(timed("best", 0.1, 0.1, 1.1), timed("flap", 0.2, loss, speed), timed("best", 0.3, 0.4, 1.4)),
-        )
-        for loss, speed in ((0.2, 1.2), (0.38, 1.39))
-    )
-    assert [[text.get_text() for text in figure.axes[0].texts] for figure in (apart, near)] == [
-        ["10 %", "20 %", "30 %"], ["10 %", "20 %, 30 %"],
-    ]  # fmt: skip
+@pytest.mark.parametrize(("others", "labels"), [
+    ([("flap", 0.2, 0.2, 1.2)], ["10 %", "20 %", "30 %"]),
+    ([("flap", 0.2, 0.38, 1.39)], ["10 %", "20 %, 30 %"]),
+    # near by the extent of a front that leaves the picture, apart in it
+    ([("flap", 0.2, 0.3, 1.11), ("wanda-sp", 0.3, 9.9, 1.9)], ["10 %", "20 %", "30 %"]),
+])  # fmt: skip
+def test_labels_that_would_lie_on_each_other_are_one(others, labels):
+    figure = draw(plot_front, found_of(
+        timed("best", 0.1, 0.1, 1.1), *(timed(*other) for other in others), timed("best", 0.3, 0.4, 1.4)
+    ))  # fmt: skip
+    assert [text.get_text() for text in figure.axes[0].texts] == labels
 
 
 def lines_of(figure):

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
         ours = Path(module.__file__)
         theirs = Path(options.directory, ours.name)
         if theirs.exists() and theirs.read_text(encoding="utf-8") != ours.read_text(encoding="utf-8"):
-            print(f"{ours.name} there is another version's, used where TransAct is not installed: replace it by {ours}")
+            print(f"{ours.name} is not this version's and serves where TransAct is not installed: replace it by {ours}")
 
 
 def layers_in_words(layers: Sequence[int]) -> str:
