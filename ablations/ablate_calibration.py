@@ -3,6 +3,7 @@
 Least squares learn from the text as well as the score, so they ask for more of it.
 """
 
+# 24 windows of 256 are what the profile calibrates on: that cell is the preset's
 QUICK = {"preset": ("transact",), "samples": (8, 24), "seq_len": (64, 256), "ratio": (0.3,)}
 FULL = {"preset": ("transact", "best"), "samples": (8, 32, 128, 512), "seq_len": (64, 256, 512), "ratio": (0.3,)}
 

@@ -32,10 +32,10 @@ class ProductsOf16Bits(TorchDispatchMode):
         self.found, self.all = 0, 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        is_product = operator.overloadpacket.__name__ in PRODUCTS
-        if is_product and args[0].shape[-1] > 1:  # older transformers make RoPE's tables by an outer product
-            self.all += 1
-            self.found += any(isinstance(one, torch.Tensor) and one.dtype in HALVES for one in args)
+        if operator.overloadpacket.__name__ in PRODUCTS:
+            is_of_16_bits = any(isinstance(one, torch.Tensor) and one.dtype in HALVES for one in args)
+            self.found += is_of_16_bits
+            self.all += is_of_16_bits or args[0].shape[-1] > 1  # older transformers: RoPE's tables are outer products
         return operator(*args, **(kwargs or {}))
 
 

@@ -64,9 +64,13 @@ class TransActConfig(LlamaConfig):
     @property
     def is_narrowed(self) -> bool:
         """Whether anything is narrower than the dense model."""
-        dense = (self.num_key_value_heads, self.head_dim, self.head_dim, self.intermediate_size)
-        widths = (self.kv_head_counts, self.qk_head_dims, self.v_head_dims, self.intermediate_sizes)
-        return any(set(ours) != {whole} for ours, whole in zip(widths, dense, strict=True))
+        return not self.has_dense_heads or set(self.intermediate_sizes) != {self.intermediate_size}
+
+    @property
+    def has_dense_heads(self) -> bool:
+        """Whether every layer has as many heads as the dense model, as wide as there."""
+        heads = zip(self.kv_head_counts, self.qk_head_dims, self.v_head_dims, strict=True)
+        return set(heads) == {(self.num_key_value_heads, self.head_dim, self.head_dim)}
 
     @property
     def attention_layers(self) -> list[int]:

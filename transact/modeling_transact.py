@@ -558,9 +558,7 @@ class TransActForCausalLM(TransActPreTrainedModel, LlamaForCausalLM):
 
     def init_continuous_batching(self, *args, **kwargs):
         """As transformers', whose paged cache has the dense model's heads: raises ValueError where there are others."""
-        config = self.config
-        heads = {*zip(config.kv_head_counts, config.qk_head_dims, config.v_head_dims, strict=True)}
-        if heads != {(config.num_key_value_heads, config.head_dim, config.head_dim)}:
+        if not self.config.has_dense_heads:
             raise ValueError(
                 "transformers' continuous batching has the dense model's heads in every layer, this model has others: "
                 "generate() takes sequences together, and vLLM serves the checkpoint"
