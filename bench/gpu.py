@@ -291,7 +291,8 @@ def smollm2(out: Path, end: float, device: torch.device) -> int:
         model, tokenizer = load_model(EMBEDDED_MODEL, device=str(device))
         windows = calibration_windows(model, tokenizer, "embedded", count=32, length=256)
         recipe = recipe_by_name("best")
-        statistics = calibrate(model, windows, second_moments=True, gradients=recipe.gradients())
+        scored = recipe.scored(windows, model.config)
+        statistics = calibrate(model, scored, second_moments=True, gradients=recipe.gradients())
         for ratio, path in missing.items():
             pruned = prune(model, windows, recipe=recipe, ratio=ratio, statistics=statistics)
             print(f"{path.name}: {pruned.seconds}")

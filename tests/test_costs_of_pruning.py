@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import transact
 from tests.tiny import random_plan, tiny_llama
-from transact import obs
+from transact import Recipe, obs
 from transact.calibration import iterate_statistics
 from transact.compensate import compensate_on_pruned_inputs
 from transact.least_squares import RIDGES, NormalEquations, fit_projection
@@ -193,8 +193,47 @@ def test_measuring_keeps_moments_of_fitted_tokens_alone(monkeypatch):
     for layer in kept:
         assert layer.gradients is None
         for fitted, held_out in (layer.attention_moments, layer.mlp_moments):
-            assert fitted.tokens == 14 * 24
+            assert fitted.tokens == 7 * 24
             assert held_out.products.numel() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
+@pytest.mark.parametrize("compensation", ["none", "bias", "pruned", "dense"])
+def test_losses_are_predicted_on_every_second_window(compensation):
+    dense = tiny_llama("gqa")
+    recipe = Recipe(criterion="predicted-loss", allocation="searched", compensation=compensation)
+    by_windows = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3)
+    scored = WINDOWS if compensation == "dense" else WINDOWS[::2]
+    statistics = transact.calibrate(dense, scored, second_moments=True, gradients="outputs")
+    by_statistics = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3, statistics=statistics)
+    assert by_windows.plan.widths == by_statistics.plan.widths
+    for name, tensor in by_windows.model.state_dict().items():
+        assert torch.equal(tensor, by_statistics.model.state_dict()[name]), name
+
+
+def test_few_windows_and_what_predicts_no_losses_are_scored_on_all():
+    best, config = transact.PRESETS["best"], tiny_llama("gqa").config
+    for windows, scored in ((WINDOWS, 8), (WINDOWS[:14], 7), (WINDOWS[:13], 7), (WINDOWS[:12], 12), (WINDOWS[:1], 1)):
+        assert len(best.scored(windows, config)) == scored  # half are 4 x 40 tokens at least
+    assert torch.equal(best.scored(WINDOWS, config), WINDOWS[::2])
+    for recipe in (*map(transact.PRESETS.get, ("transact", "flap", "llm-pruner")), Recipe(criterion="obs")):
+        assert recipe.scored(WINDOWS, config) is WINDOWS
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
+@pytest.mark.parametrize(("windows", "read"), [(40, 240), (32, 192), (16, 192), (8, 192), (1, 24)])
+def test_maps_of_inputs_are_fitted_on_as_many_tokens_as_they_need(windows, read, monkeypatch):
+    dense, added = tiny_llama("gqa"), Counter()
+    narrowed = transact.apply_plan(dense, random_plan(dense.config))
+    add = NormalEquations.add
+
+    def counted(equations, inputs, targets, scale=None):
+        added[scale is None] += len(inputs)
+        add(equations, inputs, targets, scale)
+
+    monkeypatch.setattr(NormalEquations, "add", counted)
+    compensate_on_pruned_inputs(narrowed, dense, WINDOWS.repeat(3, 1)[:windows])
+    assert added == {True: 2 * 2 * read, False: 2 * 2 * 24 * windows}
 
 
 def test_rounds_of_measuring_run_the_dense_decoder_once():

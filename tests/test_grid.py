@@ -16,7 +16,7 @@ import torch
 import transact
 from ablations.options import run_of, workbench_arguments
 from ablations.profiles import PROFILES
-from bench.suite.cases import ids_hash, weights_of
+from bench.suite.cases import ids_hash, recipe_of, weights_of
 from bench.suite.grid import Estimate, calibration_of, estimate, in_order, parse_shard, shard_of
 from bench.suite.workbench import Workbench
 from tests.test_records import CASE, record
@@ -75,6 +75,26 @@ def test_each_text_is_calibrated_once_and_each_model_pruned_once(bench, calls):
     for one in timed:
         assert one.metrics["decode_tokens_per_s"] > 0
         assert one.standard_errors["decode_tokens_per_s"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.* calibration tokens are few")
+def test_what_is_scored_on_half_is_calibrated_beside_what_is_scored_on_all(bench, calls):
+    obs, flap, best, later, dense = (
+        bench.case(recipe, ratio, samples=16)
+        for recipe, ratio in (
+            (Recipe(criterion="obs"), 0.3), ("flap", 0.3), ("best", 0.3), ("best", 0.4),
+            (replace(PRESETS["best"], compensation="dense"), 0.3),
+        )
+    )  # fmt: skip
+    cases = in_order([obs, flap, best, later, dense])
+    assert cases == [best, flap, later, obs, dense]
+    shared = [bench.measure(case).losses for case in cases]
+    assert (calls["calibrate"], calls["outputs"]) == (3, 2)
+    for case, losses in zip(cases, shared, strict=True):
+        alone = transact.prune(bench.dense, bench.windows_of(case), recipe=recipe_of(case), ratio=case.ratio)
+        assert losses == bench.measure_model(alone.model, {}, replace(case, ratio=0.31)).losses
+    assert bench.measure(replace(best, ratio=0.2)).losses  # moments of all windows were there meanwhile
+    assert calls["calibrate"] == 4
 
 
 @pytest.mark.filterwarnings("ignore:.* calibration tokens are few")

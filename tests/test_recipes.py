@@ -381,7 +381,8 @@ def test_moments_that_rounding_made_indefinite_are_factored():
 def test_the_fewer_tokens_the_more_attention_counts(monkeypatch):
     dense = tiny_llama(layers=4)
     recipe = Recipe(criterion="predicted-loss", allocation="searched")
-    scores = scores_of(dense, "predicted-loss", WINDOWS)
+    scored = recipe.scored(WINDOWS, dense.config)
+    scores = scores_of(dense, "predicted-loss", scored)
     width, seen = dense.config.intermediate_size, []
     for tokens, times in ((width, 5.0), (4 * width, 2.0), (400 * width, 1.01)):
         for layer, before in zip(weighed(dense.config, scores, tokens), scores, strict=True):
@@ -392,7 +393,7 @@ def test_the_fewer_tokens_the_more_attention_counts(monkeypatch):
     for weight in (40.0, 0.0):
         monkeypatch.setattr("transact.allocate.ATTENTION", weight)
         widths = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.2).plan.widths
-        heavy = weighed(dense.config, scores, WINDOWS.numel())
+        heavy = weighed(dense.config, scores, scored.numel())
         assert widths == spread(dense.config, searched_widths(dense.config, heavy, 0.2), heavy)
         seen.append(transact.kv_fraction_removed(dense.config, widths))
     assert seen[0] < seen[1]

@@ -22,7 +22,7 @@ from .scores import LayerScores, scaled
 from .walk import LayerWalk, in_pieces, on_device, sent
 from .widths import Widths
 
-TOKENS, TOKENS_PER_BATCH = 2048, 1024
+TOKENS = TOKENS_PER_BATCH = 1024
 RIDGE = 0.01  # of the closed-form refit that the measured models have
 STEP = 0.7  # of the way, in logarithms, that each round takes the factors to what it measures
 TRUST = 0.75  # of the way that the widths follow them: a few thousand tokens say it with noise

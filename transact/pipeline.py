@@ -113,12 +113,12 @@ def prune(
     parameters (0.2), `kv_ratio` the least fraction removed of the KV bytes per token; `widths` names them instead.
     `speedup` asks for a model so many times as fast instead of a ratio, at decoding one sequence with 512 tokens of
     context; a goal of `speed_goal` says otherwise, or serves several prunings. The result's `speed` is then measured.
-    `statistics` of these windows, if there already, serve the first shot. `train` is called after each shot with the
-    narrowed model and the shot's number from 1 on, and gives the model that the next shot prunes. A `device` computes
-    one block at a time there, for models larger than it. What keeps everything (a ratio of 0) is the dense model, bit
-    for bit. The result is in the dense model's mode, or in that in which `train` left it. It lies with the dense model,
-    or, where a CUDA device does not hold both beside what a single shot without training or a speed-up needs, in host
-    memory: then a UserWarning says so.
+    `statistics`, if there already, serve the first shot: those of the windows that the recipe scores on
+    (`Recipe.scored`). `train` is called after each shot with the narrowed model and the shot's number from 1 on, and
+    gives the model that the next shot prunes. A `device` computes one block at a time there, for models larger than it.
+    What keeps everything (a ratio of 0) is the dense model, bit for bit. The result is in the dense model's mode, or in
+    that in which `train` left it. It lies with the dense model, or, where a CUDA device does not hold both beside what
+    a single shot without training or a speed-up needs, in host memory: then a UserWarning says so.
 
     Raises ValueError for what cannot be pruned, budgets out of reach, and settings that exclude each other.
     """
@@ -330,14 +330,15 @@ def _in_shots(
     for shots_left in range(recipe.shots, 0, -1):
         before = result.model.eval()
         with stage(result.seconds, "calibrate and score"):
+            scored = None if windows is None else recipe.scored(windows, dense.config)
             if keeps_all:
                 scores, layers = _placeholder_scores(before), []
             else:
-                scores, layers = _scores(before, windows, recipe, criterion, statistics, device, progress)
+                scores, layers = _scores(before, scored, recipe, criterion, statistics, device, progress)
             if not engine_by_name(recipe.engine).own_pairs:
                 scores = shared_pairs(scores)
         with stage(result.seconds, "plan"):
-            tokens = None if windows is None else windows.numel()
+            tokens = None if scored is None else scored.numel()
             if statistics is not None:
                 tokens = statistics.tokens
             find_widths = partial(

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+from transformers import PretrainedConfig
 
 from .criteria import CRITERIA, lookup
 from .depth import DEPTHS
@@ -19,6 +20,7 @@ FOR_LAYERS = ("magnitude", "linear")  # compensations of whole layers that go
 LEAST_SQUARES = ("dense", "pruned", "linear")
 OF_DEPTH = ("depth", "compensation", "ridge")  # all that a recipe says that drops whole layers
 ROPES = ("pairs", "released")
+SCORED_EVERY = 2  # see `Recipe.scored`
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,22 @@ class Recipe:
         """Whether the pruned model's sensitivity is measured: it runs as a whole, not block by block on a `device`."""
         return self.measurements > 0 and self.allocation == "searched" and device is None
 
+    def scored(self, windows: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+        """The windows that dimensions are scored on: every second where losses are predicted and half is plenty.
+
+        Plenty are four tokens for each MLP dimension. Least squares in closed form go by the same statistics and want
+        all; those on pruned inputs read all windows anyway. SmolLM2, 16,384 tokens of the default mixture, rise in nats
+        on WikiText-2's validation text, TinyStories' training text and documentation, on average, scored on all, on
+        half and on a quarter: at 10 % .183, .172 and .191, at 20 % .416, .407 and .404, at 30 % .653, .654 and .666.
+        """
+        half = windows[::SCORED_EVERY]
+        is_plenty = half.numel() >= 4 * config.intermediate_size
+        return half if self.is_scored_in_part() and is_plenty else windows
+
+    def is_scored_in_part(self) -> bool:
+        """Whether dimensions are scored on a part of the windows where there are plenty: see `scored`."""
+        return self.gradients() == OUTPUT_GRADIENTS and self.compensation != "dense"
+
     def parts_kept(self, device: torch.device | None) -> int | None:
         """Parts (fitted, held out) of all layers' moments that stages after scoring read; None: no statistics."""
         if self.compensation == "dense":
@@ -174,7 +192,7 @@ class Recipe:
 
 PRESETS = {
     # the strongest training-free recipe found here
-    "best": Recipe(criterion="predicted-loss", allocation="searched", compensation="pruned", measurements=3),
+    "best": Recipe(criterion="predicted-loss", allocation="searched", compensation="pruned", measurements=2),
     # the paper's score and widths, one shot, whole RoPE pairs; and with what its authors' code does instead
     "transact": Recipe(),
     "transact-released": Recipe(rope="released"),

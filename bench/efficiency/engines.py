@@ -94,7 +94,8 @@ def compare_engines(
     prompts = prompts_of(tokenizer)
     windows = cut_windows(tokenise(load_text("embedded"), tokenizer), length=length, count=samples, seed=0)
     where = environment(resolve_device("cpu"))
-    read = transact.calibrate(dense, windows, second_moments=True, gradients="outputs", progress=True)
+    scored = PRESETS["best"].scored(windows, dense.config)
+    read = transact.calibrate(dense, scored, second_moments=True, gradients="outputs", progress=True)
     models, expected = {None: dense}, {}
     for name in engines:
         for model, planned_for in {"dense": None, "plain": "plain", "searched": name}.items():

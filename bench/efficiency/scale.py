@@ -114,7 +114,7 @@ def estimated_seconds(config: PretrainedConfig, tokens: int, rates: Sequence[flo
     """About how long `best` takes on so many tokens, at the rates of `rates_of`."""
     width, layers = dense_widths(config)[0], config.num_hidden_layers
     attention, hidden = config.num_attention_heads * width.v_head_dim, config.hidden_size
-    forward = 4.5 * 2 * linear_parameters(config, dense_widths(config)) * tokens  # statistics, gradients, refit
+    forward = 3.5 * 2 * linear_parameters(config, dense_widths(config)) * tokens  # statistics, gradients, refit
     products = layers * tokens * sum(3 * n**2 + 2 * n * hidden for n in (attention, width.mlp))  # statistics, refit
     products += layers * 2 * width.mlp**2 * (width.mlp + hidden)  # greedy removal
     solving = layers * sum(8 * n**3 for n in (attention, width.mlp, hidden))

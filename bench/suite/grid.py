@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from transact.entry import counted
+from transact.recipe import SCORED_EVERY
 
 from ..quality.fidelity import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from ..records import Case, Record
@@ -14,10 +15,10 @@ from .training import EVALUATIONS
 OPERATIONS_PER_SECOND = {"cpu": 2.4e11, "cuda": 3e13}  # of two CPU cores in float32, of a GPU in bfloat16; stated low
 # how many forward passes over the calibration text each step costs (measured on two CPU cores with SmolLM2-135M)
 PASSES = {"first moments": 1.0, "second moments": 1.5, "outputs": 0.5, "weights": 4.0}
-SCORING_PASSES = {"obs": 2.0, "predicted-loss": 0.7, "leverage": 0.4}
+SCORING_PASSES = {"obs": 2.0, "predicted-loss": 0.2, "leverage": 0.4}
 TRAINING_PASSES = 6.0  # over the text trained on: forward, backward, the teacher's, and their vocabularies
-COMPENSATING_PASSES = {"dense": 0.4, "pruned": 3.5}
-MEASURING_PASSES = 0.8  # of each round
+COMPENSATING_PASSES = {"dense": 0.4, "pruned": 2.8}
+MEASURING_PASSES = 0.4  # of each round
 # where whole layers go: passes whatever the ratio, and for the whole ratio, of models of about 30 layers
 DEPTH_PASSES = {"influence": (0.0, 16.0), "run": (2.0, 0.0), "clusters": (1.0, 0.0)}
 COMPARING_PASSES = 0.3  # over windows that are compared with the dense model: its head, two softmaxes
@@ -39,7 +40,8 @@ def calibration_of(case: Case) -> tuple | None:
 def in_order(cases: Iterable[Case]) -> list[Case]:
     """Distinct cases in the order that calibrates each text once and prunes each model once.
 
-    Cases of the same windows follow each other, first one that needs second moments, which serve all others; so do
+    Cases of the same windows follow each other, first one that needs second moments, which serve all others; but where
+    some are scored on a part of them, those that need second moments of all come last: both at once take memory. So do
     cases of the same pruning, trained ones after those that are not, and of the same weights. Beyond that, and for the
     texts, first come, first served.
     """
@@ -49,18 +51,30 @@ def in_order(cases: Iterable[Case]) -> list[Case]:
     prunings = {made: rank for rank, made in enumerate(dict.fromkeys(map(pruning_of, cases)))}
     weights = {made: rank for rank, made in enumerate(dict.fromkeys(map(weights_of, cases)))}
 
+    in_part = {calibration_of(case) for case in cases if _of_moments(case) == "in part"}
+
+    def comes_last(case: Case) -> bool:
+        return _of_moments(case) == "of all" and calibration_of(case) in in_part
+
     serve_others = {}  # of each windows the pruning that makes their second moments
     for case in cases:
-        if case.criterion != "dense" and recipe_of(case).needs_moments():
+        if _of_moments(case) and not comes_last(case):
             serve_others.setdefault(calibration_of(case), untrained_of(case))
 
-    def rank(case: Case) -> tuple[int, bool, int, int, int]:
+    def rank(case: Case) -> tuple[int, bool, bool, int, int, int]:
         calibration, pruning, before = calibration_of(case), pruning_of(case), untrained_of(case)
         comes_later = serve_others.get(calibration, before) != before
         places = untrained[before], prunings[pruning], weights[weights_of(case)]
-        return calibrations.index(calibration), comes_later, *places
+        return calibrations.index(calibration), comes_last(case), comes_later, *places
 
     return sorted(cases, key=rank)
+
+
+def _of_moments(case: Case) -> str | None:
+    """Whether a case needs second moments "of all" windows, or "in part"; None where it needs none."""
+    if case.criterion == "dense" or not (recipe := recipe_of(case)).needs_moments():
+        return None
+    return "in part" if recipe.is_scored_in_part() else "of all"
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -157,14 +171,15 @@ def _forward_tokens(case: Case, made: set) -> float:
     if not recipe.needs_statistics():
         fixed, whole = DEPTH_PASSES[case.depth]
         return beside + evaluation + training + (fixed + whole * case.ratio) * calibration_tokens
-    passes = [PASSES[step] for step in steps if step] * (case.shots - 1)
+    part = 1 / SCORED_EVERY if recipe.is_scored_in_part() else 1.0
+    passes = [part * PASSES[step] for step in steps if step] * (case.shots - 1)
     for step in steps:
-        served = {(calibration_of(case), step)}
+        served = {(calibration_of(case), part, step)}
         if step == "first moments":
-            served.add((calibration_of(case), "second moments"))
+            served.add((calibration_of(case), part, "second moments"))
         if step and not served & made:
-            passes.append(PASSES[step])
-            made.add((calibration_of(case), step))
+            passes.append(part * PASSES[step])
+            made.add((calibration_of(case), part, step))
     passes += [SCORING_PASSES.get(case.criterion, 0) * case.shots, COMPENSATING_PASSES.get(case.compensation, 0)]
     passes.append(MEASURING_PASSES * case.measurements * (case.allocation == "searched"))
     return beside + evaluation + training + sum(passes) * calibration_tokens
