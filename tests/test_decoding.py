@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -433,11 +434,17 @@ def test_continuous_batching_takes_whole_heads_and_refuses_others(widths):
     assert narrow.init_continuous_batching(generation_config=plan) is not None
 
 
+def modelling_file_again():
+    spec = importlib.util.spec_from_file_location("transact.modeling_again", modeling_transact.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_another_name_of_the_cache_is_an_error_at_once(monkeypatch):
     monkeypatch.setattr(BaseModelOutputWithPast, "__dataclass_fields__", {"memory": None})
-    spec = importlib.util.spec_from_file_location("transact.modeling_again", modeling_transact.__file__)
     with pytest.raises(ImportError, match="has another name for the KV cache: take an older one"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        modelling_file_again()
 
 
 @pytest.mark.slow  # compilation
@@ -451,6 +458,49 @@ def test_a_step_compiles_as_one_graph(widths):
         narrow(input_ids=IDS[:, :8], **{CACHE: cache})
         actual = step(input_ids=IDS[:, 8:9], **{CACHE: cache}).logits
     assert_same(actual[:, 0], expected[:, 0])
+
+
+def products_of_one(narrow, ids, cache=None, *, dynamic=False, grad=False, autocast=False) -> int:
+    """How many products of one row the compiled model has."""
+    found = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    step = torch.compile(narrow, backend=backend, fullgraph=True, dynamic=dynamic)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=autocast):
+        step(input_ids=ids, **({CACHE: cache} if cache else {}))
+    return sum("product_of_one" in name for name in found)
+
+
+@pytest.mark.slow  # compilation
+@needs_mkl
+def test_compiled_steps_divide_their_products_as_others_do():
+    narrow = narrowed_to(tiny_llama("gqa"), 12, 7, 24)
+    cache = cache_of(narrow, "static")
+    with torch.no_grad():
+        narrow(input_ids=IDS[:1, :8], **{CACHE: cache})
+    one = IDS[:1, 8:9]
+    assert products_of_one(narrow, one, cache) == 7 * 2 + 1
+    assert products_of_one(narrow, one, grad=True) == products_of_one(narrow, one, autocast=True) == 0
+    assert products_of_one(narrow, IDS[:1, :8]) == products_of_one(narrow, IDS[:1, :8], dynamic=True) == 0
+    assert products_of_one(narrow.bfloat16(), one) == 0
+
+
+@pytest.mark.slow  # compilation
+def test_the_modelling_file_compiles_beside_a_copy_of_it(monkeypatch):
+    narrow, one = narrowed_to(tiny_llama("gqa"), 12, 7, 24), IDS[:1, :1]
+    module = modelling_file_again()  # as a checkpoint's own file is
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    again = module.TransActForCausalLM(narrow.config).eval()
+    again.load_state_dict(narrow.state_dict())
+    with torch.no_grad():
+        for model in (narrow, again, narrow):
+            torch.compiler.reset()
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+            assert_same(compiled(input_ids=one).logits, narrow(input_ids=one).logits)
 
 
 def test_autocast_takes_the_modules_one_by_one():

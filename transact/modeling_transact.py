@@ -151,6 +151,35 @@ def is_exact_in_parts(parts: int) -> bool:
         )
 
 
+HAS_MKL = torch.backends.mkl.is_available()
+
+
+@torch.library.custom_op("transact::product_of_one", mutates_args=())
+def product_of_one(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`product_of_few` of one row (1, D) as an operator that compilers call as it is.
+
+    Of the batch of products itself they make a kernel for each width: SmolLM2's step takes 80 to 100 s to compile so.
+    """
+    return product_of_few(inputs, weight.t(), bias)
+
+
+@product_of_one.register_fake
+def _(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return inputs.new_empty(1, len(weight))
+
+
+def compiled_product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | None:
+    """`quick_product` in compiled code: of one row alone, so that nothing is asked about a length that varies."""
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    if type(weight) is not nn.Parameter or not weight.is_contiguous() or inputs.shape[:-1].numel() != 1:
+        return None
+    if inputs.device.type != "cpu" or weight.dtype != torch.float32 or inputs.dtype != weight.dtype or not HAS_MKL:
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
+        return None
+    return product_of_one(inputs.reshape(1, -1), weight, bias).view(*inputs.shape[:-1], -1)
+
+
 MANY = 32  # rows from which a product in float32 takes less time, the weights' conversion included
 PART = 2**24  # weights that are converted at a time
 
@@ -183,7 +212,7 @@ def quick_product(linear: nn.Linear, inputs: torch.Tensor, may_leave_16_bits: bo
     Of few rows it is made in parts, of many rows of 16 bits in float32.
     """
     if torch.compiler.is_compiling():  # first: what else is asked would become a guard
-        return None
+        return compiled_product(linear, inputs)
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     rows = inputs.shape[:-1].numel()
     if FEW < rows < (MANY if may_leave_16_bits else math.inf) or not rows or torch.is_grad_enabled():
