@@ -12,7 +12,7 @@ from reports.questions import RECIPE
 
 CRITERIA = ("activation", "magnitude", "random", "taylor", "wanda", "fluctuation", "leverage", "obs")
 PRESETS = {
-    "best": {"criterion": "predicted-loss", "allocation": "searched", "compensation": "pruned", "measurements": 2},
+    "best": {"criterion": "predicted-loss", "allocation": "searched", "compensation": "pruned", "measurements": 3},
     "transact": {},
     "transact-released": {"rope": "released"},
     "wanda-sp": {"criterion": "wanda", "granularity": "heads"},
@@ -157,7 +157,7 @@ class Maker:
         for (allocation, engine), ratio, kv_ratio in product(ways, (0.1, 0.3, 0.5), (None, 0.5)):
             allocated = replace(best, allocation=allocation, engine=engine, compensation="dense", measurements=0)
             yield self.record(replace(allocated, ratio=ratio, kv_ratio=kv_ratio))
-        for rounds, ratio in product((0, 1, 2), (0.1, 0.3)):
+        for rounds, ratio in product((0, 1, 3), (0.1, 0.3)):
             yield self.record(replace(best, measurements=rounds, ratio=ratio))
         for ratio in RATIOS:
             yield self.record(replace(best, drop_modules=True, ratio=ratio))

@@ -221,7 +221,7 @@ def test_few_windows_and_what_predicts_no_losses_are_scored_on_all():
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
-@pytest.mark.parametrize(("windows", "read"), [(40, 240), (32, 192), (16, 192), (8, 192), (1, 24)])
+@pytest.mark.parametrize(("windows", "read"), [(48, 288), (36, 288), (16, 384), (1, 24)])
 def test_maps_of_inputs_are_fitted_on_as_many_tokens_as_they_need(windows, read, monkeypatch):
     dense, added = tiny_llama("gqa"), Counter()
     narrowed = transact.apply_plan(dense, random_plan(dense.config))

@@ -271,7 +271,7 @@ def _restore_inputs(half: _Half, its: _Half, held_out: Sequence[int], ridge: flo
     identity = torch.eye(weight.shape[1], device=weight.device)
     equations = [NormalEquations.empty(*identity.shape, weight.device) for _ in range(2)]
     tokens = sum(hidden.shape[:2].numel() for hidden in half.walk.hidden)
-    every = max(1, min(READ_EVERY, tokens // (4 * len(identity))))  # at least four tokens an input, as far as there are
+    every = max(1, min(READ_EVERY, tokens // (6 * len(identity))))  # at least six tokens an input, as far as there are
     for batch, part in enumerate(held_out):
         rows, wanted = (one.norm(one.stream(batch).flatten(0, 1)[::every]) for one in (half, its))
         equations[part].add(rows, wanted.to(weight.device))

@@ -93,7 +93,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "--drop-modules", action="store_true",
         help="searched widths may be 0: attention or an MLP goes altogether where that loses less",
     )  # fmt: skip
-    what.add_argument("--measurements", metavar="N", type=int, help="rounds that correct searched widths (best: 2)")
+    what.add_argument("--measurements", metavar="N", type=int, help="rounds that correct searched widths (best: 3)")
     what.add_argument(
         "--for", dest="engine", metavar="ENGINE", help=f"what is to hold the model: {', '.join(ENGINES)} (transformers)"
     )
