@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import transact
 from tests.tiny import random_plan, tiny_llama
 from transact import Recipe, obs
-from transact.calibration import iterate_statistics
+from transact.calibration import held_out_split, iterate_statistics
 from transact.compensate import compensate_on_pruned_inputs
 from transact.least_squares import RIDGES, NormalEquations, fit_projection
 from transact.measured import measured_scores
@@ -199,11 +199,11 @@ def test_measuring_keeps_moments_of_fitted_tokens_alone(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")
 @pytest.mark.parametrize("compensation", ["none", "bias", "pruned", "dense"])
-def test_losses_are_predicted_on_every_second_window(compensation):
+def test_losses_are_predicted_on_half_of_the_windows(compensation):
     dense = tiny_llama("gqa")
     recipe = Recipe(criterion="predicted-loss", allocation="searched", compensation=compensation)
     by_windows = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3)
-    scored = WINDOWS if compensation == "dense" else WINDOWS[::2]
+    scored = WINDOWS if compensation == "dense" else WINDOWS[[0, 1, 4, 5, 8, 9, 12, 13]]
     statistics = transact.calibrate(dense, scored, second_moments=True, gradients="outputs")
     by_statistics = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3, statistics=statistics)
     assert by_windows.plan.widths == by_statistics.plan.widths
@@ -213,9 +213,14 @@ def test_losses_are_predicted_on_every_second_window(compensation):
 
 def test_few_windows_and_what_predicts_no_losses_are_scored_on_all():
     best, config = transact.PRESETS["best"], tiny_llama("gqa").config
-    for windows, scored in ((WINDOWS, 8), (WINDOWS[:14], 7), (WINDOWS[:13], 7), (WINDOWS[:12], 12), (WINDOWS[:1], 1)):
+    for windows, scored in ((WINDOWS, 8), (WINDOWS[:14], 8), (WINDOWS[:13], 7), (WINDOWS[:12], 12), (WINDOWS[:1], 1)):
         assert len(best.scored(windows, config)) == scored  # half are 4 x 40 tokens at least
-    assert torch.equal(best.scored(WINDOWS, config), WINDOWS[::2])
+    first, second = WINDOWS[::2], WINDOWS[1::2]  # of two kinds in turn, as the model's own samples are
+    half = best.scored(WINDOWS, config)
+    assert torch.equal(half[::2], first[::2])
+    assert torch.equal(half[1::2], second[::2])
+    fitted_alone = held_out_split(WINDOWS)[0].tolist()  # what is measured is none of what is scored
+    assert all(window in fitted_alone for window in half.tolist())
     for recipe in (*map(transact.PRESETS.get, ("transact", "flap", "llm-pruner")), Recipe(criterion="obs")):
         assert recipe.scored(WINDOWS, config) is WINDOWS
 

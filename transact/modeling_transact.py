@@ -171,11 +171,11 @@ def _(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 def compiled_product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | None:
     """`quick_product` in compiled code: of one row alone, so that nothing is asked about a length that varies."""
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    if type(weight) is not nn.Parameter or not weight.is_contiguous() or inputs.shape[:-1].numel() != 1:
-        return None
-    if inputs.device.type != "cpu" or weight.dtype != torch.float32 or inputs.dtype != weight.dtype or not HAS_MKL:
-        return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
+        return None
+    if inputs.device.type != "cpu" or not HAS_MKL or type(weight) is not nn.Parameter or not weight.is_contiguous():
+        return None
+    if weight.dtype != torch.float32 or inputs.dtype != weight.dtype or inputs.shape[:-1].numel() != 1:
         return None
     return product_of_one(inputs.reshape(1, -1), weight, bias).view(*inputs.shape[:-1], -1)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from transact.entry import counted
-from transact.recipe import SCORED_EVERY
+from transact.recipe import SCORED_SHARE
 
 from ..quality.fidelity import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from ..records import Case, Record
@@ -171,7 +171,7 @@ def _forward_tokens(case: Case, made: set) -> float:
     if not recipe.needs_statistics():
         fixed, whole = DEPTH_PASSES[case.depth]
         return beside + evaluation + training + (fixed + whole * case.ratio) * calibration_tokens
-    part = 1 / SCORED_EVERY if recipe.is_scored_in_part() else 1.0
+    part = SCORED_SHARE if recipe.is_scored_in_part() else 1.0
     passes = [part * PASSES[step] for step in steps if step] * (case.shots - 1)
     for step in steps:
         served = {(calibration_of(case), part, step)}
