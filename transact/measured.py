@@ -25,7 +25,7 @@ from .widths import Widths
 TOKENS = TOKENS_PER_BATCH = 1024
 RIDGE = 0.01  # of the closed-form refit that the measured models have
 STEP = 0.7  # of the way, in logarithms, that each round takes the factors to what it measures
-TRUST = 0.75  # of the way that the widths follow them: a few thousand tokens say it with noise
+TRUST = 0.75  # of the way that the widths follow them: a thousand tokens say it with noise
 FLOOR, MOST = 0.02, 10.0  # losses below this part of the mean are not told from nothing; factors of a round
 
 
