@@ -97,6 +97,7 @@ def is_linear_alone(module: nn.Module) -> bool:
 
 
 FEW = 3  # rows that MKL multiplies one by one
+HAS_MKL = torch.backends.mkl.is_available()
 
 
 def product_of_few(inputs: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -132,7 +133,7 @@ def parts_of_outputs(outputs: int, threads: int) -> tuple[int, int]:
     A multiple of 16, so that all are summed as they are in the whole product, bit for bit.
     """
     parts = min(threads, outputs // 16)
-    if parts < 2 or not torch.backends.mkl.is_available() or not is_exact_in_parts(parts):
+    if parts < 2 or not HAS_MKL or not is_exact_in_parts(parts):
         return 1, 0
     each = outputs // (16 * parts) * 16
     if 0 < outputs - parts * each < 16:  # so few would be summed otherwise
@@ -149,9 +150,6 @@ def is_exact_in_parts(parts: int) -> bool:
         return all(
             torch.equal(product_in_parts(x, matrix, parts, 48), torch.mm(x, matrix)) for x in (inputs, inputs[:1])
         )
-
-
-HAS_MKL = torch.backends.mkl.is_available()
 
 
 @torch.library.custom_op("transact::product_of_one", mutates_args=())

@@ -327,10 +327,10 @@ def _in_shots(
     """`home`: where the narrowed model lies, if not with the dense one."""
     result = Pruned(dense, None)
     keeps_all = widths is not None and tuple(widths) == dense_widths(dense.config)
+    scored = None if windows is None else recipe.scored(windows, dense.config)
     for shots_left in range(recipe.shots, 0, -1):
         before = result.model.eval()
         with stage(result.seconds, "calibrate and score"):
-            scored = None if windows is None else recipe.scored(windows, dense.config)
             if keeps_all:
                 scores, layers = _placeholder_scores(before), []
             else:
