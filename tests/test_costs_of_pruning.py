@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import transact
 from tests.tiny import random_plan, tiny_llama
 from transact import Recipe, obs
-from transact.calibration import held_out_split, iterate_statistics
+from transact.calibration import Moments, held_out_split, iterate_statistics
 from transact.compensate import compensate_on_pruned_inputs
 from transact.least_squares import RIDGES, NormalEquations, fit_projection
 from transact.measured import measured_scores
@@ -84,6 +84,35 @@ def test_fits_in_the_precision_of_their_sums_are_those_in_float64():
     wanted = prior.double() + torch.linalg.solve(system, cross - products @ prior.double().T).T
     given, right = (inputs.double() @ one.T for one in (weight, wanted))
     assert (given - right).norm() < 1e-4 * right.norm()
+
+
+def moments_of(inputs: torch.Tensor) -> Moments:
+    moments = Moments.empty(inputs.shape[1], inputs.device)
+    moments.add(inputs, inputs.sum(dim=0))
+    return moments.mirrored()
+
+
+@pytest.mark.parametrize("way", ["indices", "map"])
+def test_equations_by_moments_are_those_of_what_the_prior_misses(way):
+    inputs, weight = rows(50, 12), rows(7, 12)
+    kept = torch.tensor([1, 4, 5, 9]) if way == "indices" else rows(12, 4)
+    x = inputs[:, kept] if way == "indices" else inputs @ kept
+    prior = weight[:, kept] if way == "indices" else rows(7, 4)
+    wanted = NormalEquations.empty(4, 7, inputs.device)
+    wanted.add(x, inputs @ weight.T - x @ prior.T)
+    found = NormalEquations.of_lost(moments_of(inputs), kept, weight, prior)
+    for mine, its in zip(found.means(centred=True), wanted.means(centred=True), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+
+
+def test_refits_by_moments_do_not_multiply_what_stays():
+    moments, weight, kept = moments_of(rows(8, 512)), rows(256, 512), torch.arange(512 - 32)
+    prior = weight[:, kept]
+    fitted = NormalEquations.of_lost(moments, kept, weight, prior)
+    solving = operations(lambda: fit_projection(torch.zeros_like(prior), fitted, ridge=0.01))
+    finding = operations(lambda: NormalEquations.of_lost(moments, kept, weight, prior))
+    assert finding <= 2 * len(kept) * 33 * 256
+    assert solving < 2 * len(kept) ** 2 * 256, "the prior is nothing: it is multiplied by nothing"
 
 
 def test_what_is_removed_takes_no_more_part_in_the_greedy_search():

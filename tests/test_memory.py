@@ -356,7 +356,8 @@ def test_gradients_of_the_loss_hold_few_logits(monkeypatch):
     found = []
     assert peak_bytes(lambda: found.extend(transact.loss_gradients(dense, windows))) < 5 * rows * VOCABULARY * 4
     for mine, theirs in zip(found, whole, strict=True):
-        torch.testing.assert_close(mine.mlp_output, theirs.mlp_output, rtol=1e-4, atol=1e-12)
+        rounding = 1e-6 * theirs.mlp_output.abs().max().item()  # of sums: some entries are next to nothing
+        torch.testing.assert_close(mine.mlp_output, theirs.mlp_output, rtol=1e-4, atol=rounding)
 
 
 def test_a_loss_holds_one_windows_logits_in_float32():

@@ -5,7 +5,7 @@ Legend: T tokens, D hidden size, N inputs of a projection before pruning, n thos
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -104,9 +104,13 @@ def compensate_on_dense_inputs(
         }  # fmt: skip
         for name, linear in _outputs(layer).items():
             old, moments, into = sources[name]
-            parts = (NormalEquations.of_kept(part, into.to(device), old.weight) for part in moments if part.tokens)
             with on_device(linear, device, changes=True):
-                fit = fit_projection(linear.weight, *parts, bias=bias, ridge=ridge)
+                prior = linear.weight
+                parts = [
+                    NormalEquations.of_lost(part, into.to(device), old.weight, prior) for part in moments if part.tokens
+                ]
+                change = fit_projection(torch.zeros_like(prior), *parts, bias=bias, ridge=ridge)
+                fit = replace(change, weight=change.weight + prior)
                 _install(linear, fit)
             outcome[name] = fit.ridge
         ridges.append(outcome)

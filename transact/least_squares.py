@@ -34,19 +34,25 @@ class NormalEquations:
         return cls(*(torch.zeros(shape, device=device) for shape in shapes))
 
     @classmethod
-    def of_kept(cls, moments: Moments, kept: torch.Tensor, weight: torch.Tensor) -> "NormalEquations":
-        """The problem of giving what `weight` (D, N) gives from what is kept of its inputs, by their moments.
+    def of_lost(
+        cls, moments: Moments, kept: torch.Tensor, weight: torch.Tensor, prior: torch.Tensor
+    ) -> "NormalEquations":
+        """The problem of giving, from what is kept of the inputs, what `prior` (D, n) misses of `weight` (D, N).
 
-        `kept` holds indices (n,), or is a map (N, n) from all inputs to the kept ones.
+        By the moments of all inputs. `kept` holds indices (n,) of those whose columns the prior has, or is a map (N, n)
+        from all inputs to the kept ones. Of columns that the prior has nothing is missed, nor multiplied.
         """
-        weight = weight.float()
+        weight, prior = weight.float(), prior.float()
         products, total = moments.products.to(weight), moments.sum.to(weight)  # statistics may lie elsewhere
         if kept.ndim == 1:
-            rows = products[kept]
-            return cls(rows[:, kept], rows @ weight.T, total[kept], weight @ total, moments.tokens)
+            is_lost = torch.ones_like(total, dtype=torch.bool)
+            is_lost[kept] = False
+            rows, lost = products[kept], weight[:, is_lost]
+            cross, missed = rows[:, is_lost] @ lost.T, lost @ total[is_lost]
+            return cls(rows[:, kept], cross, total[kept], missed, moments.tokens)
         kept = kept.to(weight)
-        rows = kept.T @ products
-        return cls(rows @ kept, rows @ weight.T, kept.T @ total, weight @ total, moments.tokens)
+        rows, lost = kept.T @ products, weight - prior @ kept.T
+        return cls(rows @ kept, rows @ lost.T, kept.T @ total, lost @ total, moments.tokens)
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Add tokens: inputs (T, n), targets (T, D), and by how much (T, 1) each token's error is scaled, if it is."""
@@ -148,7 +154,7 @@ def _correction(prior: torch.Tensor, means: tuple[torch.Tensor, ...]) -> Callabl
     inputs, cross, *_ = means
     strength = inputs.diagonal()
     strength = strength.clamp(min=1e-9 * strength.mean().item() + torch.finfo(strength.dtype).tiny)
-    missing = cross - inputs @ prior.T
+    missing = cross - inputs @ prior.T if prior.any() else cross
 
     def correction(ridge: float) -> torch.Tensor:
         system = inputs.clone()
