@@ -319,13 +319,13 @@ def test_best_is_the_default_and_a_criterion_alone_is_the_papers(prune, tmp_path
     assert [recipe["criterion"] for recipe in recipes] == ["predicted-loss", "wanda"]
 
 
-def test_readme_and_help_name_every_preset_and_criterion(capsys):
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+def test_guide_and_help_name_every_preset_and_criterion(capsys):
+    guide = (Path(__file__).parent.parent / "docs" / "pruning.md").read_text(encoding="utf-8")
     with pytest.raises(SystemExit):
         main(["prune", "--help"])
     shown = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
     for name in (*transact.PRESETS, *transact.CRITERIA):
-        assert f"| `{name}`" in readme
+        assert f"| `{name}`" in guide
         assert name in shown or name in shown.replace("- ", "-")
 
 
