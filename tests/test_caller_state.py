@@ -277,6 +277,12 @@ def test_what_is_no_windows_is_refused_everywhere_alike(kind):
             work()
 
 
+@pytest.mark.parametrize("preset", ["best", "llm-pruner"])
+def test_gradients_of_windows_of_one_token_are_refused(preset):
+    with pytest.raises(ValueError, match="windows of one token have no next token"):
+        transact.prune(tiny_llama(), WINDOWS[:, :1], recipe=preset, ratio=0.3)
+
+
 def lora():
     from peft import LoraConfig
 

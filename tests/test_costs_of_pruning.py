@@ -1,5 +1,6 @@
 """What pruning need not compute or keep: counted in floating-point operations, tokens and calls, never in seconds."""
 
+import math
 from collections import Counter
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ import transact
 from tests.tiny import random_plan, tiny_llama
 from transact import Recipe, obs
 from transact.calibration import Moments, held_out_split, iterate_statistics
-from transact.compensate import compensate_on_pruned_inputs
+from transact.compensate import _every, compensate_on_pruned_inputs
 from transact.least_squares import RIDGES, NormalEquations, fit_projection
 from transact.measured import measured_scores
 from transact.obs import greedy_losses
@@ -232,7 +233,8 @@ def test_losses_are_predicted_on_half_of_the_windows(compensation):
     dense = tiny_llama("gqa")
     recipe = Recipe(criterion="predicted-loss", allocation="searched", compensation=compensation)
     by_windows = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3)
-    scored = WINDOWS if compensation == "dense" else WINDOWS[[0, 1, 4, 5, 8, 9, 12, 13]]
+    scored = recipe.scored(WINDOWS, dense.config)
+    assert len(scored) == (16 if compensation == "dense" else 8)
     statistics = transact.calibrate(dense, scored, second_moments=True, gradients="outputs")
     by_statistics = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3, statistics=statistics)
     assert by_windows.plan.widths == by_statistics.plan.widths
@@ -242,16 +244,31 @@ def test_losses_are_predicted_on_half_of_the_windows(compensation):
 
 def test_few_windows_and_what_predicts_no_losses_are_scored_on_all():
     best, config = transact.PRESETS["best"], tiny_llama("gqa").config
-    for windows, scored in ((WINDOWS, 8), (WINDOWS[:14], 8), (WINDOWS[:13], 7), (WINDOWS[:12], 12), (WINDOWS[:1], 1)):
+    for windows, scored in ((WINDOWS, 8), (WINDOWS[:14], 7), (WINDOWS[:13], 7), (WINDOWS[:12], 12), (WINDOWS[:1], 1)):
         assert len(best.scored(windows, config)) == scored  # half are 4 x 40 tokens at least
-    first, second = WINDOWS[::2], WINDOWS[1::2]  # of two kinds in turn, as the model's own samples are
-    half = best.scored(WINDOWS, config)
-    assert torch.equal(half[::2], first[::2])
-    assert torch.equal(half[1::2], second[::2])
     fitted_alone = held_out_split(WINDOWS)[0].tolist()  # what is measured is none of what is scored
-    assert all(window in fitted_alone for window in half.tolist())
+    assert all(window in fitted_alone for window in best.scored(WINDOWS, config).tolist())
     for recipe in (*map(transact.PRESETS.get, ("transact", "flap", "llm-pruner")), Recipe(criterion="obs")):
         assert recipe.scored(WINDOWS, config) is WINDOWS
+
+
+@pytest.mark.parametrize("kinds", [2, 3, 4, 8])
+def test_kinds_of_text_in_turn_are_all_scored(kinds):
+    windows = torch.arange(64)[:, None].repeat(1, 24)
+    scored = transact.PRESETS["best"].scored(windows, tiny_llama("gqa").config)[:, 0]
+    assert len(scored) == len(set(scored.tolist())) == 32
+    assert torch.equal(scored, scored.sort().values)
+    assert (scored % kinds).bincount(minlength=kinds)[: kinds - (kinds == 8)].min() >= 32 / kinds / 2  # 7 are held out
+
+
+@pytest.mark.parametrize(("windows", "length"), [(8, 256), (3, 24), (1, 12), (9, 5)])
+def test_every_fourth_token_begins_at_another_place_of_each_window(windows, length):
+    places = torch.arange(length).repeat(windows, 1)
+    batches = [_every(4, places[[window], :, None], window)[:, 0] for window in range(windows)]
+    assert torch.equal(_every(4, places[:, :, None], 0)[:, 0], torch.cat(batches))
+    read = torch.cat(batches).bincount(minlength=length)
+    assert read.max() <= math.ceil(windows / 4)
+    assert windows < 4 or read.min() >= windows // 4
 
 
 @pytest.mark.filterwarnings("ignore:.*calibration tokens are few:UserWarning")

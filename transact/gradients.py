@@ -78,6 +78,8 @@ def loss_gradients(
     check_trainable(model)
     with undisturbed(model):
         windows = checked_windows(model, windows)
+        if windows.shape[1] < 2:
+            raise ValueError("windows of one token have no next token, of whose loss there are gradients")
         if of == "outputs":
             windows = windows[::OUTPUTS_EVERY]
         check_room(model, windows, device, of)
