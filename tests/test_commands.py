@@ -16,7 +16,9 @@ from tests.tiny import NARROWING, tiny_llama, zeroed
 from transact.__main__ import main
 from transact.commands.export import heads_and_mlp_in_words
 from transact.commands.inspect import layers_in_words
+from transact.commands.prune import RECIPE_OPTIONS
 from transact.recovery import hold_out
+from transact.texts import SELF, TEXTS
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -314,7 +316,9 @@ def test_presets_by_command(prune, tmp_path, preset):
 def test_best_is_the_default_and_a_criterion_alone_is_the_papers(prune, tmp_path):
     assert prune(out=tmp_path / "default") == 0
     assert prune("--criterion", "wanda", out=tmp_path / "wanda") == 0
-    recipes = [json.loads((tmp_path / name / "pruning.json").read_text())["recipe"] for name in ("default", "wanda")]
+    made = [json.loads((tmp_path / name / "pruning.json").read_text()) for name in ("default", "wanda")]
+    assert [pruning["preset"] for pruning in made] == ["best", "transact"]
+    recipes = [pruning["recipe"] for pruning in made]
     assert [recipe["allocation"] for recipe in recipes] == ["searched", "uniform"]
     assert [recipe["criterion"] for recipe in recipes] == ["predicted-loss", "wanda"]
 
@@ -327,6 +331,11 @@ def test_guide_and_help_name_every_preset_and_criterion(capsys):
     for name in (*transact.PRESETS, *transact.CRITERIA):
         assert f"| `{name}`" in guide
         assert name in shown or name in shown.replace("- ", "-")
+    for name in (*RECIPE_OPTIONS, "output_bias", "drop_modules"):
+        option = {"engine": "for"}.get(name, name).replace("_", "-")
+        assert f"| `--{option}` |" in guide
+    for name in (*TEXTS, SELF, "probes"):
+        assert f"`{name}`" in guide[guide.index("## Texts") : guide.index("## How much goes")]
 
 
 def test_hub_that_cannot_be_reached_is_one_line(prune, capsys, monkeypatch):

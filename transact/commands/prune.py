@@ -79,7 +79,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "what goes, and what makes up for it", "a preset, and what is to differ from it (nothing)"
     )
     what.add_argument(
-        "--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)} (best; transact where a criterion is named)"
+        "--preset",
+        metavar="NAME",
+        help=f"one of {', '.join(PRESETS)} (best; transact where a criterion, granularity, rope or depth is named)",
     )
     what.add_argument("--criterion", metavar="NAME", help=f"one of {', '.join(CRITERIA)}")
     what.add_argument("--granularity", metavar="NAME", help=f"what attention loses: {', '.join(GRANULARITIES)}")
@@ -126,14 +128,19 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def chosen_preset(options: argparse.Namespace) -> str:
+    """The preset named, or best; where a criterion, granularity, rope or depth is named without one, the paper's."""
+    papers = (options.criterion, options.granularity, options.rope, options.depth)
+    return options.preset or ("best" if papers == (None,) * 4 else "transact")
+
+
 def chosen_recipe(options: argparse.Namespace) -> Recipe:
-    """The preset with what the options change; a criterion, rope or depth without a preset changes the paper's."""
+    """The preset's recipe with what the options change."""
     changes = {name: getattr(options, name) for name in RECIPE_OPTIONS if getattr(options, name) is not None}
     if "modules" in changes:
         changes["modules"] = tuple(changes["modules"].split(","))
     changes |= {name: True for name in ("output_bias", "drop_modules") if getattr(options, name)}
-    papers = {"criterion", "rope", "granularity", "depth"} & changes.keys()
-    recipe = replace(recipe_by_name(options.preset or ("transact" if papers else "best")), **changes)
+    recipe = replace(recipe_by_name(chosen_preset(options)), **changes)
     recipe.check()
     return recipe
 
@@ -280,7 +287,7 @@ def run(options: argparse.Namespace) -> None:
         tell(f"calibrated on {', '.join(parts)}")
     pruning = {
         "model": lasting_name(options.model),
-        "preset": options.preset,
+        "preset": chosen_preset(options),
         "recipe": asdict(recipe),
         "criterion": recipe.criterion if recipe.depth == "none" else None,
         "ratio_asked": None if widths else _ratio(options),
