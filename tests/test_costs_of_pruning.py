@@ -19,6 +19,7 @@ from transact.measured import measured_scores
 from transact.obs import greedy_losses
 
 WINDOWS = torch.randint(1, 97, (16, 24), generator=torch.Generator().manual_seed(0))
+MANY = torch.randint(1, 97, (32, 24), generator=torch.Generator().manual_seed(1))
 
 
 @contextmanager
@@ -223,7 +224,7 @@ def test_measuring_keeps_moments_of_fitted_tokens_alone(monkeypatch):
     for layer in kept:
         assert layer.gradients is None
         for fitted, held_out in (layer.attention_moments, layer.mlp_moments):
-            assert fitted.tokens == 7 * 24
+            assert fitted.tokens == 14 * 24
             assert held_out.products.numel() == 0
 
 
@@ -232,11 +233,11 @@ def test_measuring_keeps_moments_of_fitted_tokens_alone(monkeypatch):
 def test_losses_are_predicted_on_half_of_the_windows(compensation):
     dense = tiny_llama("gqa")
     recipe = Recipe(criterion="predicted-loss", allocation="searched", compensation=compensation)
-    by_windows = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3)
-    scored = recipe.scored(WINDOWS, dense.config)
-    assert len(scored) == (16 if compensation == "dense" else 8)
+    by_windows = transact.prune(dense, MANY, recipe=recipe, ratio=0.3)
+    scored = recipe.scored(MANY, dense.config)
+    assert len(scored) == (32 if compensation == "dense" else 16)
     statistics = transact.calibrate(dense, scored, second_moments=True, gradients="outputs")
-    by_statistics = transact.prune(dense, WINDOWS, recipe=recipe, ratio=0.3, statistics=statistics)
+    by_statistics = transact.prune(dense, MANY, recipe=recipe, ratio=0.3, statistics=statistics)
     assert by_windows.plan.widths == by_statistics.plan.widths
     for name, tensor in by_windows.model.state_dict().items():
         assert torch.equal(tensor, by_statistics.model.state_dict()[name]), name
@@ -244,12 +245,12 @@ def test_losses_are_predicted_on_half_of_the_windows(compensation):
 
 def test_few_windows_and_what_predicts_no_losses_are_scored_on_all():
     best, config = transact.PRESETS["best"], tiny_llama("gqa").config
-    for windows, scored in ((WINDOWS, 8), (WINDOWS[:14], 7), (WINDOWS[:13], 7), (WINDOWS[:12], 12), (WINDOWS[:1], 1)):
-        assert len(best.scored(windows, config)) == scored  # half are 4 x 40 tokens at least
-    fitted_alone = held_out_split(WINDOWS)[0].tolist()  # what is measured is none of what is scored
-    assert all(window in fitted_alone for window in best.scored(WINDOWS, config).tolist())
+    for windows, scored in ((MANY, 16), (MANY[:28], 14), (MANY[:27], 14), (MANY[:26], 26), (MANY[:1], 1)):
+        assert len(best.scored(windows, config)) == scored  # half are 8 x 40 tokens at least
+    fitted_alone = held_out_split(MANY)[0].tolist()  # what is measured is none of what is scored
+    assert all(window in fitted_alone for window in best.scored(MANY, config).tolist())
     for recipe in (*map(transact.PRESETS.get, ("transact", "flap", "llm-pruner")), Recipe(criterion="obs")):
-        assert recipe.scored(WINDOWS, config) is WINDOWS
+        assert recipe.scored(MANY, config) is MANY
 
 
 @pytest.mark.parametrize("kinds", [2, 3, 4, 8])

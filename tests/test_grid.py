@@ -80,7 +80,7 @@ def test_each_text_is_calibrated_once_and_each_model_pruned_once(bench, calls):
 @pytest.mark.filterwarnings("ignore:.* calibration tokens are few")
 def test_what_is_scored_on_half_is_calibrated_beside_what_is_scored_on_all(bench, calls):
     obs, flap, best, later, dense = (
-        bench.case(recipe, ratio, samples=16)
+        bench.case(recipe, ratio, samples=32)
         for recipe, ratio in (
             (Recipe(criterion="obs"), 0.3), ("flap", 0.3), ("best", 0.3), ("best", 0.4),
             (replace(PRESETS["best"], compensation="dense"), 0.3),
