@@ -265,14 +265,13 @@ class _Mlp(_Half):
         return mlp.act_fn(mlp.gate_proj(normalised)) * mlp.up_proj(normalised)
 
 
-def _every(step: int, streams: torch.Tensor, first: int) -> torch.Tensor:
-    """One of `step` tokens of streams (B, T, D): (tokens, D), of every window from another place on.
+def _every(step: int, windows: int, length: int, first: int) -> torch.Tensor:
+    """Which of the tokens of windows, one after the other, are one of `step`: of every window from another place on.
 
     The `first` window begins where as many before it left off, so that no place in the window counts more than others.
     """
-    windows, length = streams.shape[:2]
     turns = first + torch.arange(windows)[:, None] + torch.arange(length)
-    return streams.flatten(0, 1)[(turns % step == 0).flatten().nonzero().squeeze(1).to(streams.device)]
+    return (turns % step == 0).flatten().nonzero().squeeze(1)
 
 
 def _restore_inputs(half: _Half, its: _Half, held_out: Sequence[int], ridge: float | None) -> float | None:
@@ -287,7 +286,8 @@ def _restore_inputs(half: _Half, its: _Half, held_out: Sequence[int], ridge: flo
     tokens = sum(hidden.shape[:2].numel() for hidden in half.walk.hidden)
     every = max(1, min(READ_EVERY, tokens // (6 * len(identity))))  # at least six tokens an input, as far as there are
     for batch, part in enumerate(held_out):
-        rows, wanted = (one.norm(_every(every, one.stream(batch), batch)) for one in (half, its))
+        read = _every(every, *half.walk.hidden[batch].shape[:2], batch)
+        rows, wanted = (one.norm(one.stream(batch).flatten(0, 1)[read]) for one in (half, its))
         equations[part].add(rows, wanted.to(weight.device))
     fit = fit_projection(identity, *equations, ridge=ridge)
     if fit.ridge is not None:

@@ -131,7 +131,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def chosen_preset(options: argparse.Namespace) -> str:
     """The preset named, or best; where a criterion, granularity, rope or depth is named without one, the paper's."""
     papers = (options.criterion, options.granularity, options.rope, options.depth)
-    return options.preset or ("best" if papers == (None,) * 4 else "transact")
+    return options.preset or ("transact" if any(name is not None for name in papers) else "best")
 
 
 def chosen_recipe(options: argparse.Namespace) -> Recipe:
